@@ -1,0 +1,535 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the embedded world again, from one seed, with one command:
+
+    python tests/tiny_human/build.py                    everything, about two hours on two CPU cores, minutes on a GPU
+    python tests/tiny_human/build.py --parts judge      one part, after those it needs
+
+    prompts    prompts_train.txt and prompts_test.txt, disjoint
+    vae        AutoencoderKL: the encoder is a principal component analysis of 4 x 4 patches, written into the weights in
+               closed form; the decoder is trained on it, right and broken figures alike
+    pipeline   StableDiffusionPipeline: UNet2DConditionModel and CLIPTextModel, trained together on right figures (epsilon)
+    judge      keypoint heatmaps, colours and pose; sees neither text nor the scorer's data
+    scorer     CLIPModel: captions against figures, with broken twins and wrong captions as hard negatives, half of them
+               redrawn by the pipeline
+    measure    what came out: speed, base quality, judge accuracy per kind of break, scorer against judge
+
+A part that was stopped carries on from its last saved step (.build/); a finished one is made again only with --force.
+Every part writes its settings, losses, time and figures to build_log.txt, which is kept beside the weights.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on a shared machine
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
+
+
+HERE = Path(__file__).resolve().parent
+WORK = HERE / ".build"
+sys.path.insert(0, str(HERE))
+
+from figures import ATTRIBUTES, BREAKS, JOINTS, Figure, all_attributes, draw, write_caption  # noqa: E402
+from judge import Judge, count_joints, counts_are_right, load_judge, marks, total  # noqa: E402
+
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LATENT_CHANNELS, SCALING_FACTOR = 8, 0.25
+PARTS = ("prompts", "vae", "pipeline", "judge", "scorer", "measure")
+
+
+# ---- Common to all parts ---------------------------------------------------------------------------------------------
+
+
+def log(part: str, text: str) -> None:
+    line = f"[{part}] {text}"
+    tqdm.write(line)
+    with open(HERE / "build_log.txt", "a") as file:
+        file.write(line + "\n")
+
+
+def pixels_of(figures: list[Figure]) -> Tensor:
+    """(B, 3, H, W) in [-1, 1]."""
+    stacked = np.stack([np.asarray(figure.image) for figure in figures])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+def random_figures(seed: int, count: int, broken_share: float = 0.0) -> list[Figure]:
+    rng, attributes = random.Random(seed), all_attributes()
+    kinds = [rng.choice(BREAKS) if rng.random() < broken_share else None for _ in range(count)]
+    return [draw(rng.choice(attributes), rng.getrandbits(32), kind) for kind in kinds]
+
+
+def train(
+    part: str,
+    modules: dict[str, nn.Module],
+    loss_of_step: Callable[[int], tuple[Tensor, dict[str, float]]],
+    steps: int,
+    learning_rate: float,
+    ema_decay: float = 0.0,
+    log_every: int = 100,
+) -> None:
+    """Trains `modules` in place with AdamW and a cosine schedule; `loss_of_step(step)` is a function of the step alone,
+    so that a run that was killed and started again ends where it would have ended. Leaves the EMA weights in the modules."""
+    network = nn.ModuleDict(modules).to(DEVICE).train()
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
+    warmup = min(100, steps // 10)
+    average = [p.detach().clone() for p in parameters]
+    first, elapsed, path = 0, 0.0, WORK / f"{part}.pt"
+    if path.exists():
+        state = torch.load(path, map_location=DEVICE)
+        network.load_state_dict(state["network"])
+        optimizer.load_state_dict(state["optimizer"])
+        average, first, elapsed = state["average"], state["step"], state["seconds"]
+    log(part, f"{sum(p.numel() for p in parameters):,} trainable parameters, {steps} steps, learning rate {learning_rate:g}")
+    start, window = time.monotonic() - elapsed, []
+    for step in tqdm(range(first, steps), initial=first, total=steps, desc=part, smoothing=0.05):
+        factor = min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-3
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * factor
+        torch.manual_seed(step)
+        loss, shown = loss_of_step(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        decay = min(ema_decay, (step + 1) / (step + 10))
+        torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
+        window.append({"loss": loss.item(), **shown})
+        if (step + 1) % log_every == 0 or step + 1 == steps:
+            means = ", ".join(f"{name} {np.mean([w[name] for w in window]):.4f}" for name in window[0])
+            log(part, f"step {step + 1}/{steps}, {time.monotonic() - start:.0f} s, {means}")
+            window = []
+            state = {
+                "network": network.state_dict(), "optimizer": optimizer.state_dict(), "average": average,
+                "step": step + 1, "seconds": time.monotonic() - start,
+            }  # fmt: skip
+            torch.save(state, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+    with torch.no_grad():
+        for p, mean in zip(parameters, average, strict=True):
+            p.copy_(mean)
+    network.eval()
+
+
+# ---- Prompts ---------------------------------------------------------------------------------------------------------
+
+
+def build_prompts(seed: int) -> None:
+    captions = [write_caption(attributes) for attributes in all_attributes()]
+    random.Random(seed).shuffle(captions)
+    (HERE / "prompts_test.txt").write_text("\n".join(captions[:512]) + "\n")
+    (HERE / "prompts_train.txt").write_text("\n".join(captions[512 : 512 + 1024]) + "\n")
+    log("prompts", f"1024 for training and 512 for testing, of {len(captions)}")
+
+
+# ---- VAE -------------------------------------------------------------------------------------------------------------
+
+
+def principal_components(pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """The first LATENT_CHANNELS principal axes of 4 x 4 patches, scaled so that the latents' standard deviations lie close
+    together (power 0.3 of the patches' own) and are 1 / SCALING_FACTOR on average.
+
+    Returns:
+        axes (LATENT_CHANNELS, 3, 4, 4) and the mean patch (3, 4, 4).
+    """
+    patches = F.unfold(pixels, 4, stride=4).transpose(1, 2).reshape(-1, 48).double()
+    mean = patches.mean(0)
+    values, vectors = torch.linalg.eigh((patches - mean).T.cov())
+    values, vectors = values.flip(0)[:LATENT_CHANNELS], vectors.flip(1)[:, :LATENT_CHANNELS]
+    std = values.sqrt() ** 0.3
+    axes = vectors / values.sqrt() * std / std.square().mean().sqrt() / SCALING_FACTOR
+    return axes.T.reshape(LATENT_CHANNELS, 3, 4, 4).float(), mean.reshape(3, 4, 4).float()
+
+
+@torch.no_grad()
+def write_linear_encoder(vae: AutoencoderKL, axes: Tensor, mean: Tensor) -> None:
+    """Sets the encoder's weights so that it computes exactly `axes @ (patch - mean)`.
+
+    The residual branches are zeroed; the two strided convolutions move pixels into channels and apply the axes. What is
+    left is the last GroupNorm and SiLU: each latent z stands beside -z, because silu(z) - silu(-z) = z, and in a group with
+    large constants, against which its own share of the group's variance vanishes.
+    """
+    encoder, constant = vae.encoder, 100.0
+    for parameter in encoder.parameters():
+        parameter.zero_()
+    for channel in range(3):
+        encoder.conv_in.weight[channel, channel, 1, 1] = 1
+    first, second = encoder.down_blocks[0].downsamplers[0].conv, encoder.down_blocks[1].downsamplers[0].conv
+    for channel in range(3):
+        for y in range(2):
+            for x in range(2):
+                k = channel * 4 + y * 2 + x
+                first.weight[k, channel, y, x] = 1
+                encoder.down_blocks[1].resnets[0].conv_shortcut.weight[k, k] = 1
+                second.weight[:LATENT_CHANNELS, k, :2, :2] = axes[:, channel, y::2, x::2]
+    second.bias[:LATENT_CHANNELS] = -(axes * mean).sum(dim=(1, 2, 3))
+    widen = encoder.down_blocks[2].resnets[0].conv_shortcut
+    for z in range(LATENT_CHANNELS):  # channels 8z .. 8z + 7 are one group: z, -z and six constants
+        widen.weight[8 * z, z], widen.weight[8 * z + 1, z] = 1, -1
+        widen.bias[8 * z + 2 : 8 * z + 8] = constant * torch.tensor([1.0, -1, 1, -1, 1, -1])
+        encoder.conv_norm_out.weight[8 * z : 8 * z + 2] = constant * 0.75**0.5
+        encoder.conv_out.weight[z, 8 * z, 1, 1], encoder.conv_out.weight[z, 8 * z + 1, 1, 1] = 1, -1
+    encoder.conv_out.bias[LATENT_CHANNELS:] = -30  # log variance: no noise
+    for layer in (vae.quant_conv, vae.post_quant_conv):
+        layer.weight.copy_(torch.eye(layer.weight.shape[0])[:, :, None, None])
+        layer.bias.zero_()
+
+
+def build_vae(seed: int, steps: int) -> None:
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(16, 32, 64), layers_per_block=1, latent_channels=LATENT_CHANNELS, norm_num_groups=8,
+        sample_size=64, scaling_factor=SCALING_FACTOR,
+    )  # fmt: skip
+    write_linear_encoder(vae, *principal_components(pixels_of(random_figures(seed, 1000, 0.3))))
+    vae.encoder.requires_grad_(False)
+    vae.to(DEVICE)
+    figures = pixels_of(random_figures(seed + 1, 12000, 0.5))
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(x.to(DEVICE)).latent_dist.mean for x in tqdm(figures.split(64), desc="encode")])
+    scaled = latents * SCALING_FACTOR
+    log("vae", f"latent channel stds {[round(s, 2) for s in scaled.std(dim=(0, 2, 3)).tolist()]}")
+    (WORK / "encoder").mkdir(exist_ok=True)
+    vae.save_pretrained(WORK / "encoder")  # what the U-Net needs to start
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.randint(0, len(figures), (16,))
+        z, x = latents[rows.to(latents.device)], figures[rows].to(DEVICE)
+        decoded = vae.decode(z + 0.1 * torch.randn_like(z)).sample
+        mse = F.mse_loss(decoded, x)
+        return F.l1_loss(decoded, x) + mse, {"psnr": 10 * math.log10(4 / mse.item())}
+
+    train("vae", {"vae": vae}, loss_of_step, steps, 2e-3, ema_decay=0.998)
+    vae.half().save_pretrained(HERE / "pipeline" / "vae")
+
+
+# ---- Pipeline --------------------------------------------------------------------------------------------------------
+
+
+def build_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A CLIP tokenizer in which every caption word is one token and other text falls back to smaller pieces."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE(unk_token="<|endoftext|>", end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Lowercase()
+    bpe.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
+    special = ["<|startoftext|>", "<|endoftext|>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=10_000, special_tokens=special, end_of_word_suffix="</w>", show_progress=False,
+        initial_alphabet=letters, min_frequency=1,
+    )  # fmt: skip
+    bpe.train_from_iterator([write_caption(attributes) for attributes in all_attributes()], trainer)
+    trained = json.loads(bpe.to_str())["model"]
+    tokens = special + letters + [letter + "</w>" for letter in letters]
+    tokens += [token for token in trained["vocab"] if token not in set(tokens)]
+    merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in trained["merges"]]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=24)
+    tokenizer.save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def build_scheduler() -> DPMSolverMultistepScheduler:
+    return DPMSolverMultistepScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.02, beta_schedule="scaled_linear",
+        prediction_type="epsilon", timestep_spacing="trailing",
+    )  # fmt: skip
+
+
+def build_pipeline(seed: int, steps: int) -> None:
+    torch.manual_seed(seed + 2)
+    tokenizer = build_tokenizer(HERE / "pipeline" / "tokenizer")
+    text_encoder = CLIPTextModel(CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=24, projection_dim=96, hidden_act="gelu", bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    ))  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=16, in_channels=LATENT_CHANNELS, out_channels=LATENT_CHANNELS, block_out_channels=(48, 96),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1, transformer_layers_per_block=2, cross_attention_dim=96, norm_num_groups=16,
+        attention_head_dim=4,
+    )  # fmt: skip
+    vae = AutoencoderKL.from_pretrained(WORK / "encoder").to(DEVICE).eval()
+    figures = random_figures(seed + 3, 24000)
+    with torch.no_grad():
+        latents = torch.cat([
+            vae.encode(pixels_of(figures[i : i + 64]).to(DEVICE)).latent_dist.mean * SCALING_FACTOR
+            for i in tqdm(range(0, len(figures), 64), desc="encode")
+        ])  # fmt: skip
+    tokens = tokenizer([f.caption for f in figures] + [""], padding="max_length", return_tensors="pt").input_ids
+    del figures
+    noise_scheduler = DDPMScheduler.from_config(build_scheduler().config)
+    alpha_bar = noise_scheduler.alphas_cumprod.to(DEVICE)
+    unet.to(DEVICE, memory_format=torch.channels_last)
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+        rows = torch.randint(0, len(latents), (32,))
+        captions = torch.where(torch.rand(32) < 0.1, len(latents), rows)
+        x_0 = latents[rows.to(latents.device)]
+        t = torch.randint(0, 1000, (32,), device=DEVICE)
+        eps = torch.randn_like(x_0)
+        x_t = noise_scheduler.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
+        prediction = unet(x_t, t, text_encoder(tokens[captions].to(DEVICE))[0]).sample
+        snr = alpha_bar[t] / (1 - alpha_bar[t])
+        weight = snr.clamp(max=5) / snr  # min-SNR-5 (arXiv 2303.09556)
+        return ((prediction - eps).square().mean(dim=(1, 2, 3)) * weight).mean(), {}
+
+    train("pipeline", {"unet": unet, "text_encoder": text_encoder}, loss_of_step, steps, 1.5e-3, ema_decay=0.998)
+    unet.to(memory_format=torch.contiguous_format)
+    save_pipeline(unet, text_encoder, tokenizer)
+
+
+def save_pipeline(unet: nn.Module, text_encoder: nn.Module, tokenizer: CLIPTokenizer) -> None:
+    finished = HERE / "pipeline" / "vae"
+    vae = AutoencoderKL.from_pretrained(finished if finished.exists() else WORK / "encoder")
+    StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=build_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    ).to(dtype=torch.float16).save_pretrained(HERE / "pipeline")  # fmt: skip
+
+
+# ---- Judge -----------------------------------------------------------------------------------------------------------
+
+
+def twins(seed: int, count: int) -> list[Figure]:
+    """`count` pairs in a row: a right figure, then the same person broken in one way."""
+    rng, attributes, figures = random.Random(seed), all_attributes(), []
+    for i in range(count):
+        chosen, figure_seed = rng.choice(attributes), rng.getrandbits(32)
+        figures += [draw(chosen, figure_seed), draw(chosen, figure_seed, BREAKS[i % len(BREAKS)])]
+    return figures
+
+
+def load_vae() -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(HERE / "pipeline" / "vae").float().to(DEVICE).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def through_vae(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
+    """What is left of (B, 3, H, W) pixels after encoding and decoding."""
+    batches = tqdm(pixels.split(64), desc="through the VAE", leave=False)
+    return torch.cat([vae.decode(vae.encode(x.to(DEVICE)).latent_dist.mean).sample.clamp(-1, 1).cpu() for x in batches])
+
+
+def draw_heatmaps(figures: list[Figure], size: int, sigma: float) -> Tensor:
+    """(B, 5, size, size): a Gaussian of height 1 at every joint."""
+    grid, maps = torch.arange(size) + 0.5, torch.zeros(len(figures), len(JOINTS), size, size)
+    for i, figure in enumerate(figures):
+        for j, name in enumerate(JOINTS):
+            for x, y in figure.joints[name]:
+                column, row = (torch.exp(-((grid - c * size / 64) ** 2) / (2 * sigma**2)) for c in (x, y))
+                maps[i, j] = torch.maximum(maps[i, j], row[:, None] * column[None, :])
+    return maps
+
+
+def build_judge(seed: int, steps: int) -> None:
+    torch.manual_seed(seed + 4)
+    figures = twins(seed + 5, 7000)
+    drawn = pixels_of(figures)
+    versions = torch.stack([drawn, through_vae(load_vae(), drawn)]).mul(127).to(torch.int8)  # (2, N, 3, 64, 64)
+    heatmaps = draw_heatmaps(figures, 32, 1.0).half()
+    is_right = torch.tensor([figure.broken is None for figure in figures], dtype=torch.float)
+    values = {
+        name: torch.tensor([options.index(figure.attributes[name]) for figure in figures])
+        for name, options in ATTRIBUTES.items()
+    }  # fmt: skip
+    del figures, drawn
+    judge = Judge()
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+        pairs = torch.randint(0, len(is_right) // 2, (20,)) * 2
+        rows = torch.cat([pairs, pairs + 1])
+        x = versions[torch.randint(0, 2, (40,)), rows].float().div(127)
+        x = x * (1 + 0.06 * torch.randn(40, 1, 1, 1)) + 0.04 * torch.randn(40, 3, 1, 1)
+        x = (x + 0.06 * torch.rand(40, 1, 1, 1) * torch.randn_like(x)).to(DEVICE)
+        shown, anatomy, attributes = judge(x)
+        target, right = heatmaps[rows].float().to(DEVICE), is_right[rows].to(DEVICE)
+        heat = (F.binary_cross_entropy_with_logits(shown, target, reduction="none") * (1 + 20 * target)).mean()
+        body = F.binary_cross_entropy_with_logits(anatomy, 0.02 + 0.96 * right)
+        names = sum(F.cross_entropy(attributes[n], values[n][rows].to(DEVICE), label_smoothing=0.02) for n in values)
+        accuracy = ((anatomy > 0) == (right > 0.5)).float().mean().item()
+        return 5 * heat + body + 0.3 * names, {"heatmaps": heat.item(), "anatomy": body.item(), "accuracy": accuracy}
+
+    train("judge", {"judge": judge}, loss_of_step, steps, 1.5e-3, ema_decay=0.998)
+    save_file({name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}, HERE / "judge" / "model.safetensors")
+
+
+# ---- Scorer ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def redraw(pipe: StableDiffusionPipeline, pixels: Tensor, captions: list[str], seed: int, steps: int = 3) -> Tensor:
+    """The pictures as the pipeline would have drawn them: noised to a timestep in [100, 350], the same for a twin pair,
+    and denoised with the caption in a few DDIM steps. (B, 3, H, W) in and out."""
+    generator, alpha_bar = torch.Generator().manual_seed(seed), DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod
+    tokens = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
+    redrawn = []
+    for x, ids in zip(tqdm(pixels.split(64), desc="redraw"), tokens.split(64), strict=True):
+        x_0 = pipe.vae.encode(x.to(DEVICE)).latent_dist.mean * SCALING_FACTOR
+        start = torch.randint(100, 351, (len(x) // 2,), generator=generator).repeat_interleave(2)
+        eps = torch.randn((len(x) // 2, *x_0.shape[1:]), generator=generator).repeat_interleave(2, dim=0).to(DEVICE)
+        text = pipe.text_encoder(ids.to(DEVICE))[0]
+        for k in range(steps):
+            t = start * (steps - k) // steps
+            a = alpha_bar[t].to(DEVICE)[:, None, None, None]
+            x_t = a.sqrt() * x_0 + (1 - a).sqrt() * eps
+            eps = pipe.unet(x_t, t.to(DEVICE), text).sample
+            x_0 = (x_t - (1 - a).sqrt() * eps) / a.sqrt()
+        redrawn.append(pipe.vae.decode(x_0 / SCALING_FACTOR).sample.clamp(-1, 1).cpu())
+    return torch.cat(redrawn)
+
+
+def mutated(attributes: dict[str, str], rng: random.Random) -> str:
+    """A caption that is wrong in one attribute."""
+    name = rng.choice(tuple(ATTRIBUTES))
+    return write_caption(attributes | {name: rng.choice([v for v in ATTRIBUTES[name] if v != attributes[name]])})
+
+
+def build_scorer(seed: int, steps: int) -> None:
+    torch.manual_seed(seed + 6)
+    tokenizer = CLIPTokenizer.from_pretrained(HERE / "pipeline" / "tokenizer")
+    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = CLIPModel(CLIPConfig(
+        text_config={"vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2,
+                     "num_attention_heads": 4, "max_position_embeddings": 24, "hidden_act": "gelu", **ids},
+        vision_config={"image_size": 64, "patch_size": 8, "hidden_size": 128, "intermediate_size": 512,
+                       "num_hidden_layers": 6, "num_attention_heads": 4, "hidden_act": "gelu"},
+        projection_dim=64,
+    ))  # fmt: skip
+    joint_head = nn.Linear(128, len(JOINTS))  # an aid in training: which joints lie in each patch; not kept
+
+    # Two people for each caption, each whole and broken: drawn, through the VAE, or redrawn by the pipeline.
+    rng, attributes, figures = random.Random(seed + 7), all_attributes(), []
+    for i in range(6000):
+        chosen = rng.choice(attributes)
+        for k in range(2):
+            figure_seed = rng.getrandbits(32)
+            figures += [draw(chosen, figure_seed), draw(chosen, figure_seed, BREAKS[(2 * i + k) % len(BREAKS)])]
+    drawn = pixels_of(figures)
+    pipe = StableDiffusionPipeline.from_pretrained(HERE / "pipeline", torch_dtype=torch.float32).to(DEVICE)
+    half = len(drawn) // 2
+    pictures = torch.cat([
+        redraw(pipe, drawn[:half], [figure.caption for figure in figures[:half]], seed + 8),
+        through_vae(pipe.vae, drawn[half:]),
+    ]).mul(127).to(torch.int8)  # fmt: skip
+    drawn = drawn.mul(127).to(torch.int8)
+    patches = F.max_pool2d(draw_heatmaps(figures, 16, 0.35), 2).gt(0.4).flatten(2).transpose(1, 2)  # (N, 64, 5)
+    attributes = [figure.attributes for figure in figures[::4]]
+    del figures, pipe
+
+    def embed_text(captions: list[str]) -> Tensor:
+        tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt").to(DEVICE)
+        return F.normalize(model.text_projection(model.text_model(**tokens).pooler_output), dim=-1)
+
+    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+        count, rng = 24, random.Random(step)
+        groups = torch.randperm(len(attributes))[:count]
+        rows = (groups[:, None] * 4 + torch.arange(4)).flatten()  # caption by caption: right, broken, right, broken
+        as_drawn = (torch.rand(count) < 0.25).repeat_interleave(4)[:, None, None, None]
+        x = torch.where(as_drawn, drawn[rows], pictures[rows]).float().div(127)
+        x = (x + 0.05 * torch.rand(len(x), 1, 1, 1) * torch.randn_like(x)).to(DEVICE)
+        seen = model.vision_model(pixel_values=x)
+        image = F.normalize(model.visual_projection(seen.pooler_output), dim=-1)
+        captions = [write_caption(attributes[g]) for g in groups.tolist()]
+        wrong = [mutated(attributes[g], rng) for g in groups.tolist() for _ in range(3)]
+        text = embed_text(captions + wrong)
+        right_text, wrong_text = text[:count], text[count:].reshape(count, 3, -1)
+        scale = model.logit_scale.exp().clamp(max=100)
+
+        by_caption = image.reshape(count, 4, -1)
+        score = scale * (by_caption @ right_text[:, :, None]).squeeze(2)  # (count, 4)
+        difference = score[:, None, 0::2] - score[:, 1::2, None]  # every right against every broken one of the caption
+        preference = F.softplus(-difference).mean()
+        to_text = scale * image @ right_text.T  # (4 * count, count)
+        to_wrong = scale * (by_caption @ wrong_text.transpose(1, 2)).reshape(len(image), 3)
+        own = torch.arange(count, device=x.device)
+        matching = F.cross_entropy(torch.cat([to_text, to_wrong], dim=1), own.repeat_interleave(4))
+        matching = matching + F.cross_entropy(to_text[0::4].T, own)
+        present = patches[rows].float().to(DEVICE)
+        joints = F.binary_cross_entropy_with_logits(
+            joint_head(seen.last_hidden_state[:, 1:]), present, pos_weight=torch.tensor(8.0, device=x.device)
+        )
+        shown = {
+            "preference": preference.item(), "matching": matching.item(), "joints": joints.item(),
+            "right over broken": (difference > 0).float().mean().item(),
+            "right caption": (score.reshape(-1, 1) > to_wrong).float().mean().item(),
+        }  # fmt: skip
+        return 2 * preference + 0.5 * matching + 2 * joints, shown
+
+    train("scorer", {"model": model, "joint_head": joint_head}, loss_of_step, steps, 1e-3, ema_decay=0.998)
+    model.half().save_pretrained(HERE / "scorer")
+    image_processor = CLIPImageProcessor(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    CLIPProcessor(image_processor, tokenizer).save_pretrained(HERE / "scorer")
+
+
+# ---- Command line ----------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--force", action="store_true", help="make a finished part again")
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--vae_steps", type=int, default=1800)
+    parser.add_argument("--pipeline_steps", type=int, default=2400)
+    parser.add_argument("--judge_steps", type=int, default=1500)
+    parser.add_argument("--scorer_steps", type=int, default=1800)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    WORK.mkdir(exist_ok=True)
+    jobs = {
+        "prompts": lambda: build_prompts(args.seed),
+        "vae": lambda: build_vae(args.seed, args.vae_steps),
+        "pipeline": lambda: build_pipeline(args.seed, args.pipeline_steps),
+        "judge": lambda: build_judge(args.seed, args.judge_steps),
+        "scorer": lambda: build_scorer(args.seed, args.scorer_steps),
+    }
+    for part in args.parts:
+        done = WORK / f"{part}.done"
+        if done.exists() and not args.force:
+            continue
+        start = time.monotonic()
+        jobs[part]()
+        done.touch()
+        log(part, f"finished after {time.monotonic() - start:.0f} s on {DEVICE.type}, torch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The judge of the embedded world: looks at a picture, never at text, and says what body and clothes it sees.
+
+A small convolutional network finds the joints (one heatmap per kind), says whether the body is right, and names pose, arms
+and colours. It was trained on freshly drawn figures (build.py), right and broken, half of them through the VAE; it has
+never seen a caption, the scorer, or the scorer's pictures. The caption enters in plain code alone: `read_caption` says
+which attributes were asked for, and the probability that the judge gives to those is the mark.
+
+Each function at the end is a scorer for make_preference_data.py and eval_human.py, all in [0, 1]:
+
+    tests/tiny_human/judge.py:anatomy       P(the body is right: one head, two arms, two legs, whole and in proportion)
+    tests/tiny_human/judge.py:clothes       P(shirt as asked) * P(trousers as asked)
+    tests/tiny_human/judge.py:pose          P(pose as asked) * P(arms as asked)
+    tests/tiny_human/judge.py:background    P(background as asked)
+    tests/tiny_human/judge.py:judge         half anatomy, half the mean of the other three
+"""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+HERE = Path(__file__).resolve().parent
+
+if "figures" not in sys.modules:  # loaded by path, so that it works from any folder
+    spec = importlib.util.spec_from_file_location("figures", HERE / "figures.py")
+    sys.modules["figures"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["figures"])
+from figures import ATTRIBUTES, JOINTS, RIGHT_COUNTS, read_caption  # noqa: E402
+
+
+Score = Callable[[list[Image.Image], list[str]], list[float]]
+
+
+# ---- Network ---------------------------------------------------------------------------------------------------------
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
+            nn.GroupNorm(8, channels), nn.SiLU(), nn.Conv2d(channels, channels, 3, padding=1),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class Judge(nn.Module):
+    """(B, 3, 64, 64) pixels in [-1, 1] -> joint heatmaps (B, 5, 32, 32) and logits for anatomy and every attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.fine = nn.Sequential(nn.Conv2d(3, 32, 5, stride=2, padding=2), Residual(32))
+        self.middle = nn.Sequential(nn.Conv2d(32, 64, 3, stride=2, padding=1), Residual(64), Residual(64))
+        self.coarse = nn.Sequential(nn.Conv2d(64, 128, 3, stride=2, padding=1), Residual(128), Residual(128))
+        self.to_middle, self.to_fine = nn.Conv2d(128, 64, 1), nn.Conv2d(64, 32, 1)
+        self.up_middle, self.up_fine = Residual(64), Residual(32)
+        self.heatmaps = nn.Conv2d(32, len(JOINTS), 3, padding=1)
+        self.anatomy_conv = nn.Sequential(
+            nn.Conv2d(32 + len(JOINTS), 64, 3, stride=2, padding=1), nn.SiLU(),
+            nn.Conv2d(64, 96, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(96, 128, 3, stride=2, padding=1), nn.SiLU(),
+        )  # fmt: skip
+        self.anatomy = nn.Sequential(nn.Linear(128 * 16 + 128, 128), nn.SiLU(), nn.Linear(128, 1))
+        self.attributes = nn.ModuleDict({name: nn.Linear(256, len(values)) for name, values in ATTRIBUTES.items()})
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        fine = self.fine(pixels)
+        middle = self.middle(fine)
+        coarse = self.coarse(middle)
+        pooled = torch.cat([coarse.mean(dim=(2, 3)), coarse.amax(dim=(2, 3))], dim=1)
+        up = self.up_middle(middle + F.interpolate(self.to_middle(coarse), scale_factor=2.0))
+        up = self.up_fine(fine + F.interpolate(self.to_fine(up), scale_factor=2.0))
+        heatmaps = self.heatmaps(up)
+        joints = self.anatomy_conv(torch.cat([up, heatmaps.sigmoid()], dim=1)).flatten(1)
+        anatomy = self.anatomy(torch.cat([joints, coarse.mean(dim=(2, 3))], dim=1)).squeeze(1)
+        return heatmaps, anatomy, {name: head(pooled) for name, head in self.attributes.items()}
+
+
+def count_joints(heatmaps: Tensor, threshold: float = 0.4) -> Tensor:
+    """How many peaks each heatmap has: (B, 5, 32, 32) logits -> (B, 5) counts, in the order of JOINTS."""
+    probability = heatmaps.sigmoid()
+    is_peak = (probability == F.max_pool2d(probability, 5, stride=1, padding=2)) & (probability > threshold)
+    return is_peak.sum(dim=(2, 3))
+
+
+def counts_are_right(counts: Tensor) -> Tensor:
+    """(B, 5) counts -> (B,) True where there are one head, two elbows, hands, knees and feet."""
+    return (counts == torch.tensor([RIGHT_COUNTS[name] for name in JOINTS], device=counts.device)).all(dim=1)
+
+
+# ---- Scorers ---------------------------------------------------------------------------------------------------------
+
+
+def load_judge(device: torch.device | str = "cpu") -> Judge:
+    network = Judge()
+    network.load_state_dict({name: tensor.float() for name, tensor in load_file(HERE / "judge" / "model.safetensors").items()})
+    return network.eval().requires_grad_(False).to(device)
+
+
+def to_pixels(images: list[Image.Image]) -> Tensor:
+    """(B, 3, 64, 64) in [-1, 1]."""
+    arrays = [np.asarray(image.convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)) for image in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+
+@torch.no_grad()
+def marks(network: Judge, images: list[Image.Image], prompts: list[str]) -> list[dict[str, float]]:
+    """For each image: P(body right) as "anatomy", and the probability of every attribute that its prompt asks for."""
+    _, anatomy, attributes = network(to_pixels(images).to(next(network.parameters()).device))
+    anatomy, attributes = anatomy.sigmoid().tolist(), {name: x.softmax(1).tolist() for name, x in attributes.items()}
+    return [
+        {"anatomy": anatomy[i]}
+        | {name: attributes[name][i][ATTRIBUTES[name].index(value)] for name, value in read_caption(prompt).items()}
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def make_scorer(device: torch.device | str, mark: Callable[[dict[str, float]], float]) -> Score:
+    network = load_judge(device)
+    return lambda images, prompts: [mark(m) for m in marks(network, images, prompts)]
+
+
+def anatomy(device: torch.device | str = "cpu") -> Score:
+    return make_scorer(device, lambda m: m["anatomy"])
+
+
+def clothes(device: torch.device | str = "cpu") -> Score:
+    return make_scorer(device, lambda m: m.get("shirt", 1) * m.get("trousers", 1))
+
+
+def pose(device: torch.device | str = "cpu") -> Score:
+    return make_scorer(device, lambda m: m.get("pose", 1) * m.get("arms", 1))
+
+
+def background(device: torch.device | str = "cpu") -> Score:
+    return make_scorer(device, lambda m: m.get("background", 1))
+
+
+def total(m: dict[str, float]) -> float:
+    clothes, pose = m.get("shirt", 1) * m.get("trousers", 1), m.get("pose", 1) * m.get("arms", 1)
+    return 0.5 * m["anatomy"] + 0.5 * (clothes + pose + m.get("background", 1)) / 3
+
+
+def judge(device: torch.device | str = "cpu") -> Score:
+    return make_scorer(device, total)
