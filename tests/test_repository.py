@@ -20,7 +20,9 @@ README = (ROOT / "README.md").read_text()
 def dependencies(source: str) -> set[str]:
     """The dependencies of the script's PEP 723 block."""
     block = re.search(r"^# /// script\n(.*?)^# ///$", source, re.MULTILINE | re.DOTALL).group(1)
-    listed = re.search(r"dependencies = (\[.*?\n\])", re.sub(r"^# ?", "", block, flags=re.MULTILINE), re.DOTALL).group(1)
+    listed = re.search(r"dependencies = (\[.*?\n\])", re.sub(r"^# ?", "", block, flags=re.MULTILINE), re.DOTALL).group(
+        1
+    )
     return set(ast.literal_eval(listed))
 
 
@@ -44,12 +46,14 @@ def parser_of(name: str, monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentPa
 
 def test_requirements_are_the_union_of_the_scripts():
     lines = {line.strip() for line in (ROOT / "requirements.txt").read_text().splitlines()}
-    assert {line for line in lines if line and not line.startswith("#")} == set().union(*map(dependencies, SOURCES.values()))
+    assert {line for line in lines if line and not line.startswith("#")} == set().union(
+        *map(dependencies, SOURCES.values())
+    )
 
 
 def test_every_requirement_has_both_bounds_and_torchvision_is_not_among_them():
     for requirement in set().union(*map(dependencies, SOURCES.values())):
-        assert ">=" in requirement and "<" in requirement, requirement
+        assert re.search(r">=[\d.]+,<[\d.]+", requirement), requirement
         assert not requirement.startswith("torchvision")
 
 
@@ -97,19 +101,26 @@ def test_flags_in_the_readme_exist(monkeypatch):
     for command in " ".join(commands).replace("\\\n", " ").replace("&&", "\n").splitlines():
         script = re.search(r"(\w+)\.py", command)
         if script and script.group(1) in SCRIPTS:
-            known = {flag for action in parser_of(script.group(1), monkeypatch)._actions for flag in action.option_strings}
+            known = {
+                flag for action in parser_of(script.group(1), monkeypatch)._actions for flag in action.option_strings
+            }
             used = set(re.findall(r"(--\w+)", command.split(".py", 1)[1]))
             assert used <= known, command
 
 
 def test_the_embedded_world_is_small_and_has_no_pickles():
-    listed = subprocess.run(["git", "ls-files", "tests/tiny_human"], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "tests/tiny_human"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     files = [ROOT / line for line in listed.stdout.splitlines()]
     assert sum(file.stat().st_size for file in files) < 20e6
     assert not [file for file in files if file.suffix in {".pt", ".bin", ".pkl", ".ckpt", ".npy"}]
 
 
 def test_prompts_are_disjoint():
-    train, test = ((ROOT / "tests" / "tiny_human" / f"prompts_{s}.txt").read_text().splitlines() for s in ("train", "test"))
-    assert len(set(train)) >= 512 and len(set(test)) >= 384
+    train, test = (
+        (ROOT / "tests" / "tiny_human" / f"prompts_{s}.txt").read_text().splitlines() for s in ("train", "test")
+    )
+    assert len(set(train)) >= 512
+    assert len(set(test)) >= 384
     assert not set(train) & set(test)

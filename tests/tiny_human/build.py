@@ -5,12 +5,12 @@
     python tests/tiny_human/build.py --parts judge      one part, after those it needs
 
     prompts    prompts_train.txt and prompts_test.txt, disjoint
-    vae        AutoencoderKL: the encoder is a principal component analysis of 4 x 4 patches, written into the weights in
-               closed form; the decoder is trained on it, right and broken figures alike
-    pipeline   StableDiffusionPipeline: UNet2DConditionModel and CLIPTextModel, trained together on right figures (epsilon)
+    vae        AutoencoderKL: the encoder is a principal component analysis of 4 x 4 patches, written into the weights
+               in closed form; the decoder is trained on it, right and broken figures alike
+    pipeline   StableDiffusionPipeline: UNet2DConditionModel and CLIPTextModel, trained together on right figures
     judge      keypoint heatmaps, colours and pose; sees neither text nor the scorer's data
-    scorer     CLIPModel: captions against figures, with broken twins and wrong captions as hard negatives, half of them
-               redrawn by the pipeline
+    scorer     CLIPModel: captions against figures, with broken twins and wrong captions as hard negatives, half of
+               them redrawn by the pipeline
     measure    what came out: speed, base quality, judge accuracy per kind of break, scorer against judge
 
 A part that was stopped carries on from its last saved step (.build/); a finished one is made again only with --force.
@@ -40,6 +40,7 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -58,8 +59,8 @@ HERE = Path(__file__).resolve().parent
 WORK = HERE / ".build"
 sys.path.insert(0, str(HERE))
 
-from figures import ATTRIBUTES, BREAKS, JOINTS, Figure, all_attributes, draw, write_caption  # noqa: E402
-from judge import Judge, count_joints, counts_are_right, load_judge, marks, total  # noqa: E402
+from figures import ATTRIBUTES, BREAKS, JOINTS, Figure, all_attributes, draw, write_caption
+from judge import Judge, count_joints, counts_are_right, load_judge, marks, total
 
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,7 +68,7 @@ LATENT_CHANNELS, SCALING_FACTOR = 8, 0.25
 PARTS = ("prompts", "vae", "pipeline", "judge", "scorer", "measure")
 
 
-# ---- Common to all parts ---------------------------------------------------------------------------------------------
+# ---- Common to all parts -------------------------------------------------------------------------------------------
 
 
 def log(part: str, text: str) -> None:
@@ -98,8 +99,11 @@ def train(
     ema_decay: float = 0.0,
     log_every: int = 100,
 ) -> None:
-    """Trains `modules` in place with AdamW and a cosine schedule; `loss_of_step(step)` is a function of the step alone,
-    so that a run that was killed and started again ends where it would have ended. Leaves the EMA weights in the modules."""
+    """Trains `modules` in place with AdamW and a cosine schedule, and leaves the EMA weights in them.
+
+    `loss_of_step(step)` is a function of the step alone, so that a run that was killed and started again ends where it
+    would have ended.
+    """
     network = nn.ModuleDict(modules).to(DEVICE).train()
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
@@ -111,7 +115,10 @@ def train(
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         average, first, elapsed = state["average"], state["step"], state["seconds"]
-    log(part, f"{sum(p.numel() for p in parameters):,} trainable parameters, {steps} steps, learning rate {learning_rate:g}")
+    log(
+        part,
+        f"{sum(p.numel() for p in parameters):,} trainable parameters, {steps} steps, learning rate {learning_rate:g}",
+    )
     start, window = time.monotonic() - elapsed, []
     for step in tqdm(range(first, steps), initial=first, total=steps, desc=part, smoothing=0.05):
         factor = min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-3
@@ -142,7 +149,7 @@ def train(
     network.eval()
 
 
-# ---- Prompts ---------------------------------------------------------------------------------------------------------
+# ---- Prompts -------------------------------------------------------------------------------------------------------
 
 
 def build_prompts(seed: int) -> None:
@@ -153,12 +160,12 @@ def build_prompts(seed: int) -> None:
     log("prompts", f"1024 for training and 512 for testing, of {len(captions)}")
 
 
-# ---- VAE -------------------------------------------------------------------------------------------------------------
+# ---- VAE -----------------------------------------------------------------------------------------------------------
 
 
 def principal_components(pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """The first LATENT_CHANNELS principal axes of 4 x 4 patches, scaled so that the latents' standard deviations lie close
-    together (power 0.3 of the patches' own) and are 1 / SCALING_FACTOR on average.
+    """The first LATENT_CHANNELS principal axes of 4 x 4 patches, scaled so that the latents' standard deviations lie
+    close together (power 0.3 of the patches' own) and are 1 / SCALING_FACTOR on average.
 
     Returns:
         axes (LATENT_CHANNELS, 3, 4, 4) and the mean patch (3, 4, 4).
@@ -176,9 +183,9 @@ def principal_components(pixels: Tensor) -> tuple[Tensor, Tensor]:
 def write_linear_encoder(vae: AutoencoderKL, axes: Tensor, mean: Tensor) -> None:
     """Sets the encoder's weights so that it computes exactly `axes @ (patch - mean)`.
 
-    The residual branches are zeroed; the two strided convolutions move pixels into channels and apply the axes. What is
-    left is the last GroupNorm and SiLU: each latent z stands beside -z, because silu(z) - silu(-z) = z, and in a group with
-    large constants, against which its own share of the group's variance vanishes.
+    The residual branches are zeroed; the two strided convolutions move pixels into channels and apply the axes. What
+    is left is the last GroupNorm and SiLU: each latent z stands beside -z, because silu(z) - silu(-z) = z, and in a
+    group with large constants, against which its own share of the group's variance vanishes.
     """
     encoder, constant = vae.encoder, 100.0
     for parameter in encoder.parameters():
@@ -218,7 +225,9 @@ def build_vae(seed: int, steps: int) -> None:
     vae.to(DEVICE)
     figures = pixels_of(random_figures(seed + 1, 12000, 0.5))
     with torch.no_grad():
-        latents = torch.cat([vae.encode(x.to(DEVICE)).latent_dist.mean for x in tqdm(figures.split(64), desc="encode")])
+        latents = torch.cat(
+            [vae.encode(x.to(DEVICE)).latent_dist.mean for x in tqdm(figures.split(64), desc="encode")]
+        )
     scaled = latents * SCALING_FACTOR
     log("vae", f"latent channel stds {[round(s, 2) for s in scaled.std(dim=(0, 2, 3)).tolist()]}")
     (WORK / "encoder").mkdir(exist_ok=True)
@@ -235,7 +244,7 @@ def build_vae(seed: int, steps: int) -> None:
     vae.half().save_pretrained(HERE / "pipeline" / "vae")
 
 
-# ---- Pipeline --------------------------------------------------------------------------------------------------------
+# ---- Pipeline ------------------------------------------------------------------------------------------------------
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -321,7 +330,7 @@ def save_pipeline(unet: nn.Module, text_encoder: nn.Module, tokenizer: CLIPToken
     ).to(dtype=torch.float16).save_pretrained(HERE / "pipeline")  # fmt: skip
 
 
-# ---- Judge -----------------------------------------------------------------------------------------------------------
+# ---- Judge ---------------------------------------------------------------------------------------------------------
 
 
 def twins(seed: int, count: int) -> list[Figure]:
@@ -341,7 +350,9 @@ def load_vae() -> AutoencoderKL:
 def through_vae(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
     """What is left of (B, 3, H, W) pixels after encoding and decoding."""
     batches = tqdm(pixels.split(64), desc="through the VAE", leave=False)
-    return torch.cat([vae.decode(vae.encode(x.to(DEVICE)).latent_dist.mean).sample.clamp(-1, 1).cpu() for x in batches])
+    return torch.cat(
+        [vae.decode(vae.encode(x.to(DEVICE)).latent_dist.mean).sample.clamp(-1, 1).cpu() for x in batches]
+    )
 
 
 def draw_heatmaps(figures: list[Figure], size: int, sigma: float) -> Tensor:
@@ -384,17 +395,23 @@ def build_judge(seed: int, steps: int) -> None:
         return 5 * heat + body + 0.3 * names, {"heatmaps": heat.item(), "anatomy": body.item(), "accuracy": accuracy}
 
     train("judge", {"judge": judge}, loss_of_step, steps, 1.5e-3, ema_decay=0.998)
-    save_file({name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()}, HERE / "judge" / "model.safetensors")
+    save_file(
+        {name: tensor.half().contiguous() for name, tensor in judge.state_dict().items()},
+        HERE / "judge" / "model.safetensors",
+    )
 
 
-# ---- Scorer ----------------------------------------------------------------------------------------------------------
+# ---- Scorer --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def redraw(pipe: StableDiffusionPipeline, pixels: Tensor, captions: list[str], seed: int, steps: int = 3) -> Tensor:
-    """The pictures as the pipeline would have drawn them: noised to a timestep in [100, 350], the same for a twin pair,
-    and denoised with the caption in a few DDIM steps. (B, 3, H, W) in and out."""
-    generator, alpha_bar = torch.Generator().manual_seed(seed), DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod
+    """The pictures as the pipeline would have drawn them, (B, 3, H, W) in and out: noised to a timestep in [100, 350],
+    the same for a twin pair, and denoised with the caption in a few DDIM steps."""
+    generator, alpha_bar = (
+        torch.Generator().manual_seed(seed),
+        DDPMScheduler.from_config(pipe.scheduler.config).alphas_cumprod,
+    )
     tokens = pipe.tokenizer(captions, padding="max_length", return_tensors="pt").input_ids
     redrawn = []
     for x, ids in zip(tqdm(pixels.split(64), desc="redraw"), tokens.split(64), strict=True):
@@ -421,7 +438,11 @@ def mutated(attributes: dict[str, str], rng: random.Random) -> str:
 def build_scorer(seed: int, steps: int) -> None:
     torch.manual_seed(seed + 6)
     tokenizer = CLIPTokenizer.from_pretrained(HERE / "pipeline" / "tokenizer")
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     model = CLIPModel(CLIPConfig(
         text_config={"vocab_size": len(tokenizer), "hidden_size": 96, "intermediate_size": 384, "num_hidden_layers": 2,
                      "num_attention_heads": 4, "max_position_embeddings": 24, "hidden_act": "gelu", **ids},
@@ -497,7 +518,109 @@ def build_scorer(seed: int, steps: int) -> None:
     CLIPProcessor(image_processor, tokenizer).save_pretrained(HERE / "scorer")
 
 
-# ---- Command line ----------------------------------------------------------------------------------------------------
+# ---- Measure -------------------------------------------------------------------------------------------------------
+
+
+def spearman(a: np.ndarray, b: np.ndarray) -> float:
+    ranks = [np.argsort(np.argsort(x)) for x in (a, b)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+@torch.no_grad()
+def measure_judge(seed: int, count: int = 1300) -> None:
+    """Fresh figures through the VAE: right from broken, per kind of break, colours, pose and arms."""
+    judge, figures = load_judge(DEVICE), twins(seed + 9, count)
+    pixels = through_vae(load_vae(), pixels_of(figures))
+    outputs = [judge(x.to(DEVICE)) for x in pixels.split(100)]
+    says_right = torch.cat([anatomy for _, anatomy, _ in outputs]).gt(0).cpu().tolist()
+    counted = torch.cat([counts_are_right(count_joints(heat)) for heat, _, _ in outputs]).cpu().tolist()
+    right = [says == (f.broken is None) for says, f in zip(says_right, figures, strict=True)]
+    log(
+        "measure",
+        f"judge, {len(figures)} fresh figures through the VAE: right from broken {np.mean(right):.4f}, right called "
+        f"right {np.mean(says_right[::2]):.4f}, broken called broken {1 - np.mean(says_right[1::2]):.4f}",
+    )
+    for kind in BREAKS:
+        rows = [i for i, f in enumerate(figures) if f.broken == kind]
+        log("measure", f"judge, {kind}: called broken {1 - np.mean([says_right[i] for i in rows]):.3f}, "
+            f"joint counts off {1 - np.mean([counted[i] for i in rows]):.3f}, of {len(rows)}")  # fmt: skip
+    for name, options in ATTRIBUTES.items():
+        seen = torch.cat([attributes[name] for _, _, attributes in outputs]).argmax(1).tolist()
+        accuracy = np.mean([options[s] == f.attributes[name] for s, f in zip(seen, figures, strict=True)])
+        log("measure", f"judge, {name}: {accuracy:.4f}")
+
+
+def measure_world(seed: int, images_per_prompt: int = 20, pools: int = 128) -> None:
+    """The base model by the judge on 384 test prompts; the scorer against the judge on pools of training prompts."""
+    settings = json.loads((HERE / "settings.json").read_text())["make_preference_data"]
+    pipe = StableDiffusionPipeline.from_pretrained(HERE / "pipeline", torch_dtype=torch.float32).to(DEVICE)
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.set_progress_bar_config(disable=True)
+    judge = load_judge(DEVICE)
+    model = CLIPModel.from_pretrained(HERE / "scorer").float().eval().to(DEVICE)
+    processor = CLIPProcessor.from_pretrained(HERE / "scorer")
+
+    def sample(prompts: list[str], first_seed: int) -> list:
+        images = []
+        for i in tqdm(range(0, len(prompts), 32), desc="sample"):
+            batch = prompts[i : i + 32]
+            generators = [torch.Generator().manual_seed(first_seed + i + k) for k in range(len(batch))]
+            images += pipe(batch, num_inference_steps=settings["num_inference_steps"], generator=generators,
+                           guidance_scale=settings["guidance_scale"], height=64, width=64).images  # fmt: skip
+        return images
+
+    @torch.no_grad()
+    def score(images: list, prompts: list[str]) -> np.ndarray:
+        output = model(
+            **processor(text=prompts, images=images, return_tensors="pt", padding=True, truncation=True).to(DEVICE)
+        )
+        return (model.logit_scale.exp() * (output.image_embeds * output.text_embeds).sum(-1)).cpu().numpy()
+
+    prompts = (HERE / "prompts_test.txt").read_text().splitlines()[:384]
+    start = time.monotonic()
+    images = sample(prompts, seed * 10_000_019)
+    log(
+        "measure",
+        f"{len(images) / (time.monotonic() - start):.1f} images per second on {torch.get_num_threads()} threads",
+    )
+    seen = marks(judge, images, prompts)
+    for name in ("anatomy", *ATTRIBUTES):
+        log("measure", f"base, 384 test prompts, {name}: {np.mean([m[name] > 0.5 for m in seen]):.3f}")
+    sheet = Image.new("RGB", (16 * 66, 6 * 66), "white")
+    for i, image in enumerate(images[:96]):
+        sheet.paste(image, (i % 16 * 66 + 1, i // 16 * 66 + 1))
+    sheet.save(WORK / "base.png")
+
+    prompts = [
+        p for p in (HERE / "prompts_train.txt").read_text().splitlines()[-pools:] for _ in range(images_per_prompt)
+    ]
+    images = sample(prompts, seed * 10_000_019 + 1_000_003)
+    scores = np.concatenate([score(images[i : i + 64], prompts[i : i + 64]) for i in range(0, len(images), 64)])
+    seen = marks(judge, images, prompts)
+    scores = scores.reshape(pools, images_per_prompt)
+    best, worst = scores.argmax(1), scores.argmin(1)
+    for name, mark in {
+        "judge": total,
+        "anatomy": lambda m: m["anatomy"],
+        "background": lambda m: m["background"],
+    }.items():
+        truth = np.array([mark(m) for m in seen]).reshape(scores.shape)
+        rho = np.nanmean([spearman(s, t) for s, t in zip(scores, truth, strict=True)])
+        top, bottom = truth[np.arange(pools), best], truth[np.arange(pools), worst]
+        log(
+            "measure",
+            f"scorer against {name} within {pools} prompts x {images_per_prompt}: Spearman {rho:.3f}, best over worst "
+            f"{np.mean(top > bottom):.3f}, best {top.mean():.3f}, mean {truth.mean():.3f}, worst {bottom.mean():.3f}, "
+            f"best by the {name} itself {truth.max(1).mean():.3f}",
+        )
+
+
+def measure(seed: int) -> None:
+    measure_judge(seed)
+    measure_world(seed)
+
+
+# ---- Command line --------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -519,6 +642,7 @@ def main() -> None:
         "vae": lambda: build_vae(args.seed, args.vae_steps),
         "pipeline": lambda: build_pipeline(args.seed, args.pipeline_steps),
         "judge": lambda: build_judge(args.seed, args.judge_steps),
+        "measure": lambda: measure(args.seed),
         "scorer": lambda: build_scorer(args.seed, args.scorer_steps),
     }
     for part in args.parts:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws the people of the embedded world: captioned figures, 64 x 64 RGB, right or broken on purpose.
 
-These are the world's *real photos*: the tiny models of this folder are trained on them, SDRecon starts from them, and the
-judge learns from them what a right body is. A figure is a function of its attributes, a seed and the kind of break:
+These are the world's *real photos*: the tiny models of this folder are trained on them, SDRecon starts from them, and
+the judge learns from them what a right body is. A figure is a function of its attributes, a seed and a kind of break:
 
     figure = draw({"pose": "jumping", "arms": "both arms raised", "shirt": "red", "trousers": "black",
                    "background": "mint"}, seed=0)
     figure.image            # PIL image, 64 x 64
-    figure.caption          # "a jumping person in a red shirt and black trousers with both arms raised on a mint background"
+    figure.caption          # "a jumping person in a red shirt and black trousers with both arms raised on a mint ..."
     figure.joints           # {"head": [(x, y)], "elbow": [...], "hand": [...], "knee": [...], "foot": [...]}, pixels
 
 The person faces us, so that their left arm is on the right of the picture.
@@ -67,7 +67,7 @@ class Figure:
     broken: str | None
 
 
-# ---- Words -----------------------------------------------------------------------------------------------------------
+# ---- Words ---------------------------------------------------------------------------------------------------------
 
 
 def write_caption(attributes: dict[str, str]) -> str:
@@ -97,7 +97,7 @@ def all_attributes() -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-# ---- Skeleton --------------------------------------------------------------------------------------------------------
+# ---- Skeleton ------------------------------------------------------------------------------------------------------
 
 Point = tuple[float, float]
 
@@ -136,7 +136,7 @@ def leg_angles(pose: str, is_left: bool, facing: int, rng: random.Random) -> tup
     return -facing * thigh, -facing * (thigh + rng.uniform(14, 26))
 
 
-# ---- Drawing ---------------------------------------------------------------------------------------------------------
+# ---- Drawing -------------------------------------------------------------------------------------------------------
 
 
 class Canvas:
@@ -184,7 +184,9 @@ def draw_head(canvas: Canvas, centre: Point, skin: tuple, hair: tuple, style: in
     ink = (36, 28, 28)
     for side in (-1, 1):
         canvas.disc((x + 1.9 * side, y + 0.4), 0.75, 0.9, ink)
-    arc = [(x + 1.9 * math.cos(math.radians(a)), y + 1.9 + 1.5 * math.sin(math.radians(a))) for a in range(20, 161, 20)]
+    arc = [
+        (x + 1.9 * math.cos(math.radians(a)), y + 1.9 + 1.5 * math.sin(math.radians(a))) for a in range(20, 161, 20)
+    ]
     canvas.stroke(arc, 0.7, darker(skin, 0.45))
 
 
@@ -206,8 +208,8 @@ def draw_leg(canvas: Canvas, points: list[Point], trousers: tuple, shoe: tuple, 
 def draw(attributes: dict[str, str], seed: int, broken: str | None = None) -> Figure:
     """One person with the given attributes.
 
-    Everything that the attributes leave open (skin, hair, size, place, exact angles) comes from `seed`, so that the same
-    seed with and without `broken` gives twins that differ in the broken limb alone.
+    Everything that the attributes leave open (skin, hair, size, place, exact angles) comes from `seed`, so that the
+    same seed with and without `broken` gives twins that differ in the broken limb alone.
 
     Args:
         attributes: one value for each key of ATTRIBUTES.
@@ -255,7 +257,8 @@ def draw(attributes: dict[str, str], seed: int, broken: str | None = None) -> Fi
         draw_leg(canvas, points, trousers, shoe, outwards)
     canvas.stroke([(neck[0], neck[1] + 1), (neck[0], neck[1] - 2)], 3.4, darker(skin, 0.92))
     w, h = 5.2 * scale, 4.4 * scale
-    canvas.polygon([(hip[0] - h, hip[1]), (neck[0] - w, neck[1] + 1.2), (neck[0] + w, neck[1] + 1.2), (hip[0] + h, hip[1])], shirt)  # fmt: skip
+    collar = neck[1] + 1.2
+    canvas.polygon([(hip[0] - h, hip[1]), (neck[0] - w, collar), (neck[0] + w, collar), (hip[0] + h, hip[1])], shirt)
     canvas.stroke([(neck[0] - w + 1, neck[1] + 1.6), (neck[0] + w - 1, neck[1] + 1.6)], 3.2, shirt)
     canvas.stroke([(hip[0] - h + 1.6, hip[1] + 0.4), (hip[0] + h - 1.6, hip[1] + 0.4)], 4.0, trousers)
     for _, points in arms:
@@ -310,7 +313,7 @@ def turned(centre: Point, point: Point, degrees: float) -> Point:
     return centre[0] + dx * math.cos(a) - dy * math.sin(a), centre[1] + dx * math.sin(a) + dy * math.cos(a)
 
 
-# ---- Command line ----------------------------------------------------------------------------------------------------
+# ---- Command line --------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -324,7 +327,9 @@ def main() -> None:
     rng, attributes = random.Random(args.seed), all_attributes()
     with open(args.folder / "metadata.jsonl", "w") as metadata:
         for i in range(args.count):
-            figure = draw(rng.choice(attributes), rng.getrandbits(32), BREAKS[i % len(BREAKS)] if args.broken else None)
+            figure = draw(
+                rng.choice(attributes), rng.getrandbits(32), BREAKS[i % len(BREAKS)] if args.broken else None
+            )
             figure.image.save(args.folder / f"{i:05d}.png")
             metadata.write(json.dumps({"file_name": f"{i:05d}.png", "text": figure.caption}) + "\n")
 

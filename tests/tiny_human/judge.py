@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The judge of the embedded world: looks at a picture, never at text, and says what body and clothes it sees.
 
-A small convolutional network finds the joints (one heatmap per kind), says whether the body is right, and names pose, arms
-and colours. It was trained on freshly drawn figures (build.py), right and broken, half of them through the VAE; it has
-never seen a caption, the scorer, or the scorer's pictures. The caption enters in plain code alone: `read_caption` says
-which attributes were asked for, and the probability that the judge gives to those is the mark.
+A small convolutional network finds the joints (one heatmap per kind), says whether the body is right, and names pose,
+arms and colours. It was trained on freshly drawn figures (build.py), right and broken, half of them through the VAE;
+it has never seen a caption, the scorer, or the scorer's pictures. The caption enters in plain code alone:
+`read_caption` says which attributes were asked for, and the probability that the judge gives to those is the mark.
 
 Each function at the end is a scorer for make_preference_data.py and eval_human.py, all in [0, 1]:
 
@@ -34,13 +34,13 @@ if "figures" not in sys.modules:  # loaded by path, so that it works from any fo
     spec = importlib.util.spec_from_file_location("figures", HERE / "figures.py")
     sys.modules["figures"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["figures"])
-from figures import ATTRIBUTES, JOINTS, RIGHT_COUNTS, read_caption  # noqa: E402
+from figures import ATTRIBUTES, JOINTS, RIGHT_COUNTS, read_caption
 
 
 Score = Callable[[list[Image.Image], list[str]], list[float]]
 
 
-# ---- Network ---------------------------------------------------------------------------------------------------------
+# ---- Network -------------------------------------------------------------------------------------------------------
 
 
 class Residual(nn.Module):
@@ -68,7 +68,8 @@ class Judge(nn.Module):
         self.heatmaps = nn.Conv2d(32, len(JOINTS), 3, padding=1)
         self.anatomy_conv = nn.Sequential(
             nn.Conv2d(32 + len(JOINTS), 64, 3, stride=2, padding=1), nn.SiLU(),
-            nn.Conv2d(64, 96, 3, stride=2, padding=1), nn.SiLU(), nn.Conv2d(96, 128, 3, stride=2, padding=1), nn.SiLU(),
+            nn.Conv2d(64, 96, 3, stride=2, padding=1), nn.SiLU(),
+            nn.Conv2d(96, 128, 3, stride=2, padding=1), nn.SiLU(),
         )  # fmt: skip
         self.anatomy = nn.Sequential(nn.Linear(128 * 16 + 128, 128), nn.SiLU(), nn.Linear(128, 1))
         self.attributes = nn.ModuleDict({name: nn.Linear(256, len(values)) for name, values in ATTRIBUTES.items()})
@@ -98,12 +99,14 @@ def counts_are_right(counts: Tensor) -> Tensor:
     return (counts == torch.tensor([RIGHT_COUNTS[name] for name in JOINTS], device=counts.device)).all(dim=1)
 
 
-# ---- Scorers ---------------------------------------------------------------------------------------------------------
+# ---- Scorers -------------------------------------------------------------------------------------------------------
 
 
 def load_judge(device: torch.device | str = "cpu") -> Judge:
     network = Judge()
-    network.load_state_dict({name: tensor.float() for name, tensor in load_file(HERE / "judge" / "model.safetensors").items()})
+    network.load_state_dict(
+        {name: tensor.float() for name, tensor in load_file(HERE / "judge" / "model.safetensors").items()}
+    )
     return network.eval().requires_grad_(False).to(device)
 
 
