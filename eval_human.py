@@ -1,0 +1,1512 @@
+# SPDX-License-Identifier: Apache-2.0
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.6,<2.14",
+#     "diffusers>=0.36,<0.43",
+#     "transformers>=4.57,<5.24",
+#     "accelerate>=1.8,<1.16",
+#     "peft>=0.17,<0.22",
+#     "safetensors>=0.5,<0.9",
+#     "pillow>=10,<14",
+#     "numpy>=1.26,<3",
+#     "tqdm>=4.66,<5",
+# ]
+# ///
+"""Does the tuned model draw better people? Base against tuned models on the same prompts, seeds and noise.
+
+    prompts, models ──sample──> images ──scorers, colour, features──> a value per image ──mean over seeds──>
+        a value per prompt ──base against tuned──> win rate, interval, p ──> metrics.json, per_image.csv, report.html
+
+    win_rate(a, b)     = mean over prompts of [a > b] + 1/2 [a = b]
+    interval           = bootstrap over prompts, 95 %;  p = exact sign test, Holm over the metrics
+    hue_distance(a, b) = |a - b| around the circle, of circular mean hues
+    latent_shift       = mean over channels of |mean(tuned) - mean(base)| / std(base)
+
+Usual command:
+
+    python eval_human.py --pretrained_model_name_or_path MODEL --prompts prompts.txt \\
+        --models base dpo=dpo-human-lora --scorers clip pickscore --training_scorer pickscore
+
+Where this differs from the paper (HG-DPO, arXiv 2405.20216):
+1. The scorer that selected the training pairs is marked and never leads: the first held-out scorer is the headline.
+   In the paper PickScore both selects the pairs and judges the result.
+2. The prompt is the unit: seeds are averaged first, so that four images of one prompt do not count as four votes.
+   Every win rate has its interval and its p; the paper gives neither.
+3. Hue is reported twice: between the models' circular means over all images (the paper's Hue, as far as it is spelled
+   out), and image by image, which also sees changes that cancel.
+4. Diversity within a prompt is measured too; distances to real photos (the paper's FID) are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import csv
+import hashlib
+import html
+import importlib
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on shared CPU cores
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from tqdm.auto import tqdm
+
+
+if (
+    TYPE_CHECKING
+):  # diffusers and transformers are imported where they are used, so that a typing error is told at once
+    from diffusers import DiffusionPipeline
+
+WORLD = Path(__file__).resolve().parent / "tests" / "tiny_human"
+
+
+class UserError(Exception):
+    """Something that the user can mend; printed as one line, exit status 1."""
+
+
+# ---- The method: statistics ----------------------------------------------------------------------------------------
+
+
+def per_prompt(values: np.ndarray, prompt_ids: np.ndarray) -> np.ndarray:
+    """Mean over each prompt's images, nan left out: values (N,) or (N, C), prompt numbers (N,) -> (P,) or (P, C)."""
+    if values.ndim == 2:
+        return np.stack([per_prompt(column, prompt_ids) for column in values.T], axis=1)
+    known = ~np.isnan(values)
+    prompts = int(prompt_ids.max()) + 1
+    sums = np.bincount(prompt_ids[known], weights=values[known], minlength=prompts)
+    counts = np.bincount(prompt_ids[known], minlength=prompts)
+    return np.divide(sums, counts, out=np.full(prompts, np.nan), where=counts > 0)
+
+
+def win_shares(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    """Shares of the prompts that `a` wins, ties and loses: (P,) each. A prompt with a nan is left out."""
+    known = ~(np.isnan(a) | np.isnan(b))
+    a, b = a[known], b[known]
+    if not len(a):
+        return math.nan, math.nan, math.nan
+    return float(np.mean(a > b)), float(np.mean(a == b)), float(np.mean(a < b))
+
+
+def win_rate(a: np.ndarray, b: np.ndarray) -> float:
+    """Share of the prompts on which `a` is higher than `b`, ties as 1/2: (P,) each. -inf may lose but never wins."""
+    win, tie, _ = win_shares(a, b)
+    return win + tie / 2
+
+
+def mean_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean of `a - b` over the prompts where both are finite: (P,) each."""
+    known = np.isfinite(a) & np.isfinite(b)
+    return float(np.mean(a[known] - b[known])) if known.any() else math.nan
+
+
+def bootstrap_interval(
+    statistic: Callable[..., float], *samples: np.ndarray, level: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of `statistic(*samples)`; samples are (P, ...), and their rows are drawn together.
+
+    The rows have to be independent: prompts, not images.
+    """
+    rows = np.random.default_rng(seed).integers(0, len(samples[0]), (resamples, len(samples[0])))
+    values = np.array([statistic(*(sample[draw] for sample in samples)) for draw in rows])
+    values = values[~np.isnan(values)]
+    if not len(values):
+        return math.nan, math.nan
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def sign_test(a: np.ndarray, b: np.ndarray) -> float:
+    """Exact two-sided p of "a wins as often as it loses": (P,) each, ties and nan left out (scipy's binomtest)."""
+    wins, losses = int(np.sum(a > b)), int(np.sum(a < b))
+    tail = sum(math.comb(wins + losses, k) for k in range(min(wins, losses) + 1))
+    return min(1.0, 2 * tail / 2 ** (wins + losses))
+
+
+def wilcoxon(a: np.ndarray, b: np.ndarray) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test (normal approximation, zeros left out): (P,) each; sees sizes too."""
+    known = ~(np.isnan(a) | np.isnan(b)) & (a != b)
+    differences = a[known] - b[known]
+    if not len(differences):
+        return 1.0
+    _, inverse, counts = np.unique(np.abs(differences), return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    z = (np.sign(differences) * ranks).sum() / math.sqrt((ranks**2).sum())
+    return math.erfc(abs(z) / math.sqrt(2))
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's adjusted p values, in the given order: each below .05 is a finding, whatever the number of metrics."""
+    order = np.argsort(p_values)
+    factors = len(p_values) - np.arange(len(p_values))
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(factors * np.asarray(p_values)[order]))
+    return adjusted.tolist()
+
+
+def smallest_detectable_win_rate(prompts: int) -> float:
+    """The win rate that a two-sided test at 5 % finds with 80 % power: .60 for 200 prompts."""
+    return min(1.0, 0.5 + (1.96 + 0.84) * 0.5 / math.sqrt(prompts))
+
+
+# ---- The method: colour and diversity ------------------------------------------------------------------------------
+
+
+def srgb_to_lab(rgb: np.ndarray) -> np.ndarray:
+    """CIE Lab (D65) of sRGB values in [0, 1], (..., 3). White is (100, 0, 0), red (53.24, 80.09, 67.20)."""
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array(
+        [[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175], [0.0193339, 0.119192, 0.9503041]]
+    )
+    xyz = linear @ (to_xyz / to_xyz.sum(axis=1, keepdims=True)).T
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    x, y, z = f[..., 0], f[..., 1], f[..., 2]
+    return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+def circular_mean(degrees: np.ndarray) -> float:
+    """The mean direction of angles in degrees, in [0, 360), nan left out; nan where there is none."""
+    angles = np.deg2rad(degrees[~np.isnan(degrees)])
+    if not len(angles):
+        return math.nan
+    return float(np.rad2deg(np.arctan2(np.sin(angles).mean(), np.cos(angles).mean())) % 360)
+
+
+def hue_distance(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray | float:
+    """The distance of two hues around the circle, in [0, 180] degrees: 350 and 10 are 20 apart."""
+    return np.abs((a - b + 180) % 360 - 180)
+
+
+def laplacian_std(grey: np.ndarray) -> float:
+    """ATHEC's sharpness: standard deviation of the Laplacian of a grey image in 0..255, (H, W), borders mirrored."""
+    g = np.pad(grey, 1, mode="reflect")
+    return float((g[:-2, 1:-1] + g[2:, 1:-1] + g[1:-1, :-2] + g[1:-1, 2:] - 4 * grey).std())
+
+
+def colour_statistics(pixels: np.ndarray) -> dict[str, float]:
+    """Colour of one image, (H, W, 3) uint8, under the names of COLOURS, and its mean red, green and blue in 0..255."""
+    rgb = pixels / 255.0
+    lab = srgb_to_lab(rgb).reshape(-1, 3)
+    high, low = rgb.max(axis=-1), rgb.min(axis=-1)
+    spread = np.where(high > low, high - low, np.nan)  # a grey pixel has no hue
+    r, g, b = np.moveaxis(rgb, -1, 0)
+    sector = np.where(high == r, (g - b) / spread, np.where(high == g, 2 + (b - r) / spread, 4 + (r - g) / spread))
+    return {
+        "hue": circular_mean(60 * sector),
+        **dict(zip(("L", "a", "b"), lab.mean(axis=0).tolist(), strict=True)),
+        **dict(zip(("L_std", "a_std", "b_std"), lab.std(axis=0).tolist(), strict=True)),
+        "chroma": float(np.hypot(lab[:, 1], lab[:, 2]).mean()),
+        "saturation": float(np.divide(high - low, high, out=np.zeros_like(high), where=high > 0).mean()),
+        "clipped": float(((pixels == 0) | (pixels == 255)).any(axis=-1).mean()),
+        "sharpness": laplacian_std(pixels @ np.array([0.299, 0.587, 0.114])),
+        **dict(zip(("red", "green", "blue"), pixels.reshape(-1, 3).mean(axis=0).tolist(), strict=True)),
+    }
+
+
+COLOURS = {  # what colour_statistics measures, in words
+    "L": "lightness (Lab L*)",
+    "a": "green to red (Lab a*)",
+    "b": "blue to yellow (Lab b*)",
+    "L_std": "contrast within an image (std of L*)",
+    "a_std": "std of a*",
+    "b_std": "std of b*",
+    "chroma": "chroma (Lab)",
+    "saturation": "saturation (HSV)",
+    "clipped": "share of clipped pixels",
+    "sharpness": "sharpness (ATHEC, std of the Laplacian)",
+}
+
+
+def delta_e(base_lab: np.ndarray, tuned_lab: np.ndarray) -> float:
+    """CIE76 distance of the models' mean colours, (P, 3) each; 2.3 is just noticeable."""
+    return float(np.linalg.norm(tuned_lab.mean(axis=0) - base_lab.mean(axis=0)))
+
+
+def latent_shift(base_means: np.ndarray, tuned_means: np.ndarray, base_std: np.ndarray) -> float:
+    """Mean over channels of |mean(tuned) - mean(base)| in units of base's std: channel means (P, C) each, std (C,)."""
+    return float(np.mean(np.abs(tuned_means.mean(axis=0) - base_means.mean(axis=0)) / base_std))
+
+
+def hue_shift(base_hues: np.ndarray, tuned_hues: np.ndarray) -> float:
+    """Distance in degrees of the models' circular mean hues over all images, (N,) each: the paper's Hue."""
+    return float(hue_distance(circular_mean(base_hues), circular_mean(tuned_hues)))
+
+
+def diversity(features: np.ndarray) -> float:
+    """Mean pairwise cosine distance of one prompt's images, features (K, D); 0 for equal images, nan below two."""
+    if len(features) < 2:
+        return math.nan
+    unit = features / np.linalg.norm(features, axis=1, keepdims=True)
+    first, second = np.triu_indices(len(unit), k=1)
+    return float(np.mean(np.sum((unit[first] - unit[second]) ** 2, axis=1) / 2))  # exactly 0 where 1 - cos would round
+
+
+# ---- Data: models, images, values ----------------------------------------------------------------------------------
+
+
+def read_prompts(path: str, max_prompts: int | None) -> tuple[list[str], str]:
+    """The prompts of a text file, one per line, and a remark on what was left out (blank lines, repeated prompts)."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the prompts file {path}: {getattr(error, 'strerror', None) or error}") from error
+    prompts = list(dict.fromkeys(line for line in lines if line))
+    if not prompts:
+        raise UserError(f"the prompts file {path} {'holds only blank lines' if lines else 'is empty'}")
+    blank, chosen = lines.count(""), prompts[:max_prompts]
+    left_out = f"{blank} blank lines and {len(lines) - blank - len(prompts)} repeated prompts left out"
+    return chosen, f"prompts: the first {len(chosen)} of {len(prompts)} in {path} ({left_out})"
+
+
+class Model(NamedTuple):
+    """One side of the comparison: the base model (path None), a LoRA, or a folder with a full U-Net in unet/."""
+
+    name: str
+    path: Path | None
+    lora_scale: float = 1.0
+
+
+def parse_model(spec: str) -> Model:
+    """`base` or `NAME=PATH[,lora_scale=S]`; UserError for anything else and for a path without weights."""
+    name, _, rest = spec.partition("=")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"{spec!r}: a model's name is made of letters, digits, '.', '-' and '_'")
+    if name == "base":
+        if rest:
+            raise UserError(
+                f"{spec!r}: 'base' is the model of --pretrained_model_name_or_path; give this one another name"
+            )
+        return Model("base", None)
+    path, *options = rest.split(",")
+    if not path:
+        raise UserError(f"{spec!r}: expected 'base' or NAME=FOLDER, as in dpo=dpo-human-lora")
+    model = Model(name, Path(path))
+    weight_files(model.path)
+    for option in options:
+        key, _, value = option.partition("=")
+        if key != "lora_scale" or not re.fullmatch(r"-?\d*\.?\d+", value):
+            raise UserError(f"{spec!r}: unknown option {option!r}; there is lora_scale=NUMBER")
+        model = model._replace(lora_scale=float(value))
+    return model
+
+
+def parse_models(specs: list[str]) -> list[Model]:
+    """All of --models, base first; UserError without base, without any other, or with two of one name."""
+    models = [parse_model(spec) for spec in specs]
+    names = [model.name for model in models]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise UserError(f"--models: two models are called {min(twice)}")
+    if "base" not in names:
+        raise UserError("--models needs base: every model is compared with it")
+    if len(models) == 1:
+        raise UserError("--models needs a tuned model beside base, as in dpo=dpo-human-lora")
+    return sorted(models, key=lambda model: model.name != "base")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files with a tuned model's weights: unet/*.safetensors or one LoRA file. UserError where there are none."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"no model at {path}: train one first, or give its folder")
+    named = path / "pytorch_lora_weights.safetensors"
+    found = sorted(path.glob("unet/*.safetensors")) or (
+        [named] if named.is_file() else sorted(path.glob("*.safetensors"))
+    )
+    if not found:
+        raise UserError(f"{path} holds neither pytorch_lora_weights.safetensors nor unet/: training has not finished")
+    if found[0].parent == path and len(found) > 1:
+        raise UserError(f"{path} holds {len(found)} weight files; name the one to load, as in NAME={found[0]}")
+    return found
+
+
+def fingerprint(files: list[Path]) -> str:
+    """A short hash of the files' sizes and last mebibytes: quick, and enough, for training moves every weight."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - 2**20))
+            digest.update(f"{size}|".encode() + stream.read())
+    return digest.hexdigest()[:16]
+
+
+def image_settings(args: argparse.Namespace, model: Model) -> dict[str, object]:
+    """All that a model's images depend upon, beside prompt and index; kept beside them as settings.json."""
+    names = (
+        "revision",
+        "variant",
+        "sampler",
+        "num_inference_steps",
+        "guidance_scale",
+        "height",
+        "width",
+        "negative_prompt",
+        "seed",
+    )
+    settings = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", *names, "mixed_precision")}
+    base = Path(args.pretrained_model_name_or_path)
+    settings["base_weights"] = fingerprint(sorted(base.rglob("*.safetensors"))) if base.is_dir() else None
+    settings["tuned_weights"] = fingerprint(weight_files(model.path)) if model.path else None
+    settings["lora_scale"] = model.lora_scale
+    return settings
+
+
+def open_image_folder(folder: Path, settings: dict[str, object], overwrite: bool) -> None:
+    """Makes `folder` ready for images of these settings; UserError where it holds others that have to stay."""
+    record = folder / "settings.json"
+    old = json.loads(record.read_text()) if record.is_file() else {}
+    if old != settings and any(folder.glob("*.png")):
+        if not overwrite:
+            changed = [f"{key} {old.get(key)} -> {settings[key]}" for key in settings if old.get(key) != settings[key]]
+            raise UserError(
+                f"{folder} holds images of another run ({', '.join(changed)}): "
+                "--overwrite makes them anew, another --output_dir keeps them"
+            )
+        for file in folder.glob("*.png"):
+            file.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(record, json.dumps(settings, indent=2).encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes under a temporary name and renames, so that a file is there whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
+
+
+def png(image: Image.Image, **text: str) -> bytes:
+    """`image` as a PNG that carries `text`."""
+    info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
+    for key, value in text.items():
+        info.add_itxt(key, value)
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def image_text(path: Path) -> dict[str, str]:
+    """What an image of ours carries (prompt, seed, latent_mean, latent_std); {} where there is no image."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.text
+    except (OSError, AttributeError):
+        return {}
+
+
+def load_images(paths: list[Path]) -> list[Image.Image]:
+    """The images in RGB, decoded by a few threads."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda path: Image.open(path).convert("RGB"), paths))
+
+
+def in_batches(items: list, size: int) -> Iterator[list]:
+    """`items` in consecutive lists of `size`, the last one shorter."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+@contextmanager
+def tuned(pipe: DiffusionPipeline, model: Model) -> Iterator[None]:
+    """Within the block `pipe` draws as `model`; afterwards it is the base model again."""
+    if model.path is None:
+        yield
+    elif (model.path / "unet").is_dir():
+        from diffusers import UNet2DConditionModel
+
+        base = pipe.unet
+        unet = UNet2DConditionModel.from_pretrained(model.path, subfolder="unet", torch_dtype=base.dtype)
+        pipe.unet = unet.to(base.device, memory_format=torch.channels_last)
+        yield
+        pipe.unet = base
+    else:
+        weights = weight_files(model.path)[0]
+        try:
+            pipe.load_lora_weights(weights.parent, weight_name=weights.name, adapter_name=model.name)
+            pipe.set_adapters([model.name], [model.lora_scale])
+        except (ValueError, RuntimeError, LookupError, OSError) as error:
+            raise UserError(f"{weights} is not a LoRA for this base model: {str(error).splitlines()[0]}") from error
+        yield
+        pipe.unload_lora_weights()
+
+
+# ---- Scorers -------------------------------------------------------------------------------------------------------
+# A scorer is a function factory(device, **options) -> score(images, prompts) -> one float per image, higher is better.
+# -inf may lose but never win; nan is used for neither side. Yours: --scorer package.module:factory or path/to/file.py:factory.
+
+Score = Callable[[list[Image.Image], list[str]], list[float]]
+
+
+class Scorer(NamedTuple):
+    """A parsed --scorer; `load(device)` makes the scoring function."""
+
+    label: str  # its name in the data set
+    weight: float  # its weight in the ensemble
+    source: str  # NAME[=MODEL] as given
+    load: Callable[[torch.device | str], Score]
+
+
+def clip_score(device: torch.device | str, model: str = "openai/clip-vit-large-patch14", processor: str = "") -> Score:
+    """100 * cos(image, text) of any CLIPModel."""
+    cosine, _ = clip_cosine(device, model, processor or model)
+    return lambda images, prompts: (100 * cosine(images, prompts)).tolist()
+
+
+def pick_score(device: torch.device | str, model: str = "", processor: str = "") -> Score:
+    """PickScore (https://arxiv.org/abs/2305.01569): exp(logit_scale) * cos(image, text), of any CLIPModel trained so.
+
+    A difference is a Bradley-Terry logit: at 0.5 about 62 % of people agree, at 1 about 73 %.
+    """
+    processor = processor or model or "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+    cosine, scale = clip_cosine(device, model or "yuvalkirstain/PickScore_v1", processor)
+    return lambda images, prompts: (scale * cosine(images, prompts)).tolist()
+
+
+def clip_cosine(device: torch.device | str, model: str, processor: str) -> tuple[Callable[..., torch.Tensor], float]:
+    """The function cosine(images, prompts) -> (B,) float32 of a CLIPModel, and its exp(logit_scale).
+
+    fp16 on CUDA, fp32 elsewhere (bf16's noise is a fifth of the scores' spread), the product always in fp32. Images
+    are padded to a square; prompts are cut by tokens and encoded once each.
+    """
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+    device = torch.device(device)
+    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    try:
+        clip = CLIPModel.from_pretrained(model, dtype=dtype).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(processor)
+        to_pixels = AutoImageProcessor.from_pretrained(processor, backend="pil")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the scorer {model}: {str(error).splitlines()[0]}") from error
+
+    @lru_cache(maxsize=4096)
+    @torch.inference_mode()
+    def embed_text(prompt: str) -> torch.Tensor:
+        tokens = tokenizer(
+            prompt, truncation=True, max_length=clip.config.text_config.max_position_embeddings, return_tensors="pt"
+        )
+        pooled = clip.text_model(**tokens.to(device)).pooler_output
+        return torch.nn.functional.normalize(clip.text_projection(pooled).float(), dim=-1)[0]
+
+    @torch.inference_mode()
+    def cosine(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
+        squares = [ImageOps.pad(image.convert("RGB"), (max(image.size), max(image.size))) for image in images]
+        pixels = to_pixels(images=squares, return_tensors="pt").pixel_values.to(device, dtype)
+        image_embeds = clip.visual_projection(clip.vision_model(pixels).pooler_output).float()
+        text_embeds = torch.stack([embed_text(prompt) for prompt in prompts])
+        return (torch.nn.functional.normalize(image_embeds, dim=-1) * text_embeds).sum(-1).cpu()
+
+    return cosine, clip.logit_scale.float().exp().item()
+
+
+BUILT_IN_SCORERS = {"pickscore": pick_score, "clip": clip_score}
+
+
+def parse_scorer(spec: str) -> Scorer:
+    """Reads `[WEIGHT*]NAME[=MODEL]`: NAME is pickscore, clip, module:function or file.py:function. No weights yet."""
+    weight, name, model = re.fullmatch(r"(?:([-+.\de]+)\*)?([^=]*)(?:=(.*))?", spec).groups()
+    try:
+        weight = float(weight or 1)
+    except ValueError:
+        raise UserError(f"scorer {spec}: {weight} is not a number") from None
+    label = name.rpartition(":")[2]
+    factory = BUILT_IN_SCORERS.get(name) or find_plugin(name)
+    if name in BUILT_IN_SCORERS and model:
+        check_model(model, "config.json")
+    if model:
+        return Scorer(label, weight, f"{name}={model}", partial(factory, model=model))
+    return Scorer(label, weight, name, factory)
+
+
+def parse_scorers(specs: list[str]) -> list[Scorer]:
+    """All of --scorer; two scorers of the same label cannot be told apart."""
+    scorers = [parse_scorer(spec) for spec in specs]
+    twice = [label for label, count in Counter(scorer.label for scorer in scorers).items() if count > 1]
+    if twice:
+        raise UserError(f"two scorers are called {twice[0]}")
+    return scorers
+
+
+def find_plugin(name: str) -> Callable[..., Score]:
+    """The function that `module:function` or `path/to/file.py:function` names."""
+    module_name, colon, function = name.rpartition(":")
+    if not colon:
+        raise UserError(
+            f"unknown scorer {name!r}: use {', '.join(BUILT_IN_SCORERS)}, module:function or file.py:function"
+        )
+    try:
+        if module_name.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(module_name)
+    except (ImportError, OSError, SyntaxError) as error:
+        raise UserError(f"scorer {name}: cannot import {module_name}: {error}") from error
+    if not callable(getattr(module, function, None)):
+        raise UserError(f"scorer {name}: {module_name} has no function {function}")
+    return getattr(module, function)
+
+
+def run_scorer(score: Score, label: str, images: list[Image.Image], prompts: list[str]) -> list[float]:
+    """One float per image, or an error that names the scorer."""
+    scores = [float(value) for value in score(images, prompts)]
+    if len(scores) != len(images):
+        raise UserError(f"scorer {label} gave {len(scores)} scores for {len(images)} images")
+    return scores
+
+
+# ---- Models and sampling -------------------------------------------------------------------------------------------
+
+
+def quiet_libraries() -> None:
+    """Silences what the libraries print and a user cannot act on; call it before diffusers' models are imported."""
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # "can't load C++/CUDA extensions" on a CPU
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # diffusers 0.36 has no other name
+    import diffusers
+    import transformers
+
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()  # "requires torchvision", the safety checker's notice
+        library.utils.logging.disable_progress_bar()  # "Loading pipeline components", "Loading weights"
+
+
+def check_model(name: str, needs: str) -> None:
+    """Refuses a model name that is neither a hub id (owner/name) nor a folder that holds the file `needs`."""
+    if Path(name).is_dir():
+        if not (Path(name) / needs).is_file():
+            raise UserError(f"{name} holds no {needs}: it is not a model folder")
+    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise UserError(f"no such model folder: {name}")
+
+
+def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
+    """The user's text-to-image pipeline (SD1.x, SD2.x, SDXL), ready for `sample`, without SD's safety checker.
+
+    --sampler dpmsolver puts the paper's DPM-Solver multistep in place of the model's scheduler. The VAE stays in fp32.
+    """
+    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+
+    name = args.pretrained_model_name_or_path
+    precision = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    try:
+        pipe = DiffusionPipeline.from_pretrained(
+            name, revision=args.revision, variant=args.variant, torch_dtype=dtype, safety_checker=None
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
+    if args.sampler == "dpmsolver":
+        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.vae.to(torch.float32)
+    pipe.to(device)
+    pipe.unet.to(memory_format=torch.channels_last)
+    pipe.vae.to(memory_format=torch.channels_last)
+    return pipe
+
+
+@torch.inference_mode()
+def encode_prompts(pipe: DiffusionPipeline, prompts: list[str], negative_prompt: str) -> dict[str, torch.Tensor]:
+    """The pipeline's own prompt embeddings, each prompt encoded once, the negative one once for all.
+
+    Returns keyword arguments of the pipeline: prompt_embeds (P, L, D), negative_prompt_embeds (1, L, D), and for SDXL
+    the pooled ones (P, D) and (1, D).
+    """
+    options = {"device": pipe.unet.device, "num_images_per_prompt": 1}
+    positive = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **options)
+    pair = pipe.encode_prompt("", do_classifier_free_guidance=True, negative_prompt=negative_prompt or None, **options)
+    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+    encoded = dict(zip(names, positive, strict=False))
+    return {
+        name: pair[i] if name.startswith("negative") else encoded[name] for i, name in enumerate(names[: len(pair)])
+    }
+
+
+def image_seed(seed: int, prompt: str, index: int) -> int:
+    """The seed of a prompt's index-th image, whatever the batch, the order of prompts and the number of processes."""
+    return int.from_bytes(hashlib.sha256(f"{seed}|{prompt}|{index}".encode()).digest()[:6], "big")
+
+
+@torch.inference_mode()
+def sample(
+    pipe: DiffusionPipeline,
+    embeds: dict[str, torch.Tensor],
+    rows: Sequence[int],
+    seeds: Sequence[int],
+    num_inference_steps: int,
+    guidance_scale: float,
+    height: int | None = None,
+    width: int | None = None,
+) -> tuple[list[Image.Image], torch.Tensor]:
+    """Draws an image for every prompt `rows[i]` of `embeds` (see encode_prompts) with the seed `seeds[i]`.
+
+    Batches mix prompts freely: each image has its own CPU generator, so it depends on (model, prompt, seed) alone.
+    Returns the images and the sampler's own latents, scaled, (B, C, H, W) float16 on the CPU. Without a height and
+    width, the model's own size.
+    """
+    index = torch.tensor(rows, device=pipe.unet.device)
+    latents = pipe(
+        **{k: v.expand(len(index), *v.shape[1:]) if k.startswith("negative") else v[index] for k, v in embeds.items()},
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        num_inference_steps=num_inference_steps,
+        guidance_scale=guidance_scale,
+        height=height,
+        width=width,
+        output_type="latent",
+    ).images
+    return decode(pipe, latents), latents.to("cpu", torch.float16)
+
+
+@torch.inference_mode()
+def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
+    """Scaled latents (B, C, H, W) to images. The VAE works in fp32, one image at a time: SDXL's overflows in fp16."""
+    latents = (latents.to(pipe.vae.device, torch.float32) / pipe.vae.config.scaling_factor).split(1)
+    pixels = torch.cat([pipe.vae.decode(one, return_dict=False)[0] for one in latents])
+    return pipe.image_processor.postprocess(pixels, output_type="pil")
+
+
+# ---- Measuring -----------------------------------------------------------------------------------------------------
+
+
+def measure_scores(score: Callable, paths: list[Path], prompts: list[str], batch_size: int, label: str) -> np.ndarray:
+    """One scorer's values of all images, (N,) float64."""
+    values = []
+    with tqdm(total=len(paths), unit="img", desc=f"score {label}", leave=False) as progress:
+        for rows in in_batches(list(zip(paths, prompts, strict=True)), batch_size):
+            values += run_scorer(score, label, load_images([path for path, _ in rows]), [prompt for _, prompt in rows])
+            progress.update(len(rows))
+    return np.array(values, dtype=np.float64)
+
+
+def measure_colour(path: Path) -> dict[str, float | list[float]]:
+    """colour_statistics of an image, at most 512 pixels a side, and the latent statistics that it carries."""
+    with Image.open(path) as image:
+        latents = {key: json.loads(image.text[key]) for key in ("latent_mean", "latent_std")}
+        pixels = image.convert("RGB")
+    pixels.thumbnail((512, 512), Image.Resampling.BOX)
+    return {**colour_statistics(np.asarray(pixels)), **latents}
+
+
+def image_features(name: str, device: torch.device) -> Callable[[list[Image.Image]], np.ndarray]:
+    """A function from images to features (N, D) of a CLIPModel or a DINOv2: the class token after the last norm."""
+    from transformers import AutoImageProcessor, AutoModel
+
+    processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+    model = AutoModel.from_pretrained(name).eval().to(device)
+    vision = getattr(model, "vision_model", model)
+
+    @torch.inference_mode()
+    def features(images: list[Image.Image]) -> np.ndarray:
+        inputs = processor(
+            images=[ImageOps.pad(image, (max(image.size), max(image.size))) for image in images], return_tensors="pt"
+        ).to(device)
+        return vision(pixel_values=inputs["pixel_values"]).pooler_output.double().cpu().numpy()
+
+    return features
+
+
+def measure_diversity(features: Callable, paths: list[Path], prompt_ids: np.ndarray, batch_size: int) -> np.ndarray:
+    """diversity of every prompt, (P,); nan for a prompt with one image."""
+    counts = np.bincount(prompt_ids)
+    rows = np.flatnonzero(counts[prompt_ids] > 1)
+    found = [features(load_images([paths[row] for row in batch])) for batch in in_batches(rows.tolist(), batch_size)]
+    found = np.concatenate(found) if found else np.empty((0, 1))
+    return np.array([diversity(found[prompt_ids[rows] == prompt]) for prompt in range(len(counts))])
+
+
+def latent_std(means: np.ndarray, stds: np.ndarray) -> np.ndarray:
+    """Std of each latent channel over all pixels of all images, by the images' means and stds (N, C): (C,)."""
+    return np.sqrt((stds**2 + means**2).mean(axis=0) - means.mean(axis=0) ** 2)
+
+
+# ---- Comparing -----------------------------------------------------------------------------------------------------
+
+
+def compare(base: np.ndarray, tuned: np.ndarray, role: str) -> dict[str, object]:
+    """Tuned against base on one metric, a value per prompt each, (P,); role is held-out, training or diversity."""
+    win, tie, lose = win_shares(tuned, base)
+    return {
+        "role": role,
+        "prompts": int(np.sum(~np.isnan(base) & ~np.isnan(tuned))),
+        "win_rate": win_rate(tuned, base),
+        "interval": bootstrap_interval(win_rate, tuned, base),
+        "win": win,
+        "tie": tie,
+        "lose": lose,
+        "base": finite_mean(base),
+        "tuned": finite_mean(tuned),
+        "difference": mean_difference(tuned, base),
+        "difference_interval": bootstrap_interval(mean_difference, tuned, base),
+        "sign_test": sign_test(tuned, base),
+        "wilcoxon": wilcoxon(tuned, base),
+    }
+
+
+def compare_colour(
+    base: dict[str, np.ndarray], tuned: dict[str, np.ndarray], prompt_ids: np.ndarray
+) -> dict[str, object]:
+    """Every colour measure of tuned against base, paired by prompt, with intervals over prompts."""
+    colour = {}
+    for key in COLOURS:
+        a, b = per_prompt(base[key], prompt_ids), per_prompt(tuned[key], prompt_ids)
+        interval = bootstrap_interval(mean_difference, b, a)
+        colour[key] = {
+            "base": finite_mean(a),
+            "tuned": finite_mean(b),
+            "difference": mean_difference(b, a),
+            "interval": interval,
+        }
+
+    def shift(statistic: Callable[..., float], *samples: np.ndarray) -> dict[str, object]:
+        return {"value": statistic(*samples), "interval": bootstrap_interval(statistic, *samples)}
+
+    hues = [
+        np.array([circular_mean(side["hue"][prompt_ids == p]) for p in np.unique(prompt_ids)])
+        for side in (base, tuned)
+    ]
+    labs = [per_prompt(np.stack([side[key] for key in "Lab"], axis=1), prompt_ids) for side in (base, tuned)]
+    means = [per_prompt(side["latent_mean"], prompt_ids) for side in (base, tuned)]
+    std = latent_std(base["latent_mean"], base["latent_std"])
+    colour["hue_shift"] = shift(hue_shift, *hues)
+    colour["hue_distance"] = shift(finite_mean, per_prompt(hue_distance(base["hue"], tuned["hue"]), prompt_ids))
+    colour["delta_e"] = shift(delta_e, *labs)
+    colour["latent_shift"] = shift(lambda a, b: latent_shift(a, b, std), *means)
+    colour["latent_channels"] = [
+        shift(finite_mean, (means[1] - means[0])[:, channel] / std[channel]) for channel in range(len(std))
+    ]
+    colour["latent_std_ratio"] = (latent_std(tuned["latent_mean"], tuned["latent_std"]) / std).tolist()
+    return colour
+
+
+def finite_mean(values: np.ndarray) -> float:
+    """Mean of the finite values; nan where there is none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.mean()) if len(finite) else math.nan
+
+
+def leading_metric(metrics: dict[str, dict]) -> str:
+    """The first held-out scorer; the first scorer of all where none is held out."""
+    return next((label for label, row in metrics.items() if row["role"] == "held-out"), next(iter(metrics)))
+
+
+NOTICEABLE = 2.3  # the just noticeable difference in CIE76 Delta E
+
+
+def verdict(name: str, metrics: dict[str, dict], colour: dict[str, object]) -> list[tuple[str, str]]:
+    """The comparison in sentences, each with a tone: good, bad or plain; the first one is the headline.
+
+    A gain has to pass Holm, with its interval above 1/2; a loss warns by its interval alone.
+    """
+    lead = leading_metric(metrics)
+    row = metrics[lead]
+    gained = [label for label, m in metrics.items() if m["interval"][0] > 0.5 and m["holm"] < 0.05]
+    lost = [label for label, m in metrics.items() if m["interval"][1] < 0.5]
+    what = "draws better than" if lead in gained else "draws worse than" if lead in lost else "cannot be told from"
+    tone = "good" if lead in gained else "bad" if lead in lost else "plain"
+    low, high = (f"{100 * end:.0f}" for end in row["interval"])
+    rate = f"it wins {100 * row['win_rate']:.0f} % of {row['prompts']} prompts [{low}, {high}]"
+    sentences = [(tone, f"{name} {what} base by {lead}: {rate}.")]
+
+    training = [label for label, m in metrics.items() if m["role"] == "training"]
+    held_out = [label for label, m in metrics.items() if m["role"] == "held-out"]
+    costs = [
+        f"{label} gets worse ({100 * metrics[label]['win_rate']:.0f} %)" for label in lost if label not in training
+    ]
+    if colour["delta_e"]["interval"][0] > NOTICEABLE:
+        costs.append(f"the colours shift visibly (Delta E {colour['delta_e']['value']:.1f})")
+    if costs and set(training) & set(gained):
+        rise = f"the training scorer rises ({100 * metrics[training[0]]['win_rate']:.0f} %) while"
+        sentences.append(("bad", f"Looks like reward hacking: {rise} {' and '.join(costs)}."))
+    elif costs:
+        sentences.append(("bad", f"At a cost: {' and '.join(costs)}."))
+    elif set(training) & set(gained) and held_out and not set(held_out) & set(gained):
+        sentences.append(("plain", "The training scorer rises, but no held-out scorer follows."))
+    if not held_out:
+        sentences.append(
+            ("bad", "Only the training scorer judges here: add a held-out one to --scorers before you believe it.")
+        )
+    return sentences
+
+
+def compare_models(
+    values: dict[str, dict[str, np.ndarray]], prompt_ids: np.ndarray, labels: list[str], training: list[str]
+) -> dict[str, dict]:
+    """Every tuned model against base: {model: {"metrics": {label: compare()}, "colour": ..., "verdict": ...}}."""
+    roles = {label: "training" if label in training else "held-out" for label in labels}
+    roles = dict(sorted(roles.items(), key=lambda item: item[1] == "training"))  # held-out scorers lead
+    results = {}
+    for name in list(values)[1:]:
+        base, other = values["base"], values[name]
+        metrics = {
+            label: compare(per_prompt(base[label], prompt_ids), per_prompt(other[label], prompt_ids), role)
+            for label, role in roles.items()
+        }
+        if not np.isnan(base["diversity"]).all():
+            metrics["diversity"] = compare(base["diversity"], other["diversity"], "diversity")
+        for row, p in zip(metrics.values(), holm([row["sign_test"] for row in metrics.values()]), strict=True):
+            row["holm"] = p
+        colour = compare_colour(base, other, prompt_ids)
+        results[name] = {"metrics": metrics, "colour": colour, "verdict": verdict(name, metrics, colour)}
+    return results
+
+
+# ---- Report: one HTML file that loads nothing ----------------------------------------------------------------------
+
+LIGHT = """--paper:#fff;--card:#f6f7f7;--ink:#1f2529;--soft:#66717a;--line:#e2e6e8;
+ --tuned:#2c6e91;--base:#9aa4ab;--win:#3f8f6b;--lose:#c4654a;--tie:#cfd5d8"""
+DARK = """--paper:#15191c;--card:#1d2327;--ink:#e4e8ea;--soft:#98a4ac;--line:#2e363b;
+ --tuned:#6fb3d6;--base:#7d8890;--win:#5db48b;--lose:#dd8267;--tie:#434d53"""
+CSS = (
+    f"""
+:root{{color-scheme:light dark;{LIGHT}}}
+@media(prefers-color-scheme:dark){{:root{{{DARK}}}}}
+@media print{{:root{{color-scheme:light;{LIGHT}}}}}
+"""
+    + """
+*{box-sizing:border-box;print-color-adjust:exact;-webkit-print-color-adjust:exact}
+body{margin:0;background:var(--paper);color:var(--ink);overflow-wrap:anywhere;font-variant-numeric:tabular-nums;
+ font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:56px 28px 72px}
+h1{font-size:34px;line-height:1.2;letter-spacing:-.02em;font-weight:650;margin:0 0 20px}
+h2{font-size:24px;letter-spacing:-.01em;font-weight:650;margin:64px 0 12px;padding-top:32px;
+ border-top:1px solid var(--line)}
+h3{font-size:18px;font-weight:650;margin:52px 0 4px}
+h4{font-size:15px;font-weight:600;margin:30px 0 12px}
+p{margin:0 0 12px;max-width:72ch}
+.soft,th,figcaption,dt{color:var(--soft)}
+.said{padding-left:14px;border-left:3px solid var(--tie)}
+.said.good{border-color:var(--win)}.said.bad{border-color:var(--lose)}
+.head{font-size:19px;line-height:1.45}
+.scroll{overflow-x:auto;margin:14px 0}
+table{border-collapse:collapse;width:100%;font-size:15px}
+th{font-weight:500;font-size:13px;text-align:left}
+th,td{padding:10px 20px 10px 0;border-bottom:1px solid var(--line);white-space:nowrap}
+td:last-child,th:last-child{padding-right:0}
+.n{text-align:right}.wins{min-width:920px}.wins td:nth-child(4),.wins td:nth-child(5){width:19%}
+.lead td:first-child{font-weight:650}
+.tag{font-size:12px;font-weight:400;color:var(--soft);background:var(--card);border-radius:9px;padding:2px 8px;
+ margin-left:8px}
+.whisker{display:block;width:100%;height:22px}
+.bar{display:flex;gap:2px;height:12px;border-radius:3px;overflow:hidden}
+.win{background:var(--win)}.tie{background:var(--tie)}.lose{background:var(--lose)}
+.key{display:inline-block;width:10px;height:10px;border-radius:2px;margin:0 6px 0 14px}
+.key:first-child,br+.key{margin-left:0}
+.facts,.plots,.rows{display:grid;grid-template-columns:repeat(auto-fit,minmax(215px,1fr));gap:14px;margin:18px 0}
+.fact,.row{background:var(--card);border-radius:10px;padding:14px 16px}
+.fact{font-size:13px;color:var(--soft)}
+.fact b{display:block;font-size:26px;font-weight:600;line-height:1.35;color:var(--ink)}
+.plots{grid-template-columns:repeat(auto-fit,minmax(270px,1fr));gap:36px 30px;margin:34px 0}
+figure{margin:0}figcaption{font-size:13px;margin-bottom:12px}
+.plots svg{display:block;width:100%;max-width:420px}
+svg text{font:11px system-ui,sans-serif;fill:var(--soft)}
+.rows{grid-template-columns:repeat(auto-fill,minmax(290px,1fr))}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:8px}
+.pair img{display:block;width:100%;border-radius:5px}.small img{image-rendering:pixelated}
+.pair figcaption{margin:5px 0 0}
+.row p{font-size:14px;line-height:1.45;margin:10px 0 8px}
+.scores{font-size:12.5px;color:var(--soft);display:flex;flex-wrap:wrap;gap:2px 14px}
+details{margin-top:64px;border-top:1px solid var(--line);padding-top:20px}
+summary{cursor:pointer;margin-bottom:16px}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 24px;font-size:14px}dd{margin:0}
+@media(max-width:600px){main{padding:32px 18px 48px}h1{font-size:28px}.head{font-size:17px}
+ dl{display:block}dd{margin-bottom:8px}}
+@media print{main{padding:0;max-width:none}body{font-size:10.5pt}h2,h3,h4{break-after:avoid}
+ tr,figure,.fact,.row{break-inside:avoid}.scroll{overflow:visible}.wins{min-width:0;font-size:9pt}
+ th,td{padding-right:10px}.rows,.plots{grid-template-columns:repeat(3,1fr)}}
+"""
+)
+
+READING = """The prompt is the unit: a model's images of one prompt are averaged first. Win rate: share of the
+prompts on which the tuned model is higher, ties as one half; its interval is a bootstrap over prompts, its p an exact
+sign test with Holm's correction over the metrics. The training scorer selected the training pairs, so it never leads.
+Diversity: mean cosine distance of one prompt's images. Hue, all images together, is the paper's: where hues go all
+around the circle it is not stable, and its interval says so."""
+
+
+def percent(share: float) -> str:
+    """A share as "59.1 %"."""
+    return f"{100 * share:.1f} %"
+
+
+def number(value: float) -> str:
+    """A value with four significant digits."""
+    return f"{value:.4g}"
+
+
+def span(interval: tuple[float, float], scale: float = 1.0, digits: int = 1) -> str:
+    """An interval as "[53.1, 65.9]"."""
+    return f"[{scale * interval[0]:.{digits}f}, {scale * interval[1]:.{digits}f}]"
+
+
+def tone(interval: tuple[float, float]) -> str:
+    """The colour of a win rate by its interval: win above 1/2, lose below it, else that of base."""
+    return "win" if interval[0] > 0.5 else "lose" if interval[1] < 0.5 else "base"
+
+
+def whisker(value: float, interval: tuple[float, float]) -> str:
+    """A share with its interval on an axis from 0 to 100 %, with a line at 50 %."""
+    colour, (x, low, high) = f"var(--{tone(interval)})", (f"{2 + 96 * end:.2f}%" for end in (value, *interval))
+    return f"""<svg class="whisker"><line x1="2%" x2="98%" y1="11" y2="11" stroke="var(--line)"/>
+<line x1="50%" x2="50%" y1="2" y2="20" stroke="var(--base)"/>
+<line x1="{low}" x2="{high}" y1="11" y2="11" stroke="{colour}" stroke-width="3" stroke-linecap="round"/>
+<circle cx="{x}" cy="11" r="5" fill="{colour}"/></svg>"""
+
+
+def metric_table(name: str, metrics: dict[str, dict]) -> str:
+    """The table of win rates; `name` is escaped already."""
+    rows, lead = [], leading_metric(metrics)
+    for label, m in metrics.items():
+        tag = {"training": "training scorer", "diversity": "in a prompt"}.get(m["role"], "")
+        tag = tag and f'<span class="tag">{tag}</span>'
+        bar = "".join(
+            f'<i class="{key}" style="flex:{m[key]:.4f}"></i>' for key in ("win", "tie", "lose") if m[key] > 0
+        )
+        rows.append(f"""<tr{' class="lead"' if label == lead else ""}><td>{html.escape(label)}{tag}</td>
+<td class="n">{percent(m["win_rate"])}</td><td class="n">{span(m["interval"], 100)}</td>
+<td>{whisker(m["win_rate"], m["interval"]) if m["prompts"] else ""}</td><td><div class="bar">{bar}</div></td>
+<td class="n">{number(m["base"])} → {number(m["tuned"])}</td><td class="n">{m["holm"]:.2g}</td></tr>""")
+    return f"""<div class="scroll"><table class="wins"><tr><th>Metric</th><th class="n">Win rate</th>
+<th class="n">95 % interval</th><th>0 to 100 %</th>
+<th><i class="key win"></i>won<i class="key tie"></i>tied<i class="key lose"></i>lost</th>
+<th class="n">Mean, base → {name}</th><th class="n">p (Holm)</th></tr>{"".join(rows)}</table></div>"""
+
+
+def colour_plane(base: np.ndarray, tuned: np.ndarray) -> str:
+    """Mean a* and b* of each prompt's images, (P, 2) each: base grey, tuned coloured, their means joined by a line."""
+    reach = max(5.0, 1.1 * float(np.abs([base, tuned]).max()))
+
+    def dots(points: np.ndarray, side: str, style: str) -> str:
+        return "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" fill="var(--{side})" {style}/>' for x, y in points)
+
+    base, tuned = (150 + 140 * points / reach * (1, -1) for points in (base, tuned))
+    means = np.stack([base.mean(axis=0), tuned.mean(axis=0)])
+    small, large = 'r="2.4" fill-opacity=".55"', 'r="6" stroke="var(--paper)" stroke-width="2"'
+    (x1, y1), (x2, y2) = means
+    return f"""<svg viewBox="0 0 300 300"><path d="M10 150H290M150 10V290" stroke="var(--line)"/>
+<text x="290" y="164" text-anchor="end">red</text><text x="10" y="164">green</text><text x="156" y="20">yellow</text>
+<text x="156" y="288">blue</text>{dots(base[:400], "base", small)}{dots(tuned[:400], "tuned", small)}
+<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke="var(--ink)"/>
+{dots(means[:1], "base", large)}{dots(means[1:], "tuned", large)}</svg>"""
+
+
+def colour_strips(base: np.ndarray, tuned: np.ndarray, hues: np.ndarray) -> str:
+    """Mean colours of up to 60 prompts, (P, 3) in 0..255 each, base above tuned, in the order of base's hues (P,)."""
+    order = np.argsort(np.nan_to_num(hues))
+    order = order[np.linspace(0, len(order) - 1, min(60, len(order))).astype(int)]
+    width = 300 / len(order)
+    cells = "".join(
+        f'<rect x="{i * width:.2f}" y="{y}" width="{width + 0.3:.2f}" height="138" '
+        f'fill="rgb({r:.0f},{g:.0f},{b:.0f})"/>'
+        for y, colours in ((10, base), (152, tuned))
+        for i, (r, g, b) in enumerate(colours[order])
+    )
+    return f'<svg viewBox="0 0 300 300">{cells}</svg>'
+
+
+def channel_plot(channels: list[dict]) -> str:
+    """Shift of every latent channel's mean, in std of base, with intervals."""
+    reach = max(0.1, 1.1 * max(abs(end) for channel in channels for end in channel["interval"]))
+    lines = []
+    for i, channel in enumerate(channels):
+        y = 10 + 260 * (i + 0.5) / len(channels)
+        x, low, high = (160 + 120 * end / reach for end in (channel["value"], *channel["interval"]))
+        lines.append(f"""<text x="10" y="{y + 4:.1f}">{i}</text>
+<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="var(--tuned)"/>
+<path d="M{low:.1f} {y:.1f}H{high:.1f}" stroke="var(--tuned)" stroke-width="3" stroke-linecap="round"/>""")
+    return f"""<svg viewBox="0 0 300 300"><path d="M160 10V276" stroke="var(--base)"/>
+<path d="M40 276H280" stroke="var(--line)"/>
+<text x="40" y="292" text-anchor="middle">-{reach:.2g}</text><text x="160" y="292" text-anchor="middle">0</text>
+<text x="280" y="292" text-anchor="middle">+{reach:.2g}</text>{"".join(lines)}</svg>"""
+
+
+def colour_section(name: str, colour: dict, base: dict[str, np.ndarray], tuned: dict[str, np.ndarray]) -> str:
+    """Figures, plots and table of the colour shift; base and tuned hold a value per prompt; `name` is escaped."""
+    shifts = {
+        "hue_distance": ("Hue, image by image", "°", 1),
+        "hue_shift": ("Hue, all images together", "°", 1),
+        "delta_e": ("Delta E (2.3 is just visible)", "", 2),
+        "latent_shift": ("Latent means, in std of base", "", 3),
+    }
+    facts = "".join(
+        f'<div class="fact">{words}<b>{colour[key]["value"]:.{digits}f}{unit}</b>'
+        f"{span(colour[key]['interval'], digits=digits)}</div>"
+        for key, (words, unit, digits) in shifts.items()
+    )
+    plane = colour_plane(*(np.stack([side["a"], side["b"]], axis=1) for side in (base, tuned)))
+    rgb = (np.stack([side[key] for key in ("red", "green", "blue")], axis=1) for side in (base, tuned))
+    rows = "".join(
+        f"""<tr><td>{words}</td><td class="n">{number(row["base"])}</td><td class="n">{number(row["tuned"])}</td>
+<td class="n">{row["difference"]:+.3f}</td><td class="n">{span(row["interval"], digits=3)}</td></tr>"""
+        for row, words in ((colour[key], words) for key, words in COLOURS.items())
+    )
+    return f"""<h3>Colour</h3><p class="soft">How far {name} moved from base, with 95 % intervals over prompts.</p>
+<div class="facts">{facts}</div><div class="plots">
+<figure><figcaption>Mean colour of each prompt in the Lab plane<br>
+<i class="key" style="background:var(--base)"></i>base
+<i class="key" style="background:var(--tuned)"></i>{name}</figcaption>{plane}</figure>
+<figure><figcaption>Mean colour of each prompt in the order of hue<br>base above, {name} below</figcaption>
+{colour_strips(*rgb, base["hue"])}</figure>
+<figure><figcaption>Shift of each latent channel's mean<br>in std of base</figcaption>
+{channel_plot(colour["latent_channels"])}</figure></div>
+<div class="scroll"><table><tr><th>Mean over prompts</th><th class="n">base</th><th class="n">{name}</th>
+<th class="n">difference</th><th class="n">95 % interval</th></tr>{rows}</table></div>"""
+
+
+def image_uri(path: Path, side: int = 384) -> tuple[str, int]:
+    """An image as a data URI, at most `side` pixels a side (JPEG; tiny ones stay PNG), and its width in pixels."""
+    image, buffer = Image.open(path).convert("RGB"), io.BytesIO()
+    kind = "png" if max(image.size) <= 128 else "jpeg"
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
+    image.save(buffer, kind, quality=88)
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", image.width
+
+
+def choose_rows(base: np.ndarray, tuned: np.ndarray, count: int, seed: int) -> dict[str, list[int]]:
+    """Prompts to show, by one metric's values (P,) each: at most `count` worst losses, best wins, and random ones."""
+    with np.errstate(invalid="ignore"):
+        difference = np.nan_to_num(tuned - base, nan=0.0)
+    order = np.argsort(difference, kind="stable")
+    return {
+        "Worst losses": [int(p) for p in order[:count] if difference[p] < 0],
+        "Best wins": [int(p) for p in order[::-1][:count] if difference[p] > 0],
+        "At random": np.random.default_rng(seed).permutation(len(order))[:count].tolist(),
+    }
+
+
+def side_by_side(folder: Path, name: str, p: int, prompt: str, scores: dict[str, tuple[float, float]]) -> str:
+    """One prompt's first images of base and `name`, with the prompt and its scores {label: (base, tuned)}."""
+    figures, width = "", 0
+    for side in ("base", name):
+        uri, width = image_uri(folder / side / f"{p:05d}_0.png")
+        figures += f'<figure><img src="{uri}" alt=""><figcaption>{html.escape(side)}</figcaption></figure>'
+    listed = "".join(
+        f"<span>{html.escape(label)} {number(a)} → {number(b)}</span>" for label, (a, b) in scores.items()
+    )
+    return f"""<div class="row"><div class="pair{" small" if width <= 128 else ""}">{figures}</div>
+<p>{html.escape(prompt)}</p><div class="scores">{listed}</div></div>"""
+
+
+def model_section(
+    folder: Path, name: str, result: dict, base: dict, tuned: dict, prompts: list[str], settings: dict[str, object]
+) -> str:
+    """All about one tuned model; base and tuned hold a value per prompt of every measure."""
+    title, lead = html.escape(name), leading_metric(result["metrics"])
+    labels = [label for label, row in result["metrics"].items() if row["role"] != "diversity"]
+    groups = ""
+    for heading, chosen in choose_rows(base[lead], tuned[lead], settings["report_rows"], settings["seed"]).items():
+        rows = (
+            side_by_side(folder, name, p, prompts[p], {label: (base[label][p], tuned[label][p]) for label in labels})
+            for p in chosen
+        )
+        groups += f'<h4>{heading}</h4><div class="rows">{"".join(rows) or "None."}</div>'
+    return f"""<section><h2>{title} against base</h2>{metric_table(title, result["metrics"])}
+{colour_section(title, result["colour"], base, tuned)}<h3>Side by side</h3>
+<p class="soft">Same prompt, seed and noise on both sides, ordered by {html.escape(lead)}. Scores: base → {title}.</p>
+{groups}</section>"""
+
+
+def write_report(
+    path: Path,
+    settings: dict[str, object],
+    prompts: list[str],
+    prompt_ids: np.ndarray,
+    values: dict[str, dict[str, np.ndarray]],
+    results: dict[str, dict],
+    notes: list[str],
+) -> None:
+    """report.html: the verdicts first, then a section for every tuned model, then the settings."""
+    means = {
+        name: {
+            key: column if len(column) == len(prompts) else per_prompt(column, prompt_ids)
+            for key, column in found.items()
+        }
+        for name, found in values.items()
+    }
+    answers = sections = ""
+    for name, result in results.items():
+        for i, (tone, sentence) in enumerate(result["verdict"]):
+            answers += f'<p class="said {tone}{"" if i else " head"}">{html.escape(sentence)}</p>'
+        sections += model_section(path.parent / "images", name, result, means["base"], means[name], prompts, settings)
+    answers += "".join(f'<p class="soft">{html.escape(note)}</p>' for note in notes)
+    listed = "".join(
+        f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in settings.items()
+    )
+    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<title>{html.escape(", ".join(results))} against base</title>
+<style>{CSS}</style></head><body><main><p class="soft">{len(prompts)} prompts, {len(prompt_ids)} images per model,
+the same seeds and noise for all</p><h1>Does it draw better people?</h1>{answers}{sections}
+<details><summary>How to read this, and all settings</summary><p>{READING}</p><dl>{listed}</dl></details>
+</main></body></html>"""
+    write_atomically(path, page.encode())
+
+
+def write_grid(path: Path, models: list[str], prompts: int, folder: Path, seed: int, columns: int = 8) -> None:
+    """grid.png: a row per model, base above; the prompts of the columns are chosen by seed."""
+    chosen = sorted(np.random.default_rng(seed).permutation(prompts)[:columns].tolist())
+    font, gap, margin, side = ImageFont.load_default(18), 8, 34, 192
+    for i, name in enumerate(models):
+        tiles = [
+            ImageOps.contain(image, (side, 2 * side))
+            for image in load_images([folder / name / f"{p:05d}_0.png" for p in chosen])
+        ]
+        width, height = tiles[0].size
+        if i == 0:
+            sheet = Image.new(
+                "RGB", (gap + len(tiles) * (width + gap), len(models) * (height + margin) + gap), "white"
+            )
+        ImageDraw.Draw(sheet).text((gap, i * (height + margin) + 8), name, fill="#333333", font=font)
+        for j, tile in enumerate(tiles):
+            sheet.paste(tile, (gap + j * (width + gap), i * (height + margin) + margin))
+    write_atomically(path, png(sheet))
+
+
+# ---- Main ----------------------------------------------------------------------------------------------------------
+
+
+def plan_images(prompts: int, num_images_per_prompt: int, diversity_prompts: int) -> list[tuple[int, int]]:
+    """(prompt, index) of every image; the first `diversity_prompts` prompts get two at least, to be compared."""
+    counts = [max(num_images_per_prompt, 2 if p < diversity_prompts else 1) for p in range(prompts)]
+    return [(p, k) for p, count in enumerate(counts) for k in range(count)]
+
+
+def generate(args: argparse.Namespace, prompts: list[str], plan: list[tuple[int, int]], device: torch.device) -> None:
+    """Draws every image that is not there yet, base first, each under images/MODEL/PROMPT_INDEX.png."""
+    folder = Path(args.output_dir) / "images"
+    for model in args.models:
+        open_image_folder(folder / model.name, image_settings(args, model), args.overwrite)
+    seeds = {(p, k): image_seed(args.seed, prompts[p], k) for p, k in plan}
+    pipe = None
+    for model in args.models:
+        paths = {(p, k): folder / model.name / f"{p:05d}_{k}.png" for p, k in plan}
+        todo = [row for row in plan if image_text(paths[row]).get("seed") != str(seeds[row])]
+        if not todo:
+            continue
+        pipe = pipe or load_pipeline(args, device)
+        with (
+            tuned(pipe, model),
+            tqdm(total=len(plan), initial=len(plan) - len(todo), unit="img", desc=model.name) as progress,
+        ):
+            embeds = encode_prompts(pipe, prompts, args.negative_prompt)
+            for rows in in_batches(todo, args.batch_size):
+                size = (args.num_inference_steps, args.guidance_scale, args.height, args.width)
+                images, latents = sample(pipe, embeds, [p for p, _ in rows], [seeds[row] for row in rows], *size)
+                for row, image, latent in zip(rows, images, latents.double().flatten(2), strict=True):
+                    statistics = {"latent_mean": latent.mean(-1), "latent_std": latent.std(-1, correction=0)}
+                    text = {key: json.dumps(value.tolist()) for key, value in statistics.items()}
+                    write_atomically(paths[row], png(image, prompt=prompts[row[0]], seed=str(seeds[row]), **text))
+                progress.update(len(rows))
+
+
+def measure(
+    args: argparse.Namespace, prompts: list[str], plan: list[tuple[int, int]], device: torch.device
+) -> dict[str, dict[str, np.ndarray]]:
+    """{model: {measure: (N,) or (N, C)}} of all images, diversity (P,); one scorer in memory at a time."""
+    prompt_ids = np.array([p for p, _ in plan])
+    texts = [prompts[p] for p, _ in plan]
+    paths = {
+        m.name: [Path(args.output_dir) / "images" / m.name / f"{p:05d}_{k}.png" for p, k in plan] for m in args.models
+    }
+    values: dict[str, dict[str, np.ndarray]] = {name: {} for name in paths}
+    for scorer in args.scorers:
+        score = scorer.load(device)
+        for name in paths:
+            values[name][scorer.label] = measure_scores(score, paths[name], texts, args.batch_size, scorer.label)
+    repeated = len(plan) > len(prompts)
+    features = image_features(args.feature_model, device) if repeated else None
+    for name in paths:
+        values[name]["diversity"] = measure_diversity(features, paths[name], prompt_ids, args.batch_size)
+        with ThreadPoolExecutor(8) as pool:
+            images = list(
+                tqdm(pool.map(measure_colour, paths[name]), total=len(plan), unit="img", desc="colour", leave=False)
+            )
+        values[name] |= {key: np.array([image[key] for image in images]) for key in images[0]}
+    return values
+
+
+def recorded_training_scorers(models: list[Model]) -> list[str]:
+    """The scorers that selected the training pairs, from the records beside the weights; else pickscore."""
+    found = []
+    for folder in {model.path if model.path.is_dir() else model.path.parent for model in models if model.path}:
+        data = read_settings(folder / "training_settings.json").get("train_data_dir") or folder
+        specs = read_settings(Path(data) / "preference_data.json").get("scorer", [])
+        found += [spec.split("*")[-1].partition("=")[0].rpartition(":")[2] for spec in specs]
+    return sorted(set(found)) or ["pickscore"]
+
+
+def read_settings(path: Path) -> dict[str, object]:
+    """The settings that another of the scripts recorded; {} where there is no such file."""
+    return json.loads(path.read_text())["settings"] if path.is_file() else {}
+
+
+def plain(value: object) -> object:
+    """`value` for JSON: tuples as lists, nan and infinities as null."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_csv(
+    path: Path,
+    prompts: list[str],
+    plan: list[tuple[int, int]],
+    values: dict[str, dict[str, np.ndarray]],
+    labels: list[str],
+) -> None:
+    """per_image.csv: a row per image with its prompt, file, scores, colour and latent channel means."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    columns = [*labels, "hue", *COLOURS, "red", "green", "blue"]
+    channels = values["base"]["latent_mean"].shape[1]
+    latents = [f"latent_mean_{channel}" for channel in range(channels)]
+    writer.writerow(["model", "prompt_id", "index", "prompt", "image", *columns, *latents])
+    for name, found in values.items():
+        for row, (p, k) in enumerate(plan):
+            numbers = [*(found[column][row] for column in columns), *found["latent_mean"][row]]
+            writer.writerow([name, p, k, prompts[p], f"images/{name}/{p:05d}_{k}.png", *(f"{x:.6g}" for x in numbers)])
+    write_atomically(path, text.getvalue().encode())
+
+
+def print_summary(results: dict[str, dict], prompts: int, warnings: list[str]) -> None:
+    """The short table at the end."""
+    for name, result in results.items():
+        print(f"\n{name} against base, {prompts} prompts")
+        labels = {
+            label: f"{label} (training)" if m["role"] == "training" else label
+            for label, m in result["metrics"].items()
+        }
+        width = max(map(len, labels.values()))
+        for label, m in result["metrics"].items():
+            rate = f"{percent(m['win_rate']):>7} {span(m['interval'], 100):14}"
+            print(f"  {labels[label]:{width}}  {rate}  {number(m['base']):>7} -> {number(m['tuned'])}")
+        shift = {key: result["colour"][key]["value"] for key in ("hue_distance", "delta_e", "latent_shift")}
+        print(
+            "  {:{}}  hue {hue_distance:.1f} degrees, Delta E {delta_e:.1f}, latents {latent_shift:.3f} std".format(
+                "colour", width, **shift
+            )
+        )
+        for _, sentence in result["verdict"]:
+            print(f"  {sentence}")
+    for line in warnings:
+        print(f"\n{line}")
+
+
+def describe(args: argparse.Namespace) -> dict[str, object]:
+    """All settings as plain values, for the report and metrics.json."""
+    models = [f"{m.name}={m.path},lora_scale={m.lora_scale:g}" if m.path else m.name for m in args.models]
+    return {**vars(args), "models": models, "scorers": [scorer.source for scorer in args.scorers]}
+
+
+def caveats(prompts: int, labels: list[str], training: list[str]) -> list[str]:
+    """What weakens the conclusions, a sentence each."""
+    lines = []
+    if prompts < 200:
+        smallest = percent(smallest_detectable_win_rate(prompts))
+        lines.append(f"Only {prompts} prompts: a win rate below {smallest} would mostly go unseen. Use 200 or more.")
+    if not set(training) & set(labels):
+        lines.append(
+            f"The training scorer ({', '.join(training)}) is not among --scorers, so reward hacking cannot be seen."
+        )
+    return lines
+
+
+def main(args: argparse.Namespace) -> None:
+    """Draws, measures, compares, and writes metrics.json, per_image.csv, report.html and grid.png."""
+    quiet_libraries()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    output, labels = Path(args.output_dir), [scorer.label for scorer in args.scorers]
+    prompts, _ = read_prompts(args.prompts, args.max_prompts)
+    plan = plan_images(len(prompts), args.num_images_per_prompt, args.diversity_prompts)
+    prompt_ids = np.array([p for p, _ in plan])
+
+    generate(args, prompts, plan, device)
+    values = measure(args, prompts, plan, device)
+    training = args.training_scorer.split(",") if args.training_scorer else recorded_training_scorers(args.models)
+    results = compare_models(values, prompt_ids, labels, training)
+
+    warnings = caveats(len(prompts), labels, training)
+    settings = describe(args)
+    record = {
+        "settings": settings,
+        "prompts": len(prompts),
+        "images": len(plan),
+        "training_scorers": training,
+        "caveats": warnings,
+    }
+    write_atomically(output / "metrics.json", json.dumps(plain({**record, "models": results}), indent=2).encode())
+    write_csv(output / "per_image.csv", prompts, plan, values, labels)
+    write_report(output / "report.html", settings, prompts, prompt_ids, values, results, warnings)
+    write_grid(output / "grid.png", [model.name for model in args.models], len(prompts), output / "images", args.seed)
+    print_summary(results, len(prompts), warnings)
+    last = args.models[-1].path
+    load = f"pipeline.load_lora_weights({str(last)!r})" if not (last / "unet").is_dir() else f"{last}/unet"
+    print(f"\nOpen {output / 'report.html'}; to draw with {args.models[-1].name}: {load}")
+
+
+# ---- Command line --------------------------------------------------------------------------------------------------
+
+
+def use_embedded_world(parser: argparse.ArgumentParser, script: str) -> None:
+    """Makes the settings of the embedded world (tests/tiny_human/settings.json) the defaults of `parser`.
+
+    Called when no model is named; flags that are given still win.
+    """
+    settings = WORLD / "settings.json"
+    if not settings.is_file():
+        parser.error("no model: set --pretrained_model_name_or_path (the embedded world tests/tiny_human is not here)")
+    defaults = json.loads(settings.read_text().replace("{world}", WORLD.as_posix()))[script]
+    parser.set_defaults(**defaults)
+    if os.environ.get("RANK", "0") == "0":
+        print(
+            f"{script}.py: no model named, so the embedded world {WORLD.name} is used: --pretrained_model_name_or_path"
+        )
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The settings, checked as far as possible without loading a model; args.models and args.scorers are parsed."""
+    parser = argparse.ArgumentParser(
+        description="Compares tuned models with their base model on the same prompts, seeds and noise.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = parser.add_argument_group("models").add_argument
+    flag(
+        "--pretrained_model_name_or_path",
+        help="base model, a folder or a hub id; without it the embedded world is used",
+    )
+    flag("--revision", help="revision of a model from the hub")
+    flag("--variant", help="variant of its files, such as fp16")
+    flag(
+        "--models",
+        nargs="+",
+        metavar="SPEC",
+        default=["base", "dpo=dpo-human-lora"],
+        help="base and NAME=PATH[,lora_scale=S]: LoRA folders or files, or folders with unet/",
+    )
+
+    flag = parser.add_argument_group("images").add_argument
+    flag("--prompts", help="text file, one prompt per line")
+    flag("--max_prompts", type=int, help="use the first so many prompts")
+    flag(
+        "--num_images_per_prompt",
+        type=int,
+        default=1,
+        help="images per prompt; they are averaged before models are compared",
+    )
+    flag(
+        "--diversity_prompts",
+        type=int,
+        default=64,
+        help="the first so many prompts get at least two images, to measure diversity",
+    )
+    flag("--num_inference_steps", type=int, default=50, help="sampling steps")
+    flag("--guidance_scale", type=float, default=5.0, help="classifier-free guidance")
+    flag("--negative_prompt", default="", help="negative prompt of all images")
+    flag(
+        "--sampler",
+        choices=("dpmsolver", "pipeline"),
+        default="dpmsolver",
+        help="the paper's DPM-Solver multistep, or the model's own",
+    )
+    flag("--resolution", type=int, help="height and width in pixels; default: the model's own")
+    flag("--height", type=int, help="height in pixels, in place of --resolution")
+    flag("--width", type=int, help="width in pixels, in place of --resolution")
+    flag("--batch_size", type=int, default=8, help="images drawn and scored at once")
+    flag("--seed", type=int, default=1, help="seed of all images; another one than the training data's")
+    flag("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: fp16 on CUDA, no on a CPU")
+
+    flag = parser.add_argument_group("measures").add_argument
+    flag(
+        "--scorers",
+        nargs="+",
+        metavar="SPEC",
+        default=["clip", "pickscore"],
+        help="NAME[=MODEL] with NAME clip, pickscore, module:function or file.py:function; the first held-out leads",
+    )
+    flag(
+        "--training_scorer",
+        metavar="NAMES",
+        help="what selected the training pairs, with commas; default: as recorded beside the weights, else pickscore",
+    )
+    flag(
+        "--feature_model", default="facebook/dinov2-base", help="DINOv2 or CLIPModel whose features measure diversity"
+    )
+
+    flag = parser.add_argument_group("output").add_argument
+    flag("--output_dir", default="human-eval", help="folder of images, metrics and report; a second start carries on")
+    flag(
+        "--report_rows",
+        type=int,
+        default=9,
+        help="worst losses, best wins and random prompts shown in the report, of each so many",
+    )
+    flag("--overwrite", action="store_true", help="draw images anew that were made with other settings")
+
+    args = parser.parse_args(argv)
+    if args.pretrained_model_name_or_path is None:
+        use_embedded_world(parser, "eval_human")
+        args = parser.parse_args(argv)
+    validate(parser, args)
+    return args
+
+
+def validate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Ends with one line where the settings cannot work; parses args.models and args.scorers."""
+    for name in (
+        "max_prompts",
+        "num_images_per_prompt",
+        "num_inference_steps",
+        "batch_size",
+        "resolution",
+        "height",
+        "width",
+    ):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1")
+    if args.prompts is None:
+        parser.error("--prompts is missing: a text file, one prompt per line")
+    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
+        parser.error(f"--output_dir {args.output_dir} is a file")
+    try:
+        check_model(args.pretrained_model_name_or_path, "model_index.json")
+        read_prompts(args.prompts, args.max_prompts)
+        args.models = parse_models(args.models)
+        args.scorers = parse_scorers(args.scorers)
+    except UserError as error:
+        parser.error(str(error))
+    args.height, args.width = args.height or args.resolution, args.width or args.resolution
+
+
+def cli(argv: list[str] | None = None) -> None:
+    """main, with a user's error as one line and status 1."""
+    try:
+        main(parse_args(argv))
+    except UserError as error:
+        sys.exit(f"eval_human.py: {error}")
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,582 @@
+# SPDX-License-Identifier: Apache-2.0
+"""eval_human.py: known answers of its statistics and measures, and whole runs on the embedded world with few steps."""
+
+import csv
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+
+ROOT = Path(__file__).resolve().parent.parent
+WORLD = ROOT / "tests" / "tiny_human"
+SPEC = importlib.util.spec_from_file_location("eval_human", ROOT / "eval_human.py")
+ev = importlib.util.module_from_spec(SPEC)
+sys.modules["eval_human"] = ev
+SPEC.loader.exec_module(ev)
+torch.set_num_threads(1)
+
+PLUGINS = """
+import numpy as np
+
+def brightness(device):
+    return lambda images, prompts: [float(np.asarray(image).mean()) for image in images]
+
+def picky(device):
+    names = {"veto": -np.inf, "unsure": np.nan}
+    return lambda images, prompts: [
+        next((v for word, v in names.items() if word in p), float(np.asarray(i).std())) for i, p in zip(images, prompts)
+    ]
+
+def short(device):
+    return lambda images, prompts: [0.0]
+"""
+PROMPTS = [f"a standing person in a {shirt} shirt" for shirt in ("red", "blue", "green", "yellow", "purple", "orange")]
+
+
+# ---- Statistics ----------------------------------------------------------------------------------------------------
+
+
+def test_win_rate_is_one_a_half_and_zero():
+    a, b = np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.0, 2.0])
+    assert [ev.win_rate(a, b), ev.win_rate(a, a), ev.win_rate(b, a)] == [1.0, 0.5, 0.0]
+    assert ev.win_shares(np.array([1.0, 1, 0, 1]), np.array([0.0, 1, 1, 0])) == (0.5, 0.25, 0.25)
+
+
+def test_win_rates_of_both_sides_sum_to_one():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 4, 100).astype(float), rng.integers(0, 4, 100).astype(float)
+    a[:5], b[3:9], a[20:25] = np.nan, np.nan, -np.inf
+    assert 0 < ev.win_rate(a, b) < 1
+    assert ev.win_rate(a, b) + ev.win_rate(b, a) == pytest.approx(1)
+
+
+def test_vetoed_never_wins_and_nan_is_used_for_neither_side():
+    veto, nan, low = np.array([-np.inf]), np.array([np.nan]), np.array([-1e9])
+    assert ev.win_rate(veto, low) == 0
+    assert ev.win_rate(veto, veto) == 0.5
+    assert np.isnan(ev.win_rate(nan, low))
+    assert ev.win_rate(np.array([np.nan, 2.0]), np.array([5.0, 1.0])) == 1
+    assert ev.mean_difference(np.array([-np.inf, 3.0]), np.array([0.0, 1.0])) == 2
+
+
+def test_prompt_mean_leaves_nan_out_and_keeps_a_veto():
+    values = np.array([1.0, 3.0, np.nan, 5.0, np.nan, -np.inf, 2.0])
+    means = ev.per_prompt(values, np.array([0, 0, 1, 1, 2, 3, 3]))
+    np.testing.assert_array_equal(means, [2.0, 5.0, np.nan, -np.inf])
+    np.testing.assert_array_equal(ev.per_prompt(np.array([[1.0, 2], [3, 6]]), np.array([0, 0])), [[2.0, 4.0]])
+
+
+@pytest.mark.parametrize(
+    ("wins", "losses", "ties"), [(0, 0, 3), (1, 0, 0), (5, 5, 2), (14, 6, 0), (130, 170, 9), (0, 40, 1)]
+)
+def test_sign_test_equals_the_binomial_test(wins, losses, ties):
+    a = np.array([1.0] * wins + [0.0] * losses + [7.0] * ties + [np.nan])
+    b = np.array([0.0] * wins + [1.0] * losses + [7.0] * ties + [1.0])
+    expected = scipy.stats.binomtest(wins, wins + losses).pvalue if wins + losses else 1
+    assert ev.sign_test(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_wilcoxon_equals_scipy():
+    rng = np.random.default_rng(1)
+    a, b = np.round(rng.normal(0.3, 1, 60), 1), np.round(rng.normal(0, 1, 60), 1)  # rounded: with ties and zeros
+    expected = scipy.stats.wilcoxon(a, b, method="asymptotic", correction=False).pvalue
+    assert ev.wilcoxon(a, b) == pytest.approx(expected, rel=1e-9)
+    assert ev.wilcoxon(a, a) == 1
+
+
+def test_holm_by_hand():
+    assert ev.holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    assert ev.holm([0.7, 0.6]) == [1, 1]
+
+
+def test_bootstrap_interval_covers_the_truth_with_prompts_as_units():
+    """200 draws of 50 prompts with 4 equal seeds: prompts cover at 95 %, images taken for units do not."""
+    rng = np.random.default_rng(0)
+    covered = {"prompts": 0, "images": 0}
+    for _ in range(200):
+        prompts = rng.normal(size=50)
+        for unit, sample in (("prompts", prompts), ("images", np.repeat(prompts, 4))):
+            low, high = ev.bootstrap_interval(np.mean, sample, resamples=300)
+            covered[unit] += low <= 0 <= high
+    assert 0.88 <= covered["prompts"] / 200 <= 0.99
+    assert covered["images"] / 200 < 0.8
+
+
+def test_bootstrap_draws_the_rows_of_all_samples_together():
+    a = np.random.default_rng(0).normal(size=30)
+    low, high = ev.bootstrap_interval(ev.mean_difference, a + 1, a)
+    assert (low, high) == pytest.approx((1, 1))
+    assert ev.bootstrap_interval(ev.win_rate, a, -a) == ev.bootstrap_interval(ev.win_rate, a, -a)
+
+
+def test_two_hundred_prompts_find_a_win_rate_of_sixty_percent():
+    assert ev.smallest_detectable_win_rate(200) == pytest.approx(0.6, abs=0.002)
+
+
+# ---- Colour and diversity ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rgb", "lab"),
+    [
+        ((1, 1, 1), (100, 0, 0)),
+        ((0, 0, 0), (0, 0, 0)),
+        ((1, 0, 0), (53.24, 80.09, 67.20)),
+        ((0, 0, 1), (32.30, 79.19, -107.86)),
+    ],
+)
+def test_lab_of_known_colours(rgb, lab):
+    np.testing.assert_allclose(ev.srgb_to_lab(np.array(rgb, float)), lab, atol=0.02)
+
+
+def test_hue_goes_around_the_circle():
+    assert ev.hue_distance(350.0, 10.0) == 20
+    assert ev.hue_distance(10.0, 350.0) == 20
+    assert ev.hue_distance(77.0, 77.0) == 0
+    assert ev.hue_distance(0.0, 180.0) == 180
+    assert ev.circular_mean(np.array([350.0, 20.0, np.nan])) == pytest.approx(5)
+    assert np.isnan(ev.circular_mean(np.array([np.nan])))
+
+
+def solid(*rgb: int) -> np.ndarray:
+    return np.full((8, 8, 3), rgb, dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("rgb", "hue"), [((200, 0, 0), 0), ((0, 200, 0), 120), ((0, 0, 200), 240), ((200, 0, 199), 300.3)]
+)
+def test_colour_of_a_plain_image(rgb, hue):
+    colour = ev.colour_statistics(solid(*rgb))
+    assert ev.hue_distance(colour["hue"], hue) == pytest.approx(0, abs=0.1)
+    assert colour["saturation"] == pytest.approx(1)
+    assert colour["sharpness"] == 0
+    assert (colour["red"], colour["green"], colour["blue"]) == pytest.approx(rgb)
+
+
+def test_grey_has_no_hue_and_clipped_pixels_are_counted():
+    half = np.concatenate([solid(128, 128, 128), solid(255, 255, 255)])
+    colour = ev.colour_statistics(half)
+    assert np.isnan(colour["hue"])
+    assert colour["chroma"] == pytest.approx(0, abs=1e-3)
+    assert colour["clipped"] == 0.5
+
+
+def test_laplacian_of_a_point():
+    """One point of height 9 in 5 x 5 zeros: once -36, four times 9, mean 0, so std = sqrt((36^2 + 4 * 81) / 25)."""
+    grey = np.zeros((5, 5))
+    grey[2, 2] = 9
+    assert ev.laplacian_std(grey) == pytest.approx(np.sqrt((36**2 + 4 * 81) / 25))
+    assert ev.laplacian_std(np.arange(25.0).reshape(5, 5)[:, ::-1] * 0 + 3) == 0
+
+
+def test_latent_shift_is_in_units_of_base_std():
+    rng = np.random.default_rng(0)
+    means, std = rng.normal(size=(20, 4)), np.array([1.0, 2.0, 4.0, 8.0])
+    assert ev.latent_shift(means, means, std) == 0
+    assert ev.latent_shift(means, means + 0.5 * std, std) == pytest.approx(0.5)
+    assert ev.latent_shift(means, means + np.array([0, 0, 0, 8.0]), std) == pytest.approx(0.25)
+
+
+def test_latent_std_is_that_of_all_pixels():
+    pixels = np.random.default_rng(0).normal(size=(6, 3, 50)) + np.arange(6)[:, None, None]
+    np.testing.assert_allclose(
+        ev.latent_std(pixels.mean(-1), pixels.std(-1)), pixels.transpose(1, 0, 2).reshape(3, -1).std(-1)
+    )
+
+
+def test_colour_shift_between_models():
+    base = np.random.default_rng(0).normal(size=(40, 3)) * 10
+    assert ev.delta_e(base, base) == 0
+    assert ev.delta_e(base, base + np.array([3.0, 4.0, 0.0])) == pytest.approx(5)
+    hues = np.array([350.0, 355.0, 5.0])
+    assert ev.hue_shift(hues, (hues + 30) % 360) == pytest.approx(30)
+
+
+def test_diversity_is_zero_for_equal_images_and_one_for_orthogonal_ones():
+    feature = np.random.default_rng(0).normal(size=7)
+    assert ev.diversity(np.stack([feature, feature, feature])) == 0
+    assert ev.diversity(np.eye(3)) == pytest.approx(1)
+    assert ev.diversity(np.array([[1.0, 0.0], [-2.0, 0.0]])) == pytest.approx(2)
+    assert np.isnan(ev.diversity(feature[None]))
+
+
+# ---- The verdict ---------------------------------------------------------------------------------------------------
+
+
+def judged(win_rates: dict[str, tuple[str, float]], delta_e: float = 0.0) -> str:
+    """The verdict on 100 prompts with these win rates, {metric: (role, win rate)}."""
+    wins = np.arange(100) / 100
+    metrics = {
+        label: ev.compare(np.full(100, 0.5), (wins < rate).astype(float), role) | {"holm": 0.01}
+        for label, (role, rate) in win_rates.items()
+    }
+    colour = {"delta_e": {"value": delta_e, "interval": (delta_e, delta_e)}}
+    return " ".join(sentence for _, sentence in ev.verdict("dpo", metrics, colour))
+
+
+def test_verdict_leads_with_a_held_out_scorer():
+    said = judged({"judge": ("held-out", 0.7), "pickscore": ("training", 0.9)})
+    assert said.startswith("dpo draws better than base by judge: it wins 70 % of 100 prompts")
+    assert "hacking" not in said
+    assert "draws worse" in judged({"judge": ("held-out", 0.3), "pickscore": ("training", 0.5)})
+    assert "cannot be told" in judged({"judge": ("held-out", 0.5), "pickscore": ("training", 0.5)})
+
+
+@pytest.mark.parametrize(
+    ("judge", "diversity", "delta_e", "cost"),
+    [
+        (0.2, 0.5, 0, "judge gets worse (20 %)"),
+        (0.5, 0.1, 0, "diversity gets worse (10 %)"),
+        (0.5, 0.5, 9, "Delta E 9.0"),
+    ],
+)
+def test_verdict_names_reward_hacking(judge, diversity, delta_e, cost):
+    rates = {"judge": ("held-out", judge), "diversity": ("diversity", diversity)}
+    said = judged({**rates, "pickscore": ("training", 0.9)}, delta_e)
+    assert "reward hacking" in said
+    assert cost in said
+    assert "reward hacking" not in judged({**rates, "pickscore": ("training", 0.5)}, delta_e)
+
+
+def test_verdict_says_when_only_the_training_scorer_judges():
+    assert "Only the training scorer" in judged({"pickscore": ("training", 0.9)})
+
+
+# ---- Whole runs ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with prompts, plug-in scorers, a LoRA that changes images, a LoRA of zeros, and a changed full U-Net."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    folder = tmp_path_factory.mktemp("inputs")
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    (folder / "plugins.py").write_text(PLUGINS)
+    unet = UNet2DConditionModel.from_pretrained(WORLD / "pipeline", subfolder="unet").float()
+    with torch.no_grad():
+        unet.conv_out.bias += 0.5
+        unet.save_pretrained(folder / "full" / "unet")
+        unet.conv_out.bias -= 0.5
+    torch.manual_seed(0)
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"]))  # peft starts with B = 0
+    state = get_peft_model_state_dict(unet)
+    StableDiffusionPipeline.save_lora_weights(folder / "zero", unet_lora_layers=state)
+    changed = {key: 0.3 * torch.randn_like(value) for key, value in state.items()}
+    StableDiffusionPipeline.save_lora_weights(folder / "lora", unet_lora_layers=changed)
+    return folder
+
+
+def flags(inputs: Path, output: Path, *models: str, **changes: object) -> list[str]:
+    """A command line for a short run; changes: flag=value, or flag=None to leave it out."""
+    settings = {
+        "pretrained_model_name_or_path": WORLD / "pipeline",
+        "prompts": inputs / "prompts.txt",
+        "output_dir": output,
+        "diversity_prompts": 3,
+        "num_inference_steps": 2,
+        "guidance_scale": 2,
+        "resolution": 64,
+        "batch_size": 4,
+        "training_scorer": "pickscore",
+        "feature_model": WORLD / "scorer",
+        "report_rows": 2,
+        **changes,
+    }
+    scorers = [
+        f"pickscore={WORLD / 'scorer'}",
+        f"{inputs / 'plugins.py'}:brightness",
+        f"{inputs / 'plugins.py'}:picky",
+    ]
+    line = [part for key, value in settings.items() if value is not None for part in (f"--{key}", str(value))]
+    return [*line, "--models", *(models or ("base", f"lora={inputs / 'lora'}")), "--scorers", *scorers]
+
+
+def run(line: list[str]) -> dict:
+    """Runs the script in process and returns its metrics.json."""
+    args = ev.parse_args(line)
+    ev.main(args)
+    return json.loads((Path(args.output_dir) / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory) -> Path:
+    """The output of a run of base, a LoRA, a LoRA of zeros, the LoRA at scale 0, and a full U-Net."""
+    output = tmp_path_factory.mktemp("finished") / "human-eval"
+    lora = inputs / "lora"
+    models = ("base", f"lora={lora}", f"zero={inputs / 'zero'}", f"off={lora},lora_scale=0", f"full={inputs / 'full'}")
+    run(flags(inputs, output, *models))
+    return output
+
+
+def pixels(output: Path, model: str) -> np.ndarray:
+    images = ev.load_images(sorted((output / "images" / model).glob("*.png")))
+    return np.stack([np.asarray(image, dtype=float) for image in images])
+
+
+@pytest.fixture(scope="module")
+def metrics(finished) -> dict:
+    return json.loads((finished / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["zero", "off"])
+def test_a_lora_that_changes_nothing_ties_everywhere(finished, metrics, name):
+    np.testing.assert_array_equal(pixels(finished, "base"), pixels(finished, name))
+    result = metrics["models"][name]
+    assert {row["win_rate"] for row in result["metrics"].values()} == {0.5}
+    assert [result["colour"][key]["value"] for key in ("hue_distance", "delta_e", "latent_shift")] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("name", ["lora", "full"])
+def test_a_lora_and_a_full_unet_change_the_images(finished, metrics, name):
+    assert np.abs(pixels(finished, "base") - pixels(finished, name)).mean() > 0.5
+    assert metrics["models"][name]["colour"]["latent_shift"]["value"] > 0
+
+
+def test_full_unet_with_shifted_bias_shifts_the_latents_most(metrics):
+    shift = {name: result["colour"]["latent_shift"]["value"] for name, result in metrics["models"].items()}
+    assert shift["full"] > 2 * shift["lora"] > 0
+
+
+def test_held_out_scorers_lead_and_the_training_scorer_is_marked(metrics):
+    assert list(metrics["models"]["lora"]["metrics"]) == ["brightness", "picky", "pickscore", "diversity"]
+    assert metrics["models"]["lora"]["metrics"]["pickscore"]["role"] == "training"
+    assert "by brightness" in metrics["models"]["lora"]["verdict"][0][1]
+
+
+def test_metrics_equal_what_the_csv_says(finished, metrics):
+    with (finished / "per_image.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 5 * (6 + 3)  # five models, six prompts, three of them with a second image
+    assert {row["prompt"] for row in rows} == set(PROMPTS)
+    sums = {model: np.zeros(6) for model in ("base", "lora")}
+    for row in rows:
+        if row["model"] in sums:
+            p = int(row["prompt_id"])
+            sums[row["model"]][p] += float(row["brightness"]) / (2 if p < 3 else 1)
+    found = metrics["models"]["lora"]["metrics"]["brightness"]
+    assert found["win_rate"] == np.mean(sums["lora"] > sums["base"])
+    assert found["base"] == pytest.approx(sums["base"].mean(), rel=1e-5)
+    assert all((finished / row["image"]).is_file() for row in rows)
+
+
+def test_an_image_depends_on_model_prompt_and_seed_alone(inputs, finished, tmp_path):
+    """Another batch size and another order of prompts give the same images."""
+    (tmp_path / "prompts.txt").write_text("\n".join(reversed(PROMPTS)))
+    run(flags(inputs, tmp_path / "out", prompts=tmp_path / "prompts.txt", batch_size=3, diversity_prompts=0))
+    there = pixels(finished, "lora")[[0, 2, 4, 6, 7, 8]]  # the first image of each prompt
+    np.testing.assert_allclose(pixels(tmp_path / "out", "lora")[::-1], there, atol=1)
+
+
+def test_report_loads_nothing_and_shows_all(finished):
+    report = (finished / "report.html").read_text()
+    assert set(re.findall(r"(?:src|href)=\W?(\w+:|#|)", report)) == {"data:"}
+    assert "url(" not in report
+    assert "<script" not in report
+    assert report.count("data:image/png;base64,") >= 4 * 2 * 2
+    for prompt in PROMPTS:
+        assert prompt in report
+    for word in ("training scorer", "lora against base", "95 % interval", "Worst losses", "Best wins", "At random"):
+        assert word in report
+    with ev.Image.open(finished / "grid.png") as grid:
+        assert grid.height > 5 * 192
+
+
+def test_strange_scores_names_and_prompts(inputs, tmp_path, capsys):
+    """-inf, nan, HTML, quotes, commas and other scripts in prompts go through everything."""
+    strange = [
+        "veto <script>alert(1)</script>",
+        'unsure "quoted", with commas',
+        "a jumping person & мир 人",
+        "x" * 300,
+    ]
+    (tmp_path / "prompts.txt").write_text("\n".join(strange), encoding="utf-8")
+    output = tmp_path / "out"
+    found = run(flags(inputs, output, prompts=tmp_path / "prompts.txt", diversity_prompts=0))
+    picky = found["models"]["lora"]["metrics"]["picky"]
+    assert picky["prompts"] == 3
+    assert picky["tie"] == pytest.approx(1 / 3)  # both vetoed
+    assert np.isfinite(picky["base"])
+    assert "diversity" not in found["models"]["lora"]["metrics"]
+    report = (output / "report.html").read_text()
+    assert "<script" not in report
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in report
+    with (output / "per_image.csv").open(encoding="utf-8") as file:
+        assert [row["prompt"] for row in csv.DictReader(file)] == strange * 2
+    said = capsys.readouterr().out
+    assert "Only 4 prompts: a win rate below 100.0 % would mostly go unseen" in said
+    assert said.strip().splitlines()[-1].startswith(f"Open {output / 'report.html'}")
+
+
+def test_killed_run_carries_on_with_the_same_metrics(inputs, finished, metrics, tmp_path):
+    """kill -9 after the first images; the second start keeps them and ends with the numbers of an uninterrupted run."""
+    output = tmp_path / "out"
+    line = flags(inputs, output, "base", f"lora={inputs / 'lora'}", batch_size=1)
+    process = subprocess.Popen([sys.executable, ROOT / "eval_human.py", *line], stderr=subprocess.DEVNULL)
+    images = output / "images" / "base"
+    deadline = time.monotonic() + 200
+    while len(list(images.glob("*.png"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in images.glob("*.png")}
+    assert len(kept) >= 2
+    assert not (output / "metrics.json").exists()
+    found = run(flags(inputs, output, "base", f"lora={inputs / 'lora'}"))
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert found["models"]["lora"]["metrics"]["brightness"]["base"] == pytest.approx(
+        metrics["models"]["lora"]["metrics"]["brightness"]["base"], rel=1e-4
+    )
+    assert (
+        found["models"]["lora"]["metrics"]["pickscore"]["win_rate"]
+        == (metrics["models"]["lora"]["metrics"]["pickscore"]["win_rate"])
+    )
+
+
+def test_finished_run_draws_nothing_again_and_gives_the_same_files(inputs, finished, metrics, monkeypatch):
+    monkeypatch.setattr(ev, "load_pipeline", lambda *_: pytest.fail("a finished run loaded the pipeline"))
+    report = (finished / "report.html").read_bytes()
+    assert run([*metrics_line(metrics), "--report_rows", "2"]) == metrics
+    assert (finished / "report.html").read_bytes() == report
+
+
+def metrics_line(metrics: dict) -> list[str]:
+    """The command line that metrics.json records."""
+    line = []
+    for key, value in metrics["settings"].items():
+        if value is not None and key not in ("overwrite", "height", "width"):
+            line += [f"--{key}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return line
+
+
+def test_a_damaged_image_is_drawn_again(inputs, finished, tmp_path):
+    output = shutil.copytree(finished, tmp_path / "out")
+    victim = output / "images" / "lora" / "00001_0.png"
+    whole = victim.read_bytes()
+    victim.write_bytes(whole[: len(whole) // 2])
+    run(flags(inputs, output))
+    np.testing.assert_allclose(pixels(output, "lora"), pixels(finished, "lora"), atol=1)
+
+
+def test_changed_settings_are_refused_with_the_difference_and_overwritten_on_request(inputs, finished, tmp_path):
+    output = shutil.copytree(finished, tmp_path / "out")
+    with pytest.raises(ev.UserError, match=r"seed 1 -> 0.*--overwrite"):
+        run(flags(inputs, output, seed=0))
+    other = shutil.copytree(inputs / "full", tmp_path / "other")
+    with pytest.raises(ev.UserError, match="tuned_weights"):
+        run(flags(inputs, output, "base", f"lora={other}"))
+    run([*flags(inputs, output, seed=0), "--overwrite"])
+    assert np.abs(pixels(output, "lora") - pixels(finished, "lora")).mean() > 1
+
+
+def test_training_scorers_are_read_from_the_record_of_the_pairs(inputs, tmp_path):
+    data, lora = tmp_path / "data", shutil.copytree(inputs / "lora", tmp_path / "lora")
+    data.mkdir()
+    (data / "preference_data.json").write_text(json.dumps({"settings": {"scorer": ["0.5*my/file.py:brightness"]}}))
+    model = ev.parse_model(f"dpo={lora}")
+    assert ev.recorded_training_scorers([model]) == ["pickscore"]
+    (lora / "training_settings.json").write_text(json.dumps({"settings": {"train_data_dir": str(data)}}))
+    assert ev.recorded_training_scorers([model]) == ["brightness"]
+
+
+def test_embedded_world_is_the_default(inputs, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(inputs / "lora", "dpo-human-lora")
+    args = ev.parse_args(["--max_prompts", "5", "--scorers", f"pickscore={WORLD / 'scorer'}"])
+    assert args.max_prompts == 5
+    assert args.prompts == str(WORLD / "prompts_test.txt")
+    assert [model.name for model in args.models] == ["base", "dpo"]
+    assert "--pretrained_model_name_or_path" in capsys.readouterr().out
+
+
+# ---- Bad input -----------------------------------------------------------------------------------------------------
+
+BAD_INPUTS = {
+    "no prompts": ({"prompts": None}, (), "--prompts"),
+    "missing prompts file": ({"prompts": "nowhere.txt"}, (), "nowhere.txt"),
+    "empty prompts file": ({"prompts": "{tmp}/empty.txt"}, (), "empty"),
+    "only blanks": ({"prompts": "{tmp}/blank.txt"}, (), "blank"),
+    "missing base model": ({"pretrained_model_name_or_path": "./nowhere"}, (), "nowhere"),
+    "base model folder without a pipeline": ({"pretrained_model_name_or_path": "{tmp}"}, (), "model_index.json"),
+    "zero images": ({"num_images_per_prompt": 0}, (), "--num_images_per_prompt"),
+    "zero steps": ({"num_inference_steps": 0}, (), "--num_inference_steps"),
+    "resolution not a number": ({"resolution": "large"}, (), "--resolution"),
+    "output folder is a file": ({"output_dir": "{tmp}/blank.txt"}, (), "is a file"),
+    "no base": ({}, ("dpo={lora}",), "base"),
+    "only base": ({}, ("base",), "tuned model"),
+    "two of one name": ({}, ("base", "dpo={lora}", "dpo={lora}"), "two models are called dpo"),
+    "base with a path": ({}, ("base={lora}",), "another name"),
+    "missing model folder": ({}, ("base", "dpo=nowhere"), "no model at nowhere"),
+    "folder without weights": ({}, ("base", "dpo={tmp}"), "training has not finished"),
+    "model without a name": ({}, ("base", "{lora}"), "name"),
+    "name that climbs": ({}, ("base", "..=x"), "name"),
+    "unknown option": ({}, ("base", "dpo={lora},scale=2"), "lora_scale"),
+    "option without a number": ({}, ("base", "dpo={lora},lora_scale=much"), "lora_scale"),
+}
+BAD_SCORERS = {
+    "unknown scorer": ("pikscore", "pikscore"),
+    "plug-in file missing": ("nowhere.py:judge", "nowhere.py"),
+    "plug-in without the function": ("{plugins}:nothing", "nothing"),
+    "missing scorer folder": ("pickscore=./nowhere", "nowhere"),
+    "two of one label": ("{plugins}:picky", "picky"),
+}
+
+
+def refused(line: list[str], capsys: pytest.CaptureFixture) -> str:
+    """The one line with which the command line is refused (status 2)."""
+    with pytest.raises(SystemExit) as caught:
+        ev.cli(line)
+    assert caught.value.code == 2
+    return capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("case", BAD_INPUTS)
+def test_bad_input_is_refused_in_one_line(case, inputs, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "blank.txt").write_text("\n  \n\t\n")
+    changes, models, words = BAD_INPUTS[case]
+    names = {"tmp": tmp_path, "lora": inputs / "lora"}
+    filled = {key: value.format(**names) if isinstance(value, str) else value for key, value in changes.items()}
+    line = flags(inputs, tmp_path / "out", *(model.format(**names) for model in models)) if models else None
+    line = line or flags(inputs, **{"output": tmp_path / "out", **filled})
+    assert words in refused(line, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("case", BAD_SCORERS)
+def test_bad_scorer_is_refused_in_one_line(case, inputs, tmp_path, capsys):
+    spec, words = BAD_SCORERS[case]
+    line = [*flags(inputs, tmp_path / "out"), spec.format(plugins=inputs / "plugins.py")]  # one more after --scorers
+    assert words in refused(line, capsys)
+
+
+def test_a_file_that_is_no_lora_of_this_model_is_named(inputs, tmp_path, capsys):
+    from safetensors.torch import save_file
+
+    save_file({"unet.nothing.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "pytorch_lora_weights.safetensors")
+    with pytest.raises(SystemExit) as caught:
+        ev.cli(flags(inputs, tmp_path / "out", "base", f"dpo={tmp_path}"))
+    assert "pytorch_lora_weights.safetensors is not a LoRA for this base model" in str(caught.value.code)
+
+
+def test_a_scorer_that_gives_too_few_scores_is_named(inputs, tmp_path):
+    line = [*flags(inputs, tmp_path / "out"), f"{inputs / 'plugins.py'}:short"]
+    with pytest.raises(ev.UserError, match="short"):
+        run(line)
