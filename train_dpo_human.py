@@ -101,26 +101,14 @@ METRICS = {
     "dpo_weight": "sigmoid(-beta * margin), the pair's weight in the gradient; near 0 it has nothing left to teach",
 }
 LR_SCHEDULERS = ["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"]
+# fmt: off
 FREE_SETTINGS = {  # a run that is carried on may change these
-    *(
-        "output_dir",
-        "overwrite",
-        "resume_from_checkpoint",
-        "checkpointing_steps",
-        "checkpoints_total_limit",
-        "cache_dir",
-    ),
-    *("logging_steps", "report_to", "validation_steps", "validation_prompts", "num_validation_images"),
-    *("validation_inference_steps", "validation_guidance_scale", "validation_draws", "max_train_steps"),
-    *("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+    "output_dir", "overwrite", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "cache_dir",
+    "logging_steps", "report_to", "validation_steps", "validation_prompts", "num_validation_images",
+    "validation_inference_steps", "validation_guidance_scale", "validation_draws", "max_train_steps",
+    "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
 }
-NOT_NEGATIVE_SETTINGS = ("lambda_stat", "lr_warmup_steps", "adam_weight_decay")
-POSITIVE_SETTINGS = (
-    *("rank", "lora_alpha", "max_train_samples", "resolution", "height", "width", "beta_dpo", "max_train_steps"),
-    *("train_batch_size", "gradient_accumulation_steps", "learning_rate", "max_grad_norm", "validation_steps"),
-    *("num_validation_images", "validation_inference_steps", "validation_draws", "checkpointing_steps"),
-    *("checkpoints_total_limit", "logging_steps"),
-)
+# fmt: on
 
 
 class UserError(Exception):
@@ -273,21 +261,20 @@ def load_splits(args: argparse.Namespace) -> dict[str, Split]:
     """The splits "train" and, where there is one, "validation"; checked, ties left out."""
     import datasets
 
-    if args.dataset_name is not None:
-        loaded = {
-            "train": datasets.load_dataset(args.dataset_name, split=args.dataset_split_name, cache_dir=args.cache_dir)
-        }
-    else:
-        folder = Path(args.train_data_dir)
-        if not folder.is_dir():
-            raise UserError(f"no folder {folder}: make pairs with make_preference_data.py, or set --train_data_dir")
+    source = args.dataset_name or args.train_data_dir
+    if args.dataset_name is None:
+        if not Path(source).is_dir():
+            raise UserError(f"no folder {source}: make pairs with make_preference_data.py, or set --train_data_dir")
         datasets.disable_progress_bars()
-        try:
-            loaded = datasets.load_dataset(str(folder), cache_dir=args.cache_dir)
-        except (FileNotFoundError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
-            raise UserError(f"{folder} holds no data set of pairs: {first_line(error)}") from error
+    try:
+        if args.dataset_name is not None:
+            loaded = {"train": datasets.load_dataset(source, split=args.dataset_split_name, cache_dir=args.cache_dir)}
+        else:
+            loaded = datasets.load_dataset(source, cache_dir=args.cache_dir)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{source} holds no data set of pairs: {first_line(error)}") from error
     if "train" not in loaded:
-        raise UserError(f"the data has no split 'train', only {', '.join(loaded)}")
+        raise UserError(f"{source} has no split 'train', only {', '.join(loaded)}")
     splits = {name: check_split(name, loaded[name], args) for name in ("train", "validation") if name in loaded}
     if len(splits["train"].rows) == 0:
         raise UserError(f"no pairs to train on ({splits['train'].num_ties} ties were left out)")
@@ -306,14 +293,23 @@ def check_split(name: str, rows: Dataset, args: argparse.Namespace) -> Split:
         row = int(wrong[0])
         told = f"label_0 = {labels[0, row]:g}, label_1 = {labels[1, row]:g}"
         raise UserError(f"split {name!r}, row {row}: {told}, not (1, 0), (0, 1) or a tie (0.5, 0.5)")
+    check_images(name, rows, Path(args.output_dir, "cache", f"checked-{rows._fingerprint}"))
+    decided = np.flatnonzero(labels[0] != 0.5)
+    return Split(rows.select(decided), (labels[0, decided] == 0).astype(int), len(rows) - len(decided))
+
+
+def check_images(name: str, rows: Dataset, checked: Path) -> None:
+    """Every pair has two different images with readable headers; `checked` remembers that, for the next start."""
+    if checked.is_file():
+        return
     for row, pair in enumerate(rows.select_columns(["jpg_0", "jpg_1"])):
         where = f"split {name!r}, row {row}"
         if pair["jpg_0"] == pair["jpg_1"]:
             raise UserError(f"{where}: winner and loser are the same image")
         for side in ("jpg_0", "jpg_1"):
             open_image(pair[side], f"{where}, {side}")
-    decided = np.flatnonzero(labels[0] != 0.5)
-    return Split(rows.select(decided), (labels[0, decided] == 0).astype(int), len(rows) - len(decided))
+    checked.parent.mkdir(parents=True, exist_ok=True)
+    checked.touch()
 
 
 def open_image(data: bytes, where: str) -> Image.Image:
@@ -341,10 +337,10 @@ def cached_tensor(
     numel = math.prod(shape)
     if accelerator.is_main_process and not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.unlink(missing_ok=True)
-        fill(torch.from_file(str(partial), shared=True, size=numel, dtype=dtype).view(shape))
-        partial.replace(path)
+        unfinished = path.with_suffix(".partial")
+        unfinished.unlink(missing_ok=True)
+        fill(torch.from_file(str(unfinished), shared=True, size=numel, dtype=dtype).view(shape))
+        unfinished.replace(path)
     accelerator.wait_for_everyone()
     return torch.from_file(str(path), shared=False, size=numel, dtype=dtype).view(shape)
 
@@ -388,6 +384,10 @@ def copy_latents(split: Split, latents: Tensor) -> None:
     for row, pair in enumerate(split.rows.select_columns(["latents_0", "latents_1"])):
         for position, side in enumerate((split.winner[row], 1 - split.winner[row])):
             values = np.frombuffer(pair[f"latents_{side}"], dtype=np.float16)
+            if len(values) != latents[row, position].numel():
+                raise UserError(
+                    f"row {row}: latents_{side} holds {len(values)} numbers, not {list(latents.shape[2:])}"
+                )
             latents[row, position] = torch.from_numpy(values.copy()).view(latents.shape[2:])
 
 
@@ -453,12 +453,27 @@ def make_batch(pairs: Pairs, rows: list[int], noise: Tensor, t: Tensor, device: 
 # ---- Models ---------------------------------------------------------------------------------------------------------
 
 
-class Models(NamedTuple):
-    """`policy` is `unet` as accelerate wraps it; `frozen` is the reference's copy, None where LoRA needs no copy."""
+class Schedule(NamedTuple):
+    """The model's noise schedule: alpha_bar (T,), that of the step before (1 before the first), prediction type."""
 
-    policy: torch.nn.Module
+    alpha_bar: Tensor
+    alpha_bar_prev: Tensor
+    prediction_type: str
+
+
+class Run(NamedTuple):
+    """What stays the same from the first step to the last."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    pipe: DiffusionPipeline
+    policy: torch.nn.Module  # `unet` as accelerate wraps it
     unet: UNet2DConditionModel
-    frozen: UNet2DConditionModel | None
+    frozen: UNet2DConditionModel | None  # the reference's copy; LoRA needs none
+    schedule: Schedule
+    pairs: dict[str, Pairs]
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
 
 
 def quiet_libraries() -> None:
@@ -502,9 +517,7 @@ def load_model(args: argparse.Namespace, dtype: torch.dtype) -> DiffusionPipelin
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(
-        pipe.scheduler.config
-    )  # the paper's sampler, for validation
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)  # as the paper samples
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -545,16 +558,16 @@ def trainable(unet: torch.nn.Module) -> dict[str, Tensor]:
 
 
 @contextmanager
-def reference(models: Models) -> Iterator[UNet2DConditionModel]:
+def reference(run: Run) -> Iterator[UNet2DConditionModel]:
     """The frozen model that the policy is measured against: the copy, or the policy itself with its adapters off."""
-    if models.frozen is not None:
-        yield models.frozen
+    if run.frozen is not None:
+        yield run.frozen
         return
-    models.unet.disable_adapters()
+    run.unet.disable_adapters()
     try:
-        yield models.unet
+        yield run.unet
     finally:
-        models.unet.enable_adapters()
+        run.unet.enable_adapters()
 
 
 def predict(unet: torch.nn.Module, x_t: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
@@ -566,27 +579,6 @@ def predict(unet: torch.nn.Module, x_t: Tensor, t: Tensor, text: dict[str, Tenso
 
 
 # ---- Training step --------------------------------------------------------------------------------------------------
-
-
-class Schedule(NamedTuple):
-    """The model's noise schedule: alpha_bar (T,), that of the step before (1 before the first), prediction type."""
-
-    alpha_bar: Tensor
-    alpha_bar_prev: Tensor
-    prediction_type: str
-
-
-class Run(NamedTuple):
-    """What stays the same from the first step to the last."""
-
-    args: argparse.Namespace
-    accelerator: Accelerator
-    pipe: DiffusionPipeline
-    models: Models
-    schedule: Schedule
-    pairs: dict[str, Pairs]
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
 
 
 def noise_schedule(pipe: DiffusionPipeline, device: torch.device) -> Schedule:
@@ -601,10 +593,9 @@ def noise_schedule(pipe: DiffusionPipeline, device: torch.device) -> Schedule:
     return Schedule(alpha_bar, before, prediction_type)
 
 
-def training_loss(
-    models: Models, batch: Batch, schedule: Schedule, args: argparse.Namespace
-) -> tuple[Tensor, dict[str, Tensor]]:
+def training_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
     """The docstring's formula on one batch: loss () and METRICS, () each."""
+    args, schedule = run.args, run.schedule
     t, noise = batch.t.repeat(2), batch.noise.repeat(2, 1, 1, 1)
     text = {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in batch.text.items()}
     alpha_bar = schedule.alpha_bar[t]
@@ -613,9 +604,9 @@ def training_loss(
     if args.channels_last:
         x_t = x_t.contiguous(memory_format=torch.channels_last)
 
-    with torch.no_grad(), reference(models) as ref:
+    with torch.no_grad(), reference(run) as ref:
         ref_prediction = predict(ref, x_t, t, text)
-    prediction = predict(models.policy, x_t, t, text)
+    prediction = predict(run.policy, x_t, t, text)
 
     err_w, err_l = image_error(prediction, target).chunk(2)
     ref_err_w, ref_err_l = image_error(ref_prediction, target).chunk(2)
@@ -650,12 +641,12 @@ def optimisation_step(run: Run, step: int) -> Tensor:
         where = positions(step, micro_step, accelerator.process_index, args, accelerator.num_processes)
         noise, t = draw(args.seed, "train", where, pairs.latents.shape[2:], len(run.schedule.alpha_bar))
         batch = make_batch(pairs, rows_at(args.seed, where, len(pairs.latents)), noise, t, accelerator.device)
-        with accelerator.accumulate(run.models.policy):
+        with accelerator.accumulate(run.policy):
             with accelerator.autocast():
-                loss, metrics = training_loss(run.models, batch, run.schedule, args)
+                loss, metrics = training_loss(run, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(trainable(run.models.unet).values(), args.max_grad_norm)
+                norm = accelerator.clip_grad_norm_(trainable(run.unet).values(), args.max_grad_norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
         total += torch.stack(list(metrics.values()))
@@ -672,7 +663,7 @@ def held_out_metrics(run: Run) -> dict[str, float]:
     if "validation" not in run.pairs:
         return {}
     args, accelerator, pairs = run.args, run.accelerator, run.pairs["validation"]
-    models = run.models._replace(policy=run.models.unet)  # no gradients to share between processes
+    run = run._replace(policy=run.unet)  # no gradients to share between processes
     num_timesteps, draws = len(run.schedule.alpha_bar), args.validation_draws
     total = torch.zeros(len(METRICS), device=accelerator.device)
     count, size = draws * len(pairs.latents), args.train_batch_size
@@ -682,7 +673,7 @@ def held_out_metrics(run: Run) -> dict[str, float]:
         t = torch.tensor([(2 * (position % draws) + 1) * num_timesteps // (2 * draws) for position in where])
         batch = make_batch(pairs, [position // draws for position in where], noise, t, accelerator.device)
         with accelerator.autocast():
-            _, metrics = training_loss(models, batch, run.schedule, args)
+            _, metrics = training_loss(run, batch)
         total += len(where) * torch.stack(list(metrics.values()))
     means = (accelerator.reduce(total, "sum") / count).tolist()
     return {f"validation/{name}": value for name, value in zip(METRICS, means, strict=True)}
@@ -772,6 +763,7 @@ def run_identity(args: argparse.Namespace, splits: dict[str, Split], accelerator
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps
     identity["pairs_per_step"] = pairs_per_step(args, accelerator)
+    identity["mixed_precision"] = accelerator.mixed_precision
     identity["data"] = {name: split.rows._fingerprint for name, split in splits.items()}
     return json.loads(json.dumps(identity))
 
@@ -830,15 +822,15 @@ def save_checkpoint(
 
     folder = Path(args.output_dir, f"checkpoint-{step}")
     discard(folder)
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    unfinished = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
     weights = {name: weight.detach().cpu().contiguous() for name, weight in trainable(unet).items()}
-    save_file(weights, partial / "model.safetensors")
+    save_file(weights, unfinished / "model.safetensors")
     states = {name: part.state_dict() for name, part in state.items() if part is not None}
-    torch.save({"step": step, **states}, partial / "state.pt")
-    (partial / "run.json").write_text(json.dumps(identity, indent=2))
-    partial.rename(folder)
+    torch.save({"step": step, **states}, unfinished / "state.pt")
+    (unfinished / "run.json").write_text(json.dumps(identity, indent=2))
+    unfinished.rename(folder)
     if args.checkpoints_total_limit is not None:
         others = [path for path in checkpoints(args.output_dir) if path != folder]
         for path in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
@@ -878,19 +870,16 @@ def save_weights(pipe: DiffusionPipeline, unet: UNet2DConditionModel, args: argp
     )
 
 
-def write_model_card(
-    pipe: DiffusionPipeline, args: argparse.Namespace, summary: dict[str, str], metrics: dict[str, float]
-) -> None:
+def write_model_card(run: Run, summary: dict[str, str], metrics: dict[str, float]) -> None:
     """README.md: base model, loading snippet, picture, data, metrics and settings."""
-    name = type(pipe).__name__
+    args, name, mixed_precision = run.args, type(run.pipe).__name__, run.accelerator.mixed_precision
     kind = "U-Net" if args.full_unet else "LoRA"
-    load = (
-        f'unet = UNet2DConditionModel.from_pretrained("{args.output_dir}", subfolder="unet")\n'
-        f'pipe = {name}.from_pretrained("{args.pretrained_model_name_or_path}", unet=unet)'
-        if args.full_unet
-        else f'pipe = {name}.from_pretrained("{args.pretrained_model_name_or_path}")\n'
-        f'pipe.load_lora_weights("{args.output_dir}")'
-    )
+    dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(mixed_precision, "float32")
+    model, lora = f'"{args.pretrained_model_name_or_path}", torch_dtype=torch.{dtype}', f'"{args.output_dir}"'
+    load = f"pipe = {name}.from_pretrained({model})\npipe.load_lora_weights({lora})"
+    if args.full_unet:
+        load = f'unet = UNet2DConditionModel.from_pretrained({lora}, subfolder="unet", torch_dtype=torch.{dtype})\n'
+        load += f"pipe = {name}.from_pretrained({model}, unet=unet)"
     tables = "\n\n".join(
         f"## {title}\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
         for title, rows in (
@@ -912,6 +901,7 @@ A {kind} for `{args.pretrained_model_name_or_path}`, trained to draw people bett
 statistics matching ([HG-DPO](https://arxiv.org/abs/2405.20216)) by train_dpo_human.py.
 
 ```python
+import torch
 from diffusers import {"UNet2DConditionModel, " if args.full_unet else ""}{name}
 
 {load}
@@ -966,8 +956,7 @@ def prepare_pairs(
     distinct = sorted({"", *prompts, *(caption for column in captions.values() for caption in column)})
     row_of = {caption: row for row, caption in enumerate(distinct)}
     embeddings = prepare_captions(distinct, pipe, args, accelerator)
-    height, width = args.height, args.width
-    time_ids = torch.tensor([height, width, 0, 0, height, width])
+    time_ids = torch.tensor([args.height, args.width, 0, 0, args.height, args.width])
     pairs = {
         name: Pairs(latents[name], torch.tensor([row_of[caption] for caption in captions[name]]), embeddings, time_ids)
         for name in splits
@@ -1011,16 +1000,16 @@ def summarise(run: Run, splits: dict[str, Split], first_step: int) -> dict[str, 
     args, accelerator = run.args, run.accelerator
     counts = {name: len(split.rows) for name, split in splits.items()}
     ties = sum(split.num_ties for split in splits.values())
-    weights = sum(weight.numel() for weight in trainable(run.models.unet).values())
+    weights = sum(weight.numel() for weight in trainable(run.unet).values())
     batch = pairs_per_step(args, accelerator)
     kind = "U-Net" if args.full_unet else f"LoRA of rank {args.rank}"
     summary = {
         "pairs": f"{counts['train']} to train on, {counts.get('validation', 0)} held out, {ties} ties left out",
         "trained": f"{kind}, {weights:,} parameters in fp32; mixed precision: {accelerator.mixed_precision}",
-        "loss": f"{args.loss_type}, beta * margin with beta = {args.beta_dpo:g} (the same as {2 * args.beta_dpo:g} where "
-        f"code has 0.5 * beta * margin), + {args.lambda_stat:g} * statistics matching",
+        "loss": f"{args.loss_type}, beta * margin with beta = {args.beta_dpo:g} (where code has 0.5 * beta * margin: "
+        f"beta = {2 * args.beta_dpo:g}) + {args.lambda_stat:g} * statistics matching",
         "batch": f"{args.train_batch_size} pairs x {args.gradient_accumulation_steps} accumulated "
-        f"x {accelerator.num_processes} process(es) = {batch} pairs a step",
+        f"x {accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} = {batch} pairs a step",
         "steps": f"{args.max_train_steps}, {args.max_train_steps * batch / counts['train']:.1f} epochs"
         + (f"; carries on after step {first_step}" if args.resume_from_checkpoint else ""),
     }
@@ -1057,9 +1046,9 @@ def log(run: Run, step: int, values: dict[str, float]) -> None:
 def draw_validation(run: Run, step: int, prompts: list[str], text: dict[str, Tensor], base: list[Image.Image]) -> None:
     """Writes validation.png; `base` keeps the base model's images from the first time on."""
     if not base:
-        with reference(run.models) as ref:
+        with reference(run) as ref:
             base += draw_images(run, ref, prompts, text)
-    picture = validation_picture(base, draw_images(run, run.models.unet, prompts, text), prompts)
+    picture = validation_picture(base, draw_images(run, run.unet, prompts, text), prompts)
     picture.save(Path(run.args.output_dir, "validation.png"))
     for tracker in run.accelerator.trackers:
         if tracker.name == "tensorboard":
@@ -1069,15 +1058,12 @@ def draw_validation(run: Run, step: int, prompts: list[str], text: dict[str, Ten
 
 
 def closing_lines(args: argparse.Namespace, latest: dict[str, float]) -> str:
-    """Where the result is, how it did on held-out pairs, what to run next."""
+    """Where the result is, how it did on held-out pairs, and what to run next."""
     held_out = latest.get("validation/rewards/accuracies")
     told = "" if held_out is None else f"; the right one preferred in {held_out:.0%} of held-out pairs"
-    model = args.pretrained_model_name_or_path
-    named = (
-        ""
-        if Path(model) == WORLD / "pipeline"
-        else f" --pretrained_model_name_or_path {model} --prompts YOUR_TEST_PROMPTS.txt"
-    )
+    model, named = args.pretrained_model_name_or_path, ""
+    if Path(model) != WORLD / "pipeline":
+        named = f" --pretrained_model_name_or_path {model} --prompts YOUR_TEST_PROMPTS.txt"
     return f"done: {args.output_dir}{told}\nnext: python eval_human.py{named} --models base dpo={args.output_dir}"
 
 
@@ -1089,7 +1075,7 @@ def train(run: Run, first_step: int, at_step: Callable[[int], dict[str, float]])
     show = {"initial": first_step, "total": args.max_train_steps, "disable": not accelerator.is_main_process}
     bar = tqdm(steps, desc="training", unit="step", **show)
     for step in bar:
-        began = time.perf_counter()
+        began, learning_rate = time.perf_counter(), run.lr_scheduler.get_last_lr()[0]
         window, num_steps = window + optimisation_step(run, step - 1), num_steps + 1
         log_now = step % args.logging_steps == 0 or step == args.max_train_steps
         if log_now:
@@ -1099,8 +1085,10 @@ def train(run: Run, first_step: int, at_step: Callable[[int], dict[str, float]])
             values = dict(zip((*METRICS, "grad_norm"), means, strict=True))
             if not math.isfinite(values["loss"]):
                 raise UserError(f"the loss is no longer finite at step {step}: lower --learning_rate, or try bf16")
-            values["lr"] = run.lr_scheduler.get_last_lr()[0]
-            values["pairs_per_second"] = num_steps * pairs_per_step(args, accelerator) / seconds
+            values |= {
+                "lr": learning_rate,
+                "pairs_per_second": num_steps * pairs_per_step(args, accelerator) / seconds,
+            }
             log(run, step, values)
             bar.set_postfix(loss=f"{values['loss']:.4f}", accuracy=f"{values['rewards/accuracies']:.2f}")
             latest, window, num_steps, seconds = latest | values, 0, 0, 0.0
@@ -1127,7 +1115,7 @@ def main(args: argparse.Namespace) -> None:
     optimizer = make_optimizer(list(trainable(unet).values()), args)
     lr_scheduler = make_lr_scheduler(optimizer, args)
     policy, optimizer = accelerator.prepare(unet, optimizer)
-    run = Run(args, accelerator, pipe, Models(policy, unet, frozen), schedule, pairs, optimizer, lr_scheduler)
+    run = Run(args, accelerator, pipe, policy, unet, frozen, schedule, pairs, optimizer, lr_scheduler)
     state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": accelerator.scaler}
     first_step = load_checkpoint(checkpoint, unet, state) if checkpoint else 0
 
@@ -1144,15 +1132,14 @@ def main(args: argparse.Namespace) -> None:
         if step % args.validation_steps == 0 or is_last:
             metrics = held_out_metrics(run)
             log(run, step, metrics)
-            if accelerator.is_main_process and prompts:
+            if accelerator.is_main_process:
                 draw_validation(run, step, prompts, prompt_text, base_images)
-        accelerator.wait_for_everyone()
         return metrics
 
     latest = train(run, first_step, at_step)
     if accelerator.is_main_process:
         save_weights(pipe, unet, args)
-        write_model_card(pipe, args, summary, latest)
+        write_model_card(run, summary, latest)
     accelerator.end_training()
     accelerator.print(closing_lines(args, latest))
 
@@ -1172,8 +1159,21 @@ def use_embedded_world(parser: argparse.ArgumentParser, script: str) -> None:
     parser.set_defaults(**defaults)
     if os.environ.get("RANK", "0") == "0":
         print(
-            f"{script}.py: no model named: using the embedded world {WORLD} (--pretrained_model_name_or_path sets yours)"
+            f"{script}.py: no model named, so the embedded world {WORLD.name} is used: --pretrained_model_name_or_path"
         )
+
+
+def at_least(minimum: float, kind: type, *, exclusive: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number of this kind from `minimum` on, or above it."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (value > minimum if exclusive else value >= minimum):
+            raise argparse.ArgumentTypeError(f"must be {'above' if exclusive else 'at least'} {minimum}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -1184,6 +1184,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
 
+    count, positive = at_least(1, int), at_least(0, float, exclusive=True)
+
     # fmt: off
     flag = parser.add_argument_group("model").add_argument
     flag("--pretrained_model_name_or_path", help="your model, SD 1.x, 2.x or XL; none: the embedded world")
@@ -1191,37 +1193,37 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--variant", help="variant of the weight files, such as fp16")
     flag("--cache_dir", help="where downloaded models and data sets are kept")
     flag("--full_unet", action="store_true", help="train the whole U-Net against a frozen copy, instead of a LoRA")
-    flag("--rank", type=int, default=8, help="rank of the LoRA on all attention layers")
-    flag("--lora_alpha", type=float, help="scale of the LoRA; none: the rank")
+    flag("--rank", type=count, default=8, help="rank of the LoRA on all attention layers")
+    flag("--lora_alpha", type=positive, help="scale of the LoRA; none: the rank")
 
     flag = parser.add_argument_group("data").add_argument
     flag("--train_data_dir", default="human-preferences", help="folder of pairs by make_preference_data.py")
     flag("--dataset_name", help="data set with Pick-a-Pic's columns, instead of --train_data_dir")
     flag("--dataset_split_name", default="train", help="its split to train on")
-    flag("--max_train_samples", type=int, help="use the first so many rows")
-    flag("--resolution", type=int, default=512, help="height and width; images are resized and cropped to it")
-    flag("--height", type=int, help="height, where it is not --resolution")
-    flag("--width", type=int, help="width, where it is not --resolution")
+    flag("--max_train_samples", type=count, help="use the first so many rows")
+    flag("--resolution", type=count, default=512, help="height and width; images are resized and cropped to it")
+    flag("--height", type=count, help="height, where it is not --resolution")
+    flag("--width", type=count, help="width, where it is not --resolution")
 
     flag = parser.add_argument_group("objective").add_argument
-    flag("--beta_dpo", type=float, default=2500, help="beta * margin; half of it where code has 0.5 * beta")
+    flag("--beta_dpo", type=positive, default=2500, help="beta * margin; half of it where code has 0.5 * beta")
     flag("--loss_type", choices=["sigmoid", "hinge", "ipo"], default="sigmoid", help="sigmoid is DPO")
     flag("--label_smoothing", type=float, default=0.0, help="share of labels thought to be wrong")
-    flag("--lambda_stat", type=float, default=10000, help="weight of statistics matching; 0: none, colours may drift")
+    flag("--lambda_stat", type=at_least(0, float), default=10000, help="weight of statistics matching, 0 for none")
 
     flag = parser.add_argument_group("optimisation").add_argument
-    flag("--max_train_steps", type=int, default=2000, help="updates of the weights; the paper: 300000")
-    flag("--train_batch_size", type=int, default=16, help="pairs in a process's forward pass")
-    flag("--gradient_accumulation_steps", type=int, default=1, help="forward passes in an update")
-    flag("--learning_rate", type=float, default=1e-5, help="peak learning rate")
+    flag("--max_train_steps", type=count, default=2000, help="updates of the weights; the paper: 300000")
+    flag("--train_batch_size", type=count, default=16, help="pairs in a process's forward pass")
+    flag("--gradient_accumulation_steps", type=count, default=1, help="forward passes in an update")
+    flag("--learning_rate", type=positive, default=1e-5, help="peak learning rate")
     flag("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="how it changes over the steps")
-    flag("--lr_warmup_steps", type=int, default=0, help="steps of linear warm-up, under every schedule")
+    flag("--lr_warmup_steps", type=at_least(0, int), default=0, help="steps of linear warm-up, under every schedule")
     flag("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW, a quarter of the optimiser's memory")
     flag("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
     flag("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
-    flag("--adam_weight_decay", type=float, default=1e-2, help="weight decay")
+    flag("--adam_weight_decay", type=at_least(0, float), default=1e-2, help="weight decay")
     flag("--adam_epsilon", type=float, default=1e-8, help="epsilon of Adam")
-    flag("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    flag("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to this norm")
     flag("--seed", type=int, default=0, help="decides order, noise, timesteps and the LoRA's start")
 
     flag = parser.add_argument_group("memory and precision").add_argument
@@ -1231,21 +1233,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--channels_last", action=argparse.BooleanOptionalAction, default=True, help="memory layout of the U-Net")
 
     flag = parser.add_argument_group("validation").add_argument
-    flag("--validation_steps", type=int, default=500, help="steps between validations; there is one at the end")
+    flag("--validation_steps", type=count, default=500, help="steps between validations; there is one at the end")
     flag("--validation_prompts", nargs="*", help="prompts to draw; none: captions of the validation split")
-    flag("--num_validation_images", type=int, default=8, help="how many of those captions")
-    flag("--validation_inference_steps", type=int, default=50, help="steps of the sampler")
+    flag("--num_validation_images", type=count, default=8, help="how many of those captions")
+    flag("--validation_inference_steps", type=count, default=50, help="steps of the sampler")
     flag("--validation_guidance_scale", type=float, default=5.0, help="classifier-free guidance")
-    flag("--validation_draws", type=int, default=4, help="timesteps at which each held-out pair is measured")
+    flag("--validation_draws", type=count, default=4, help="timesteps at which each held-out pair is measured")
 
     flag = parser.add_argument_group("output").add_argument
     flag("--output_dir", default="dpo-human-lora", help="weights, model card, metrics and checkpoints")
     flag("--overwrite", action="store_true", help="start anew in the folder of an earlier run")
     flag("--resume_from_checkpoint", help="a checkpoint's folder, or latest")
-    flag("--checkpointing_steps", type=int, default=500, help="steps between checkpoints")
-    flag("--checkpoints_total_limit", type=int, help="keep only the newest so many")
-    flag("--logging_steps", type=int, default=10, help="steps that logged metrics are averaged over")
-    flag("--report_to", default="auto", help="tracker known to accelerate, none, or auto: tensorboard if installed")
+    flag("--checkpointing_steps", type=count, default=500, help="steps between checkpoints")
+    flag("--checkpoints_total_limit", type=count, help="keep only the newest so many")
+    flag("--logging_steps", type=count, default=10, help="steps that logged metrics are averaged over")
+    flag("--report_to", default="auto", help="a tracker of accelerate's, none, or auto: tensorboard if installed")
     # fmt: on
 
     args = parser.parse_args(argv)
@@ -1254,28 +1256,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args = parser.parse_args(argv)
     args.height, args.width = args.height or args.resolution, args.width or args.resolution
     args.lora_alpha = args.lora_alpha or args.rank
-    check_args(parser, args)
+    if args.dataset_name is not None:
+        args.train_data_dir = None
+    refuse_impossible(parser, args)
     return args
 
 
-def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """What cannot work is told before anything is loaded."""
-    values, cuda = vars(args), torch.cuda.is_available()
-    xformers = args.enable_xformers_memory_efficient_attention
-    mistakes = {
-        **{f"--{name} must be above 0": values[name] is not None and values[name] <= 0 for name in POSITIVE_SETTINGS},
-        **{f"--{name} must not be negative": values[name] < 0 for name in NOT_NEGATIVE_SETTINGS},
-        "--label_smoothing must lie in [0, 0.5)": not 0 <= args.label_smoothing < 0.5,
-        "--label_smoothing needs --loss_type sigmoid": args.label_smoothing and args.loss_type != "sigmoid",
-        "--resolution, --height and --width must be multiples of 8": args.height % 8 or args.width % 8,
-        "--mixed_precision fp16 needs a GPU": args.mixed_precision == "fp16" and not cuda,
-        "--enable_xformers_memory_efficient_attention needs CUDA": xformers and not cuda,
-        "--overwrite starts anew, --resume_from_checkpoint carries on: set one": args.overwrite
-        and args.resume_from_checkpoint,
-    }
-    for told, is_wrong in mistakes.items():
-        if is_wrong:
-            parser.error(told)
+def refuse_impossible(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Combinations that cannot work are told before anything is loaded."""
+    if not 0 <= args.label_smoothing < 0.5:
+        parser.error("--label_smoothing must lie in [0, 0.5)")
+    if args.label_smoothing and args.loss_type != "sigmoid":
+        parser.error("--label_smoothing needs --loss_type sigmoid")
+    if args.height % 8 or args.width % 8:
+        parser.error("--resolution, --height and --width must be multiples of 8")
+    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
+        parser.error("--mixed_precision fp16 needs a GPU")
+    if args.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
+        parser.error("--enable_xformers_memory_efficient_attention needs CUDA")
+    if args.overwrite and args.resume_from_checkpoint:
+        parser.error("--overwrite starts anew, --resume_from_checkpoint carries on: set one")
 
 
 def cli(argv: list[str] | None = None) -> None:

@@ -1,0 +1,497 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The laws of train_dpo_human.py, and its runs on the embedded world."""
+
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from tiny_human.figures import BREAKS, all_attributes, draw
+
+import train_dpo_human as trainer
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "train_dpo_human.py"
+PIPELINE = ROOT / "tests" / "tiny_human" / "pipeline"
+SMALL = {
+    **{"train_batch_size": 2, "max_train_steps": 4, "logging_steps": 2, "checkpointing_steps": 2, "report_to": "none"},
+    **{"num_validation_images": 1, "validation_inference_steps": 1, "validation_draws": 1, "learning_rate": 1e-3},
+}
+
+
+# ---- Fixtures: a small data set in the format of make_preference_data.py --------------------------------------------
+
+
+def jpeg(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=95, subsampling=0)
+    return file.getvalue()
+
+
+def make_rows(count: int, first: int = 0) -> list[dict]:
+    """Right figures against broken ones; the winner's side alternates."""
+    rows = []
+    for i in range(first, first + count):
+        attributes = all_attributes()[37 * i % len(all_attributes())]
+        right, wrong = draw(attributes, seed=i), draw(attributes, seed=i, broken=BREAKS[i % len(BREAKS)])
+        sides = [right, wrong] if i % 2 else [wrong, right]
+        rows.append({
+            "jpg_0": jpeg(sides[0].image), "jpg_1": jpeg(sides[1].image), "caption": right.caption,
+            "label_0": float(i % 2), "label_1": float(1 - i % 2),
+        })  # fmt: skip
+    return rows
+
+
+def write_data(folder: Path, train: list[dict], validation: list[dict] | None = None) -> Path:
+    (folder / "data").mkdir(parents=True)
+    for name, rows in (("train", train), ("validation", validation)):
+        if rows:
+            Dataset.from_list(rows).to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
+    return write_data(tmp_path_factory.mktemp("pairs"), make_rows(10), make_rows(3, first=50))
+
+
+def flags(settings: dict) -> list[str]:
+    return [
+        word
+        for name, value in settings.items()
+        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
+    ]
+
+
+def train(data: Path, output: Path, **settings) -> dict[str, torch.Tensor]:
+    """Runs main() in this process; returns the weights that it wrote."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    settings = SMALL | {"train_data_dir": data, "output_dir": output} | settings
+    trainer.main(trainer.parse_args(flags(settings)))
+    lora = output / "pytorch_lora_weights.safetensors"
+    return load_file(lora if lora.exists() else output / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def read_metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- The method -----------------------------------------------------------------------------------------------------
+
+
+def errors(seed: int = 0) -> list[torch.Tensor]:
+    return list(0.1 + torch.rand(4, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+
+
+def test_loss_is_log_2_at_the_reference():
+    err_w, err_l, *_ = errors()
+    loss, margin = trainer.dpo_loss(err_w, err_l, err_w, err_l, beta=2500)
+    assert loss.item() == pytest.approx(math.log(2))
+    assert torch.equal(margin, torch.zeros_like(margin))
+
+
+def test_loss_equals_both_public_formulas():
+    err_w, err_l, ref_err_w, ref_err_l = errors()
+    ours, _ = trainer.dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta=25)
+    # diffusers train_diffusion_dpo.py
+    logits = (ref_err_w - ref_err_l) - (err_w - err_l)
+    assert ours.item() == pytest.approx(-torch.nn.functional.logsigmoid(25 * logits).mean().item())
+    # SalesforceAIResearch/DiffusionDPO train.py
+    inside = -0.5 * 50 * ((err_w - err_l) - (ref_err_w - ref_err_l))
+    assert ours.item() == pytest.approx(-torch.nn.functional.logsigmoid(inside).mean().item())
+
+
+@pytest.mark.parametrize("options", [("sigmoid", 0.0), ("sigmoid", 0.1), ("hinge", 0.0), ("ipo", 0.0)])
+def test_loss_lowers_the_winners_error_and_raises_the_losers(options):
+    values = [0.01 * error for error in errors()]
+
+    def loss(err_w, err_l):
+        return trainer.dpo_loss(err_w, err_l, values[2], values[3], 10, *options)[0].item()
+
+    h = 1e-6
+    assert loss(values[0] + h, values[1]) > loss(values[0] - h, values[1])
+    assert loss(values[0], values[1] + h) < loss(values[0], values[1] - h)
+
+
+def test_ipo_is_smallest_at_its_margin():
+    zero = torch.zeros(1, dtype=torch.float64)
+    losses = [trainer.dpo_loss(zero, m + zero, zero, zero, 100, "ipo")[0].item() for m in (0.004, 0.005, 0.006)]
+    assert losses[1] == pytest.approx(0)
+    assert min(losses) == losses[1]
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_predict_x0_inverts_add_noise(prediction_type):
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type)
+    x_0, noise = torch.randn(2, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0, 10, 400, 800, 999])
+    alpha_bar = scheduler.alphas_cumprod[t]
+    x_t = trainer.add_noise(x_0, noise, alpha_bar)
+    target = trainer.training_target(x_0, noise, alpha_bar, prediction_type)
+    torch.testing.assert_close(x_t, scheduler.add_noise(x_0, noise, t))
+    if prediction_type == "v_prediction":
+        torch.testing.assert_close(target, scheduler.get_velocity(x_0, noise, t))
+    torch.testing.assert_close(trainer.predict_x0(target, x_t, alpha_bar, prediction_type), x_0, atol=2e-5, rtol=1e-4)
+
+
+def statistics_loss(x0: torch.Tensor, ref_x0: torch.Tensor, t: int) -> float:
+    alpha_bar = DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod
+    before = alpha_bar[t - 1] if t else torch.tensor(1.0)
+    count = len(x0)
+    return trainer.statistics_matching_loss(x0, ref_x0, alpha_bar[t].expand(count), before.expand(count)).item()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("t", [0, 1, 162, 999])
+def test_statistics_loss_is_that_of_the_schedulers_own_step(prediction_type, t):
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type, clip_sample=False)
+    x_t, ours, theirs = torch.randn(3, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
+    steps = [
+        scheduler.step(prediction, t, x_t, generator=torch.Generator().manual_seed(5)).prev_sample.double()
+        for prediction in (ours, theirs)
+    ]
+    expected = (steps[0].mean((2, 3)) - steps[1].mean((2, 3))).square().sum(1).mean().item()
+    alpha_bar = scheduler.alphas_cumprod[t].expand(3)
+    x0 = [trainer.predict_x0(prediction, x_t, alpha_bar, prediction_type) for prediction in (ours, theirs)]
+    assert statistics_loss(*x0, t) == pytest.approx(expected, rel=2e-3)
+
+
+def test_statistics_loss_ignores_the_order_of_pixels_and_sees_a_shift():
+    x0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    shuffled = x0.flatten(2)[:, :, torch.randperm(64)].view_as(x0)
+    assert statistics_loss(shuffled, x0, 500) == pytest.approx(0, abs=1e-12)
+    assert statistics_loss(x0 + 0.1, x0, 0) == pytest.approx(4 * 0.1**2, rel=1e-4)
+
+
+# ---- Draws ----------------------------------------------------------------------------------------------------------
+
+
+def test_draws_are_functions_of_seed_and_position():
+    noise, t = trainer.draw(0, "train", range(8), (2, 4, 4), 1000)
+    again, t_again = trainer.draw(0, "train", range(4, 8), (2, 4, 4), 1000)
+    assert torch.equal(noise[4:], again)
+    assert torch.equal(t[4:], t_again)
+    for other in (
+        trainer.draw(1, "train", range(8), (2, 4, 4), 1000),
+        trainer.draw(0, "x", range(8), (2, 4, 4), 1000),
+    ):
+        assert not torch.equal(noise, other[0])
+        assert not torch.equal(t, other[1])
+
+
+def test_ranks_and_micro_batches_share_out_the_positions():
+    args = trainer.parse_args(["--train_batch_size", "3", "--gradient_accumulation_steps", "2"])
+    where = [trainer.positions(s, m, rank, args, 2) for s in range(2) for m in range(2) for rank in range(2)]
+    assert [position for part in where for position in part] == list(range(24))
+
+
+def test_every_epoch_sees_every_pair_once():
+    rows = trainer.rows_at(0, range(30), 10)
+    epochs = [rows[:10], rows[10:20], rows[20:]]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+# ---- Runs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "lora"
+    train(data, output, gradient_accumulation_steps=2, max_train_steps=6, checkpoints_total_limit=2)
+    return output
+
+
+def test_a_run_writes_what_it_promises(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {
+        *("pytorch_lora_weights.safetensors", "README.md", "metrics.jsonl", "training_settings.json"),
+        *("validation.png", "checkpoint-4", "checkpoint-6", "cache"),
+    }  # fmt: skip
+    logged, held_out = read_metrics(finished)[-2:]
+    assert {*trainer.METRICS, "grad_norm", "lr", "pairs_per_second", "step"} == logged.keys()
+    assert {f"validation/{name}" for name in trainer.METRICS} | {"step"} == held_out.keys()
+    assert held_out["validation/loss/dpo"] != pytest.approx(math.log(2), abs=1e-6)
+    card = (finished / "README.md").read_text()
+    assert "load_lora_weights" in card
+    assert "validation.png" in card
+    assert Image.open(finished / "validation.png").width > 200
+
+
+def test_the_first_step_starts_at_the_reference(data, tmp_path):
+    train(data, tmp_path / "run", max_train_steps=1, logging_steps=1, checkpointing_steps=9)
+    first = read_metrics(tmp_path / "run")[0]
+    assert first["loss/dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["loss/statistics"] == 0
+    assert first["grad_norm"] > 0
+
+
+def test_the_lora_changes_a_pipelines_images_and_at_scale_0_does_not(finished):
+    pipe = StableDiffusionPipeline.from_pretrained(PIPELINE, torch_dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+
+    def latents(scale: float) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 2, "output_type": "latent", "cross_attention_kwargs": {"scale": scale}}
+        return pipe("a person", generator=generator, **options).images
+
+    base = latents(1)
+    pipe.load_lora_weights(finished)
+    assert not torch.allclose(latents(1), base, atol=1e-4)
+    torch.testing.assert_close(latents(0), base)
+
+
+def test_alpha_reaches_the_pipeline(data, tmp_path):
+    train(data, tmp_path / "run", rank=2, lora_alpha=6, max_train_steps=1)
+    pipe = StableDiffusionPipeline.from_pretrained(PIPELINE, torch_dtype=torch.float32)
+    pipe.load_lora_weights(tmp_path / "run")
+    config = next(iter(pipe.unet.peft_config.values()))
+    assert (config.r, config.lora_alpha) == (2, 6)
+
+
+@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 2}, {"full_unet": True}, {"use_8bit_adam": True}])
+def test_a_resumed_run_equals_an_uninterrupted_one(data, tmp_path, options):
+    options = options | {"learning_rate": 1e-4, "logging_steps": 1}
+    whole = train(data, tmp_path / "whole", **options)
+    train(data, tmp_path / "parts", **options, max_train_steps=3)
+    parts = train(data, tmp_path / "parts", **options, resume_from_checkpoint="latest")
+    assert_equal(whole, parts)
+    logged = [
+        [entry["loss"] for entry in read_metrics(tmp_path / run) if "loss" in entry] for run in ("whole", "parts")
+    ]
+    assert logged[0] == logged[1]
+
+
+def test_kill_9_leaves_complete_checkpoints_and_resume_gives_the_uninterrupted_weights(data, tmp_path):
+    settings = {"max_train_steps": 12, "num_validation_images": 1}
+    whole = train(data, tmp_path / "whole", **settings)
+    killed = tmp_path / "killed"
+    command = flags(SMALL | settings | {"train_data_dir": data, "output_dir": killed})
+    process = subprocess.Popen([sys.executable, SCRIPT, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.time() + 90
+    while not (killed / "checkpoint-4").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "pytorch_lora_weights.safetensors").exists()
+    for checkpoint in trainer.checkpoints(killed):
+        assert {path.name for path in checkpoint.iterdir()} == {"model.safetensors", "state.pt", "run.json"}
+    assert_equal(whole, train(data, killed, **settings, resume_from_checkpoint="latest"))
+    assert not list(killed.glob("*.partial"))
+
+
+def test_the_full_unet_loads_and_differs_from_the_base(data, tmp_path):
+    train(data, tmp_path / "run", full_unet=True, max_train_steps=2)
+    tuned = UNet2DConditionModel.from_pretrained(tmp_path / "run", subfolder="unet").state_dict()
+    base = UNet2DConditionModel.from_pretrained(PIPELINE, subfolder="unet").state_dict()
+    assert tuned.keys() == base.keys()
+    assert any(not torch.equal(tuned[name], base[name].float()) for name in base)
+
+
+def test_bf16_trains_fp32_weights(data, tmp_path):
+    weights = train(data, tmp_path / "run", mixed_precision="bf16", max_train_steps=2)
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    moved = torch.cat([weight.flatten() for name, weight in weights.items() if "lora_B" in name or "lora.up" in name])
+    assert (moved != 0).float().mean() > 0.9
+
+
+def test_memory_flags_do_not_change_the_result(data, tmp_path):
+    plain = train(data, tmp_path / "plain", max_train_steps=2)
+    thrifty = train(data, tmp_path / "thrifty", max_train_steps=2, gradient_checkpointing=True)
+    for name in plain:
+        torch.testing.assert_close(plain[name], thrifty[name], atol=1e-5, rtol=1e-3)
+
+
+def test_v_prediction_runs(data, tmp_path):
+    model = shutil.copytree(PIPELINE, tmp_path / "v")
+    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+    config["prediction_type"] = "v_prediction"
+    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    settings = {"pretrained_model_name_or_path": model, "resolution": 64, "max_train_steps": 1, "logging_steps": 1}
+    train(data, tmp_path / "run", **settings)
+    train(data, tmp_path / "epsilon", max_train_steps=1, logging_steps=1)
+    v, epsilon = (read_metrics(tmp_path / run)[0] for run in ("run", "epsilon"))
+    assert v["loss/dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    assert v["error/winner"] != pytest.approx(epsilon["error/winner"])
+
+
+def test_warm_up_is_not_ignored(data, tmp_path):
+    train(data, tmp_path / "run", lr_warmup_steps=4, logging_steps=1, max_train_steps=3)
+    rates = [entry["lr"] for entry in read_metrics(tmp_path / "run") if "lr" in entry]
+    assert rates == pytest.approx([0, 2.5e-4, 5e-4])
+
+
+# ---- Data -----------------------------------------------------------------------------------------------------------
+
+
+def test_latents_of_the_data_set_are_used_where_they_fit(data, tmp_path, capsys):
+    vae = AutoencoderKL.from_pretrained(PIPELINE, subfolder="vae")
+    rows = make_rows(4)
+    for row in rows:
+        for side in (0, 1):
+            pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(row[f"jpg_{side}"])))).permute(2, 0, 1)[None]
+            with torch.no_grad():
+                latents = vae.encode(pixels / 127.5 - 1).latent_dist.mode() * vae.config.scaling_factor
+            row[f"latents_{side}"] = latents.half().numpy().tobytes()
+    folder = write_data(tmp_path / "pairs", rows)
+    metadata = {
+        "shape": [8, 16, 16],
+        "dtype": "float16",
+        "scaling_factor": 0.25,
+        "vae_hash": trainer.weights_hash(vae),
+    }
+    (folder / "preference_data.json").write_text(json.dumps({"latents": metadata}))
+    given = train(folder, tmp_path / "given", max_train_steps=2)
+    assert "VAE" not in capsys.readouterr().out
+    (folder / "preference_data.json").write_text(json.dumps({"latents": metadata | {"vae_hash": "of another VAE"}}))
+    encoded = train(folder, tmp_path / "encoded", max_train_steps=2)
+    assert "another VAE" in capsys.readouterr().out
+    caches = [next((tmp_path / run / "cache").glob("latents-*")).read_bytes() for run in ("given", "encoded")]
+    a, b = (torch.frombuffer(bytearray(cache), dtype=torch.float16).float() for cache in caches)
+    torch.testing.assert_close(a, b, atol=5e-3, rtol=5e-3)
+    assert given.keys() == encoded.keys()
+
+
+def test_winners_come_first(data):
+    splits = trainer.load_splits(trainer.parse_args(["--train_data_dir", str(data)]))
+    assert splits["train"].winner.tolist() == [1, 0] * 5
+    assert splits["train"].num_ties == 0
+
+
+def test_a_named_data_set_is_read_by_its_split(data, tmp_path, capsys):
+    train(data, tmp_path / "run", dataset_name=data, dataset_split_name="validation", max_train_steps=1)
+    assert "3 to train on, 0 held out" in capsys.readouterr().out
+
+
+def test_both_sides_are_cropped_alike():
+    wide, tall = Image.new("RGB", (90, 60)), Image.new("RGB", (60, 90))
+    assert trainer.to_pixels(jpeg(wide), (64, 48), "").shape == trainer.to_pixels(jpeg(tall), (64, 48), "").shape
+
+
+def test_ties_are_left_out_and_counted(tmp_path, capsys):
+    rows = make_rows(5)
+    rows[1] |= {"label_0": 0.5, "label_1": 0.5}
+    train(write_data(tmp_path / "pairs", rows), tmp_path / "run", max_train_steps=1)
+    assert "4 to train on, 0 held out, 1 ties left out" in capsys.readouterr().out
+
+
+# ---- Bad input ------------------------------------------------------------------------------------------------------
+
+
+def cut(row: dict) -> dict:
+    return row | {"jpg_1": row["jpg_1"][: len(row["jpg_1"]) // 2]}
+
+
+BAD_ROWS = {
+    "no column caption": [{key: value for key, value in row.items() if key != "caption"} for row in make_rows(2)],
+    "row 1: label_0 = 0.7, label_1 = 0.3": [make_rows(1)[0], make_rows(1)[0] | {"label_0": 0.7, "label_1": 0.3}],
+    "row 0: label_0 = 1, label_1 = 1": [make_rows(1)[0] | {"label_0": 1.0, "label_1": 1.0}],
+    "row 0: winner and loser are the same image": [row | {"jpg_1": row["jpg_0"]} for row in make_rows(1)],
+    "row 1, jpg_0: not a readable image": [make_rows(1)[0], make_rows(1)[0] | {"jpg_0": b"not an image"}],
+    "row 1: not a readable image": [make_rows(1)[0], cut(make_rows(2)[1])],
+    "no pairs to train on (2 ties": [row | {"label_0": 0.5, "label_1": 0.5} for row in make_rows(2)],
+}
+
+
+@pytest.mark.parametrize("told", BAD_ROWS)
+def test_bad_rows_are_told_in_one_line(told, tmp_path):
+    folder = write_data(tmp_path / "pairs", BAD_ROWS[told])
+    with pytest.raises(trainer.UserError) as error:
+        train(folder, tmp_path / "run")
+    assert told in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+BAD_FLAGS = {
+    "--rank: must be at least 1": {"rank": 0},
+    "--beta_dpo: must be above 0": {"beta_dpo": -1},
+    "--lambda_stat: must be at least 0": {"lambda_stat": -1},
+    "--label_smoothing needs --loss_type sigmoid": {"label_smoothing": 0.1, "loss_type": "ipo"},
+    "--label_smoothing must lie in": {"label_smoothing": 0.5},
+    "multiples of 8": {"resolution": 65},
+    "needs a GPU": {"mixed_precision": "fp16"},
+    "needs CUDA": {"enable_xformers_memory_efficient_attention": True},
+    "set one": {"overwrite": True, "resume_from_checkpoint": "latest"},
+    "invalid choice": {"loss_type": "dpo"},
+    "unrecognized arguments": {"rnk": 4},
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="two of the mistakes are none with a GPU")
+@pytest.mark.parametrize("told", BAD_FLAGS)
+def test_bad_flags_end_with_status_2(told, capsys):
+    with pytest.raises(SystemExit) as stop:
+        trainer.cli(flags(BAD_FLAGS[told]))
+    assert stop.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_bad_folders_end_with_status_1_and_one_line(data, finished, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut").mkdir()
+    for name in ("run.json", "model.safetensors"):
+        shutil.copy(finished / "checkpoint-6" / name, tmp_path / "cut")
+    (tmp_path / "cut" / "state.pt").write_bytes((finished / "checkpoint-6" / "state.pt").read_bytes()[:1000])
+    same = {"gradient_accumulation_steps": 2, "max_train_steps": 6}
+    other_seed = {"resume_from_checkpoint": finished / "checkpoint-6", "seed": 1, **same}
+    cases = {
+        "make pairs with make_preference_data.py": {"train_data_dir": tmp_path / "none"},
+        "holds no data set": {"train_data_dir": tmp_path / "empty"},
+        "no such model folder": {"pretrained_model_name_or_path": tmp_path / "none"},
+        "holds a run already": {"output_dir": finished},
+        "is of another run: seed (0 there, 1 here)": other_seed,
+        "is no checkpoint": {"resume_from_checkpoint": tmp_path / "none"},
+        "cannot be read": {"resume_from_checkpoint": tmp_path / "cut", **same},
+    }  # fmt: skip
+    for told, settings in cases.items():
+        train_settings = {"output_dir": tmp_path / "run", "train_data_dir": data} | settings
+        with pytest.raises(trainer.UserError) as error:
+            train(train_settings.pop("train_data_dir"), train_settings.pop("output_dir"), **train_settings)
+        assert told in str(error.value)
+        assert "\n" not in str(error.value)
+    with pytest.raises(SystemExit) as stop:
+        trainer.cli(["--train_data_dir", str(tmp_path / "none")])
+    assert str(stop.value).startswith("train_dpo_human.py: no folder")
+
+
+# ---- Processes ------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_the_same_weights_as_one(data, tmp_path):
+    one = train(data, tmp_path / "one", max_train_steps=2)
+    settings = SMALL | {"train_data_dir": data, "output_dir": tmp_path / "two", "max_train_steps": 2}
+    settings |= {"train_batch_size": 1, "report_to": "tensorboard"}
+    launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    launcher += " --dynamo_backend no --main_process_port 0"
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, *launcher.split(), SCRIPT, *flags(settings)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "1 pairs x 1 accumulated x 2 processes = 2 pairs a step" in done.stdout
+    assert list((tmp_path / "two" / "logs").rglob("events.out*"))
+    two = load_file(tmp_path / "two" / "pytorch_lora_weights.safetensors")
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=2e-4, rtol=1e-2)
