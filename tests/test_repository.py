@@ -108,6 +108,12 @@ def test_flags_in_the_readme_exist(monkeypatch):
             assert used <= known, command
 
 
+def test_the_readme_explains_every_logged_metric():
+    from train_dpo_human import METRICS
+
+    assert [name for name in (*METRICS, "grad_norm", "lr", "pairs_per_second") if f"| `{name}` |" not in README] == []
+
+
 def test_the_embedded_world_is_small_and_has_no_pickles():
     listed = subprocess.run(
         ["git", "ls-files", "tests/tiny_human"], cwd=ROOT, capture_output=True, text=True, check=True

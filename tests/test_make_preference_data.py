@@ -1,0 +1,492 @@
+# SPDX-License-Identifier: Apache-2.0
+"""make_preference_data.py: its laws as values, its runs on the embedded world, its answers to bad input."""
+
+import contextlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import make_preference_data as data
+
+
+WORLD = data.WORLD
+SCORER = f"pickscore={WORLD / 'scorer'}"
+CAPTIONS = [line for line in (WORLD / "prompts_train.txt").read_text().splitlines() if line][:6]
+NAN, INF = math.nan, math.inf
+
+PLUGIN = """
+def redness(device):
+    return lambda images, prompts: [image.resize((1, 1)).getpixel((0, 0))[0] for image in images]
+
+def veto_all(device):
+    return lambda images, prompts: [-float("inf")] * len(images)
+
+def constant(device):
+    return lambda images, prompts: [1.0] * len(images)
+
+def too_few(device):
+    return lambda images, prompts: [1.0]
+"""
+
+
+def flags(folder: Path, *extra: object) -> list[str]:
+    """A short run on the embedded world; a later flag wins."""
+    short = ["--num_images_per_prompt", 4, "--num_inference_steps", 2, "--batch_size", 5]
+    return [
+        str(flag) for flag in ["--output_dir", folder / "out", "--prompts", folder / "prompts.txt", *short, *extra]
+    ]
+
+
+def make(folder: Path, *extra: object) -> Path:
+    data.main(data.parse_args(flags(folder, *extra)))
+    return folder / "out"
+
+
+def write_inputs(folder: Path) -> Path:
+    (folder / "prompts.txt").write_text("\n".join([CAPTIONS[0], "", *CAPTIONS, "   "]))
+    (folder / "plugin.py").write_text(PLUGIN)
+    return folder
+
+
+def rows_of(folder: Path, split: str) -> list[dict]:
+    return pq.read_table(folder / "data" / f"{split}-00000-of-00001.parquet").to_pylist()
+
+
+def read_image(jpg: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(jpg)).convert("RGB")  # as diffusers' train_diffusion_dpo.py does
+
+
+def difference(a: Image.Image, b: Image.Image) -> np.ndarray:
+    return np.abs(np.asarray(a, dtype=int) - np.asarray(b, dtype=int))
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    data.quiet_libraries()
+    args = data.parse_args(["--output_dir", "unused"])
+    return data.load_pipeline(args, torch.device("cpu"))
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    """Six prompts (with a blank line and a repeated one), a plug-in, and shards of two prompts."""
+    monkeypatch.setattr(data, "SHARD_IMAGES", 8)
+    return write_inputs(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run, not to be changed; what it printed lies beside it."""
+    folder = write_inputs(tmp_path_factory.mktemp("finished"))
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as printed:
+        patch.setattr(data, "SHARD_IMAGES", 8)
+        out = make(folder)
+    (folder / "printed.txt").write_text(printed.getvalue())
+    return out
+
+
+# ---- The method ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scores", "gap", "pair", "reason"),
+    [
+        ([1.0, 3.0, 2.0], 0, (1, 0), "kept"),
+        ([NAN, 3.0, 2.0, NAN], 0, (1, 2), "kept"),
+        ([1.0, -INF, 2.0], 0, (2, 1), "kept"),
+        ([5.0, -INF], 0, (0, 1), "kept"),
+        ([-INF, -INF], 0, None, "no image with a finite score"),
+        ([NAN, -INF, INF], 0, None, "no image with a finite score"),
+        ([NAN, NAN], 0, None, "no image with a finite score"),
+        ([INF, 1.0, NAN], 0, None, "only one image with a score"),
+        ([2.0, 2.0, 2.0], 0, None, "all scores equal"),
+        ([1.0, 1.5], 0.5, (1, 0), "kept"),
+        ([1.0, 1.4], 0.5, None, "gap below --min_margin"),
+    ],
+)
+def test_best_and_worst(scores, gap, pair, reason):
+    assert data.best_and_worst(scores, gap) == (pair, reason)
+
+
+def test_best_and_worst_follow_a_permutation():
+    scores = np.random.default_rng(0).normal(size=20)
+    order = np.random.default_rng(1).permutation(20)
+    (winner, loser), _ = data.best_and_worst(scores)
+    (moved_winner, moved_loser), _ = data.best_and_worst(scores[order])
+    assert (order[moved_winner], order[moved_loser]) == (winner, loser)
+    assert (winner, loser) == (scores.argmax(), scores.argmin())
+
+
+def test_ensemble_is_in_units_of_the_spread_within_a_prompt():
+    a, b = np.random.default_rng(0).normal(size=(2, 50, 8))
+    prompt_difficulty = np.linspace(-100, 100, 50)[:, None]
+    total = data.ensemble({"a": a, "b": b}, {"a": 1.0, "b": 1.0})
+    scaled = data.ensemble({"a": 1000 * a + prompt_difficulty, "b": b}, {"a": 1.0, "b": 1.0})
+    centred = [x - x.mean(axis=1, keepdims=True) for x in (total, scaled)]
+    np.testing.assert_allclose(*centred, atol=1e-9)
+    alone = data.ensemble({"a": a, "b": b}, {"a": 2.0, "b": 0.0})
+    np.testing.assert_allclose(alone, 2 * a)  # one voter keeps its own units
+    half = data.ensemble({"a": a, "b": b}, {"a": 1.0, "b": 0.5})
+    spread = math.sqrt(b.var(axis=1, ddof=1).mean())
+    np.testing.assert_allclose(total - half, 0.5 * b / spread)
+
+
+def test_ensemble_keeps_vetoes_and_gaps():
+    a, b = np.array([[1.0, 2.0, 3.0, 4.0]]), np.array([[0.0, -INF, NAN, INF]])
+    for weight in (0.0, 1.0):
+        total = data.ensemble({"a": a, "b": b}, {"a": 1.0, "b": weight})[0]
+        assert np.isfinite(total[0])
+        assert total[1] == -INF
+        assert np.isnan(total[2:]).all()
+
+
+def test_image_seed_is_a_fixed_function():
+    assert data.image_seed(0, "a person", 3) == data.image_seed(0, "a person", 3) < 2**48
+    others = {
+        data.image_seed(*key) for key in [(0, "a person", 3), (1, "a person", 3), (0, "a", 3), (0, "a person", 4)]
+    }
+    assert len(others) == 4
+
+
+def test_validation_share():
+    captions = [str(i) for i in range(100)]
+    chosen = data.choose_validation(captions, 0.1, 0)
+    assert len(chosen) == 10
+    assert chosen == data.choose_validation(captions[::-1], 0.1, 0) != data.choose_validation(captions, 0.1, 1)
+    assert data.choose_validation(captions, 0.0, 0) == set()
+    assert len(data.choose_validation(captions[:2], 0.1, 0)) == 1
+
+
+# ---- Sampling --------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_is_a_function_of_model_prompt_and_seed(pipe):
+    embeds = data.encode_prompts(pipe, CAPTIONS, "")
+    rows, seeds = [0, 1, 2, 3, 4], [11, 12, 13, 14, 15]
+    together, latents = data.sample(pipe, embeds, rows, seeds, 3, 3.0)
+    reversed_order, _ = data.sample(pipe, embeds, rows[::-1], seeds[::-1], 3, 3.0)
+    for i in range(5):
+        one = data.encode_prompts(pipe, [CAPTIONS[i]], "")
+        alone, alone_latents = data.sample(pipe, one, [0], [seeds[i]], 3, 3.0)
+        assert difference(alone[0], together[i]).max() <= 2
+        assert difference(alone[0], reversed_order[4 - i]).max() <= 2
+        torch.testing.assert_close(alone_latents[0], latents[i], atol=0.02, rtol=0.01)
+    assert difference(together[0], together[1]).max() > 2
+    other_seed, _ = data.sample(pipe, embeds, [0], [99], 3, 3.0)
+    assert difference(other_seed[0], together[0]).max() > 2
+
+
+def test_a_negative_prompt_and_the_sampler_count(pipe):
+    images = [
+        data.sample(pipe, data.encode_prompts(pipe, CAPTIONS[:1], negative), [0], [1], 3, scale)[0][0]
+        for negative, scale in [("", 3.0), ("a blue background", 3.0), ("", 1.0)]
+    ]
+    assert difference(images[0], images[1]).max() > 0
+    assert difference(images[0], images[2]).max() > 0
+
+
+# ---- Scorers ---------------------------------------------------------------------------------------------------------
+
+
+def pictures(count: int) -> list[Image.Image]:
+    noise = np.random.default_rng(0).integers(0, 256, (count, 80, 48, 3), dtype=np.uint8)
+    return [Image.fromarray(pixels) for pixels in noise]
+
+
+def test_pickscore_by_hand():
+    from transformers import CLIPModel, CLIPProcessor
+
+    data.quiet_libraries()
+    clip = CLIPModel.from_pretrained(WORLD / "scorer").float().eval()
+    processor = CLIPProcessor.from_pretrained(WORLD / "scorer")
+    images, prompts = pictures(3), CAPTIONS[:3]
+    squares = [ImageOps.pad(image, (80, 80)) for image in images]
+    with torch.no_grad():
+        out = clip(**processor(images=squares, text=prompts, padding=True, return_tensors="pt"))
+    cosine = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
+    scale = math.exp(clip.logit_scale.item())
+    pick, clip_score = (data.parse_scorer(spec).load("cpu") for spec in (SCORER, SCORER.replace("pickscore", "clip")))
+    np.testing.assert_allclose(pick(images, prompts), scale * cosine, atol=1e-4)
+    np.testing.assert_allclose(clip_score(images, prompts), 100 * cosine, atol=1e-3)
+    assert np.ptp(pick(images, prompts)) > 1e-3
+
+
+def test_a_score_does_not_depend_on_the_batch():
+    score, images, prompts = data.parse_scorer(SCORER).load("cpu"), pictures(5), CAPTIONS[:5]
+    together = score(images, prompts)
+    np.testing.assert_allclose(score(images[::-1], prompts[::-1])[::-1], together, atol=1e-4)
+    np.testing.assert_allclose([score([i], [p])[0] for i, p in zip(images, prompts, strict=True)], together, atol=1e-4)
+
+
+def test_a_long_prompt_is_cut_by_tokens():
+    score, image = data.parse_scorer(SCORER).load("cpu"), pictures(1)
+    long = " ".join(["a walking person in a purple shirt"] * 30)
+    assert score(image, [long]) == score(image, [long + " on a pink background"])
+    assert score(image, [long]) != score(image, ["on a pink background"])
+
+
+def test_scorer_specs(inputs):
+    path = inputs / "plugin.py"
+    scorers = data.parse_scorers([SCORER, f"0.5*clip={WORLD / 'scorer'}", f"-2*{path}:redness"])
+    assert [(s.label, s.weight) for s in scorers] == [("pickscore", 1.0), ("clip", 0.5), ("redness", -2.0)]
+    assert [s.source for s in scorers] == [SCORER, f"clip={WORLD / 'scorer'}", f"{path}:redness"]
+    red = Image.new("RGB", (8, 8), "#ff0000")
+    assert data.run_scorer(scorers[2].load("cpu"), "redness", [red], ["x"]) == [255.0]
+
+
+# ---- The data set ----------------------------------------------------------------------------------------------------
+
+
+def test_datasets_reads_it_as_pick_a_pic(finished, tmp_path):
+    read = datasets.load_dataset(str(finished), cache_dir=str(tmp_path))
+    assert {split: len(rows) for split, rows in read.items()} == {"train": 5, "validation": 1}
+    features = read["train"].features
+    assert [features[f"jpg_{side}"] for side in (0, 1)] == [datasets.Value("binary")] * 2
+    assert [features[f"label_{side}"] for side in (0, 1)] == [datasets.Value("float64")] * 2
+    assert features["caption"] == datasets.Value("string")
+    for row in read["train"]:
+        images = [read_image(row[f"jpg_{side}"]) for side in (0, 1)]
+        assert [image.size for image in images] == [(64, 64)] * 2
+        assert sorted([row["label_0"], row["label_1"]]) == [0.0, 1.0]
+        winner = int(row["label_1"])
+        gap = row[f"score_{winner}"] - row[f"score_{1 - winner}"]
+        assert gap == pytest.approx(row["margin"]) and gap > 0
+        assert json.loads(row["scores"])["pickscore"] == [row["score_0"], row["score_1"]]
+        assert (row["stage"], row["source_0"], row["num_candidates"]) == ("easy", "generated", 4)
+
+
+def test_pairs_are_the_pools_best_and_worst(finished):
+    pool = [row for shard in sorted(finished.glob("pool/*.parquet")) for row in pq.read_table(shard).to_pylist()]
+    assert [row["caption"] for row in pool[::4]] == CAPTIONS
+    assert all(row["seed"] == data.image_seed(0, row["caption"], row["index"]) for row in pool)
+    for pair in rows_of(finished, "train") + rows_of(finished, "validation"):
+        scores = {r["seed"]: json.loads(r["scores"])[SCORER] for r in pool if r["caption"] == pair["caption"]}
+        winner = int(pair["label_1"])
+        assert pair[f"seed_{winner}"] == max(scores, key=scores.get)
+        assert pair[f"seed_{1 - winner}"] == min(scores, key=scores.get)
+
+
+def test_latents_decode_to_the_picture(finished, pipe):
+    facts = json.loads((finished / "preference_data.json").read_text())["latents"]
+    assert facts["vae_hash"] == data.weights_hash(pipe.vae)
+    row = rows_of(finished, "train")[0]
+    for side in (0, 1):
+        latents = np.frombuffer(row[f"latents_{side}"], dtype=facts["dtype"]).reshape(facts["shape"]).copy()
+        image = data.decode(pipe, torch.from_numpy(latents)[None])[0]
+        assert difference(image, read_image(row[f"jpg_{side}"])).mean() < 4  # what JPEG loses
+    assert difference(image, read_image(row["jpg_0"])).mean() > 8
+
+
+def test_the_winners_side_is_a_seeded_coin_and_both_sides_are_alike(finished):
+    coins = [data.unit_hash(0, str(i), "side") < 0.5 for i in range(1000)]
+    assert 430 < sum(coins) < 570
+    rows = rows_of(finished, "train") + rows_of(finished, "validation")
+    for row in rows:
+        assert (row["label_0"] == 1.0) == (data.unit_hash(0, row["caption"], "side") < 0.5)
+        sides = [Image.open(io.BytesIO(row[f"jpg_{side}"])) for side in (0, 1)]
+        assert sides[0].quantization == sides[1].quantization
+        assert sides[0].layer == sides[1].layer == [(1, 1, 1, 0), (2, 1, 1, 1), (3, 1, 1, 1)]  # 4:4:4
+    assert {row["label_0"] for row in rows} == {0.0, 1.0}
+
+
+def test_pictures_and_summary(finished):
+    with Image.open(finished / "pairs.png") as pairs, Image.open(finished / "pool.png") as pool:
+        assert pairs.width > pairs.height / 3 and pool.width > pool.height
+        assert {(18, 128, 74), (179, 38, 30)} <= {colour for _, colour in pairs.getcolors(2**24)}
+    printed = (finished.parent / "printed.txt").read_text()
+    assert "6 of 6 prompts" in printed and "2 blank lines and 1 repeated" in printed
+    last = printed.strip().splitlines()[-1]
+    assert f"accelerate launch train_dpo_human.py --train_data_dir {finished}" in last
+    assert "--pretrained_model_name_or_path" not in last
+
+
+def test_long_prompts_are_counted(inputs, capsys):
+    (inputs / "prompts.txt").write_text("a person " * 40 + "\n" + CAPTIONS[0])
+    out = make(inputs, "--num_inference_steps", 1, "--no_latents", "--validation_share", 0)
+    assert "1 prompts have more tokens" in capsys.readouterr().out
+    assert json.loads((out / "preference_data.json").read_text())["long_prompts"] == 1
+    assert "latents_0" not in rows_of(out, "train")[0]
+    assert not (out / "data" / "validation-00000-of-00001.parquet").exists()
+    assert set(datasets.load_dataset(str(out), cache_dir=str(inputs / "cache"))) == {"train"}
+
+
+def test_size(inputs):
+    wide = make(inputs, "--height", 64, "--width", 96, "--max_prompts", 2)
+    assert read_image(rows_of(wide, "train")[0]["jpg_0"]).size == (96, 64)
+    record = json.loads((wide / "preference_data.json").read_text())
+    assert record["image_size"] == [96, 64] and record["latents"]["shape"] == [8, 16, 24]
+
+
+def test_rescore(inputs, finished):
+    out = shutil.copytree(finished, inputs / "out")
+    pool = {path.name: pq.read_table(path, columns=["seed", "jpg"]) for path in out.glob("pool/*.parquet")}
+    make(inputs, "--rescore", "--scorer", f"{inputs}/plugin.py:redness")
+    for path in out.glob("pool/*.parquet"):
+        assert pq.read_table(path, columns=["seed", "jpg"]) == pool[path.name]
+        row = pq.read_table(path).to_pylist()[0]
+        assert set(json.loads(row["scores"])) == {SCORER, f"{inputs}/plugin.py:redness"}
+    for row in rows_of(out, "train"):
+        winner = int(row["label_1"])
+        red = [np.asarray(read_image(row[f"jpg_{side}"]))[..., 0].mean() for side in (0, 1)]
+        assert red[winner] > red[1 - winner]
+    margins = [row["margin"] for row in rows_of(out, "train")]
+    keep = sorted(margins)[1]
+    make(inputs, "--rescore", "--min_margin", keep)
+    assert sorted(row["margin"] for row in rows_of(out, "train")) == sorted(margins)[1:]
+
+
+# ---- Processes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(inputs):
+    """The script with the small shards of these tests."""
+    path = inputs / "small_shards.py"
+    path.write_text(
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport make_preference_data as data\n"
+        "data.SHARD_IMAGES = 8\ndata.cli()\n"
+    )
+    return path
+
+
+def pool_bytes(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.glob("pool/*.parquet"))}
+
+
+def data_of(out: Path) -> list[dict]:
+    return rows_of(out, "train") + rows_of(out, "validation")
+
+
+def test_kill_and_carry_on(inputs, script, finished):
+    out = inputs / "out"
+    process = subprocess.Popen(
+        [sys.executable, script, *flags(inputs)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not pool_bytes(out) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = pool_bytes(out)
+    assert 1 <= len(before) < 3 and not (out / "data").exists()
+    make(inputs)
+    assert {name: content for name, content in pool_bytes(out).items() if name in before} == before
+    assert pool_bytes(out) == pool_bytes(finished)
+    assert data_of(out) == data_of(finished)
+
+
+def test_two_processes_give_the_same_data_as_one(inputs, script, finished):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launch, script, *flags(inputs)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "process 1 of 2" in done.stderr
+    assert done.stdout.count("prompts: the first 6 of 6") == 1
+    assert "next " in done.stdout.splitlines()[-1]
+    assert data_of(inputs / "out") == data_of(finished)
+
+
+# ---- Bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("extra", "status", "words"),
+    [
+        (["--prompts", "no/such/file.txt"], 1, "no/such/file.txt"),
+        (["--prompts", "{folder}/empty.txt"], 1, "is empty"),
+        (["--prompts", "{folder}/blank.txt"], 1, "only blank lines"),
+        (["--pretrained_model_name_or_path", "{folder}/model"], 1, "no such model folder"),
+        (["--pretrained_model_name_or_path", "{folder}"], 1, "model_index.json"),
+        (["--scorer", "beauty"], 1, "unknown scorer 'beauty'"),
+        (["--scorer", "pickscore=no/such/folder"], 1, "no such model folder"),
+        (["--scorer", "{folder}/plugin.py:nothing"], 1, "has no function nothing"),
+        (["--scorer", "{folder}/none.py:nothing"], 1, "cannot import"),
+        (["--scorer", "no_such_module:f"], 1, "cannot import"),
+        (["--scorer", "..*clip"], 1, "not a number"),
+        (["--scorer", SCORER, SCORER], 1, "two scorers are called pickscore"),
+        (["--num_images_per_prompt", "1"], 2, "at least 2"),
+        (["--resolution", "60"], 2, "not a multiple of 8"),
+        (["--batch_size", "0"], 2, "at least 1"),
+        (["--validation_share", "1"], 2, "below 1"),
+        (["--rescore"], 1, "preference_data.json"),
+        (["--num_images", "4"], 2, "unrecognized arguments"),
+    ],
+)
+def test_bad_input(extra, status, words, inputs, capsys, monkeypatch):
+    (inputs / "empty.txt").write_text("")
+    (inputs / "blank.txt").write_text(" \n\n\t\n")
+    monkeypatch.setattr(data, "quiet_libraries", lambda: pytest.fail("got as far as loading"))
+    with pytest.raises(SystemExit) as stop:
+        data.cli(flags(inputs, *[flag.format(folder=inputs) for flag in extra]))
+    if status == 1:
+        message = stop.value.code
+        assert message.startswith("make_preference_data.py: ") and "\n" not in message
+    else:
+        assert stop.value.code == 2
+        message = capsys.readouterr().err.strip().splitlines()[-1]
+    assert words in message
+    assert not (inputs / "out").exists()
+
+
+def test_no_model_and_no_world(inputs, monkeypatch, capsys):
+    monkeypatch.setattr(data, "WORLD", inputs)
+    with pytest.raises(SystemExit) as stop:
+        data.parse_args([])
+    assert stop.value.code == 2
+    assert "--pretrained_model_name_or_path" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [("veto_all", "2 no image with a finite score"), ("constant", "2 all scores equal"), ("too_few", "gave 1 scores")],
+)
+def test_no_pairs(function, words, inputs):
+    with pytest.raises(data.UserError, match=words):
+        make(inputs, "--scorer", f"{inputs}/plugin.py:{function}", "--num_inference_steps", 1, "--max_prompts", 2)
+    assert not list(inputs.glob("out/data/*"))
+
+
+def test_other_folders_are_refused(finished, inputs):
+    (inputs / "out").mkdir()
+    (inputs / "out" / "thesis.txt").write_text("mine")
+    with pytest.raises(data.UserError, match="choose another --output_dir"):
+        make(inputs, "--overwrite")
+    assert (inputs / "out" / "thesis.txt").read_text() == "mine"
+    content = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    ours = ["--output_dir", finished]
+    with pytest.raises(data.UserError, match="seed was 0, now 1"):
+        make(inputs, *ours, "--seed", 1)
+    with pytest.raises(data.UserError, match="guidance_scale was 3.0, now 7.0.*--overwrite it$"):
+        make(inputs, *ours, "--guidance_scale", 7)
+    with pytest.raises(data.UserError, match="min_margin was 0.0, now 0.5.*--rescore"):
+        make(inputs, *ours, "--min_margin", 0.5)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == content
+
+
+def test_overwrite(inputs):
+    small = ["--max_prompts", 2, "--num_inference_steps", 1, "--num_images_per_prompt", 2]
+    first = data_of(make(inputs, *small))
+    second = data_of(make(inputs, *small, "--seed", 1, "--overwrite"))
+    assert len(first) == len(second) == 2
+    assert not {row["seed_0"] for row in first} & {row["seed_0"] for row in second}
