@@ -34,7 +34,7 @@ Where this differs from the paper (HG-DPO, arXiv 2405.20216):
 2. The prompt is the unit: seeds are averaged first, so that four images of one prompt do not count as four votes.
    Every win rate has its interval and its p; the paper gives neither.
 3. Hue is reported twice: between the models' circular means over all images (the paper's Hue, as far as it is spelled
-   out), and image by image, which also sees changes that cancel.
+   out), and image by image, which also sees changes that cancel. Pixels count by their saturation: grey has no hue.
 4. Diversity within a prompt is measured too; distances to real photos (the paper's FID) are not.
 """
 
@@ -98,25 +98,21 @@ def per_prompt(values: np.ndarray, prompt_ids: np.ndarray) -> np.ndarray:
     return np.divide(sums, counts, out=np.full(prompts, np.nan), where=counts > 0)
 
 
-def win_shares(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
-    """Shares of the prompts that `a` wins, ties and loses: (P,) each. A prompt with a nan is left out."""
+def outcomes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """1 where `a` wins, 1/2 where it ties, 0 where it loses: (P,) each; prompts with a nan are left out."""
     known = ~(np.isnan(a) | np.isnan(b))
-    a, b = a[known], b[known]
-    if not len(a):
-        return math.nan, math.nan, math.nan
-    return float(np.mean(a > b)), float(np.mean(a == b)), float(np.mean(a < b))
+    return np.where(a == b, 0.5, a > b)[known]
 
 
 def win_rate(a: np.ndarray, b: np.ndarray) -> float:
     """Share of the prompts on which `a` is higher than `b`, ties as 1/2: (P,) each. -inf may lose but never wins."""
-    win, tie, _ = win_shares(a, b)
-    return win + tie / 2
+    return mean(outcomes(a, b))
 
 
-def mean_difference(a: np.ndarray, b: np.ndarray) -> float:
-    """Mean of `a - b` over the prompts where both are finite: (P,) each."""
-    known = np.isfinite(a) & np.isfinite(b)
-    return float(np.mean(a[known] - b[known])) if known.any() else math.nan
+def mean(values: np.ndarray) -> float:
+    """Mean of the values that are finite; nan where there is none."""
+    finite = values[np.isfinite(values)]
+    return float(finite.sum() / len(finite)) if len(finite) else math.nan
 
 
 def bootstrap_interval(
@@ -126,8 +122,9 @@ def bootstrap_interval(
 
     The rows have to be independent: prompts, not images.
     """
-    rows = np.random.default_rng(seed).integers(0, len(samples[0]), (resamples, len(samples[0])))
-    values = np.array([statistic(*(sample[draw] for sample in samples)) for draw in rows])
+    count = len(samples[0])
+    draws = np.random.default_rng(seed).integers(0, max(count, 1), (resamples if count else 0, count))
+    values = np.array([statistic(*(sample[rows] for sample in samples)) for rows in draws])
     values = values[~np.isnan(values)]
     if not len(values):
         return math.nan, math.nan
@@ -183,12 +180,10 @@ def srgb_to_lab(rgb: np.ndarray) -> np.ndarray:
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
 
 
-def circular_mean(degrees: np.ndarray) -> float:
-    """The mean direction of angles in degrees, in [0, 360), nan left out; nan where there is none."""
-    angles = np.deg2rad(degrees[~np.isnan(degrees)])
-    if not len(angles):
-        return math.nan
-    return float(np.rad2deg(np.arctan2(np.sin(angles).mean(), np.cos(angles).mean())) % 360)
+def circular_mean(degrees: np.ndarray, weights: np.ndarray | float = 1.0) -> float:
+    """The mean direction of angles in degrees, in [0, 360), nan and weight 0 left out; nan where none is left."""
+    directions = np.where(np.isnan(degrees), 0, weights * np.exp(1j * np.deg2rad(degrees)))
+    return float(np.angle(directions.sum(), deg=True) % 360) if directions.any() else math.nan
 
 
 def hue_distance(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray | float:
@@ -207,11 +202,11 @@ def colour_statistics(pixels: np.ndarray) -> dict[str, float]:
     rgb = pixels / 255.0
     lab = srgb_to_lab(rgb).reshape(-1, 3)
     high, low = rgb.max(axis=-1), rgb.min(axis=-1)
-    spread = np.where(high > low, high - low, np.nan)  # a grey pixel has no hue
+    spread = np.where(high > low, high - low, 1)
     r, g, b = np.moveaxis(rgb, -1, 0)
     sector = np.where(high == r, (g - b) / spread, np.where(high == g, 2 + (b - r) / spread, 4 + (r - g) / spread))
     return {
-        "hue": circular_mean(60 * sector),
+        "hue": circular_mean(60 * sector, high - low),  # the hue of a nearly grey pixel is noise
         **dict(zip(("L", "a", "b"), lab.mean(axis=0).tolist(), strict=True)),
         **dict(zip(("L_std", "a_std", "b_std"), lab.std(axis=0).tolist(), strict=True)),
         "chroma": float(np.hypot(lab[:, 1], lab[:, 2]).mean()),
@@ -292,9 +287,7 @@ def parse_model(spec: str) -> Model:
         raise UserError(f"{spec!r}: a model's name is made of letters, digits, '.', '-' and '_'")
     if name == "base":
         if rest:
-            raise UserError(
-                f"{spec!r}: 'base' is the model of --pretrained_model_name_or_path; give this one another name"
-            )
+            raise UserError(f"{spec!r}: 'base' is --pretrained_model_name_or_path; give this model another name")
         return Model("base", None)
     path, *options = rest.split(",")
     if not path:
@@ -329,10 +322,8 @@ def weight_files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"no model at {path}: train one first, or give its folder")
-    named = path / "pytorch_lora_weights.safetensors"
-    found = sorted(path.glob("unet/*.safetensors")) or (
-        [named] if named.is_file() else sorted(path.glob("*.safetensors"))
-    )
+    patterns = ("unet/*.safetensors", "pytorch_lora_weights.safetensors", "*.safetensors")
+    found = next((files for files in map(sorted, map(path.glob, patterns)) if files), None)
     if not found:
         raise UserError(f"{path} holds neither pytorch_lora_weights.safetensors nor unet/: training has not finished")
     if found[0].parent == path and len(found) > 1:
@@ -353,18 +344,9 @@ def fingerprint(files: list[Path]) -> str:
 
 def image_settings(args: argparse.Namespace, model: Model) -> dict[str, object]:
     """All that a model's images depend upon, beside prompt and index; kept beside them as settings.json."""
-    names = (
-        "revision",
-        "variant",
-        "sampler",
-        "num_inference_steps",
-        "guidance_scale",
-        "height",
-        "width",
-        "negative_prompt",
-        "seed",
-    )
-    settings = {name: getattr(args, name) for name in ("pretrained_model_name_or_path", *names, "mixed_precision")}
+    names = "pretrained_model_name_or_path revision variant mixed_precision sampler num_inference_steps guidance_scale"
+    names += " negative_prompt height width seed"
+    settings = {name: getattr(args, name) for name in names.split()}
     base = Path(args.pretrained_model_name_or_path)
     settings["base_weights"] = fingerprint(sorted(base.rglob("*.safetensors"))) if base.is_dir() else None
     settings["tuned_weights"] = fingerprint(weight_files(model.path)) if model.path else None
@@ -452,7 +434,7 @@ def tuned(pipe: DiffusionPipeline, model: Model) -> Iterator[None]:
 
 # ---- Scorers -------------------------------------------------------------------------------------------------------
 # A scorer is a function factory(device, **options) -> score(images, prompts) -> one float per image, higher is better.
-# -inf may lose but never win; nan is used for neither side. Yours: --scorer package.module:factory or path/to/file.py:factory.
+# -inf may lose but never win; nan is used for neither side. Your own: module:factory or path/to/file.py:factory.
 
 Score = Callable[[list[Image.Image], list[str]], list[float]]
 
@@ -745,19 +727,18 @@ def latent_std(means: np.ndarray, stds: np.ndarray) -> np.ndarray:
 
 def compare(base: np.ndarray, tuned: np.ndarray, role: str) -> dict[str, object]:
     """Tuned against base on one metric, a value per prompt each, (P,); role is held-out, training or diversity."""
-    win, tie, lose = win_shares(tuned, base)
+    points = outcomes(tuned, base)
+    differences = (tuned - base)[np.isfinite(base) & np.isfinite(tuned)]
     return {
         "role": role,
-        "prompts": int(np.sum(~np.isnan(base) & ~np.isnan(tuned))),
-        "win_rate": win_rate(tuned, base),
-        "interval": bootstrap_interval(win_rate, tuned, base),
-        "win": win,
-        "tie": tie,
-        "lose": lose,
-        "base": finite_mean(base),
-        "tuned": finite_mean(tuned),
-        "difference": mean_difference(tuned, base),
-        "difference_interval": bootstrap_interval(mean_difference, tuned, base),
+        "prompts": len(points),
+        "win_rate": mean(points),
+        "interval": bootstrap_interval(mean, points),
+        **{word: mean(points == point) for word, point in (("win", 1), ("tie", 0.5), ("lose", 0))},
+        "base": mean(base),
+        "tuned": mean(tuned),
+        "difference": mean(differences),
+        "difference_interval": bootstrap_interval(mean, differences),
         "sign_test": sign_test(tuned, base),
         "wilcoxon": wilcoxon(tuned, base),
     }
@@ -770,13 +751,8 @@ def compare_colour(
     colour = {}
     for key in COLOURS:
         a, b = per_prompt(base[key], prompt_ids), per_prompt(tuned[key], prompt_ids)
-        interval = bootstrap_interval(mean_difference, b, a)
-        colour[key] = {
-            "base": finite_mean(a),
-            "tuned": finite_mean(b),
-            "difference": mean_difference(b, a),
-            "interval": interval,
-        }
+        differences = {"difference": mean(b - a), "interval": bootstrap_interval(mean, b - a)}
+        colour[key] = {"base": mean(a), "tuned": mean(b), **differences}
 
     def shift(statistic: Callable[..., float], *samples: np.ndarray) -> dict[str, object]:
         return {"value": statistic(*samples), "interval": bootstrap_interval(statistic, *samples)}
@@ -789,20 +765,14 @@ def compare_colour(
     means = [per_prompt(side["latent_mean"], prompt_ids) for side in (base, tuned)]
     std = latent_std(base["latent_mean"], base["latent_std"])
     colour["hue_shift"] = shift(hue_shift, *hues)
-    colour["hue_distance"] = shift(finite_mean, per_prompt(hue_distance(base["hue"], tuned["hue"]), prompt_ids))
+    colour["hue_distance"] = shift(mean, per_prompt(hue_distance(base["hue"], tuned["hue"]), prompt_ids))
     colour["delta_e"] = shift(delta_e, *labs)
     colour["latent_shift"] = shift(lambda a, b: latent_shift(a, b, std), *means)
     colour["latent_channels"] = [
-        shift(finite_mean, (means[1] - means[0])[:, channel] / std[channel]) for channel in range(len(std))
+        shift(mean, (means[1] - means[0])[:, channel] / std[channel]) for channel in range(len(std))
     ]
     colour["latent_std_ratio"] = (latent_std(tuned["latent_mean"], tuned["latent_std"]) / std).tolist()
     return colour
-
-
-def finite_mean(values: np.ndarray) -> float:
-    """Mean of the finite values; nan where there is none."""
-    finite = values[np.isfinite(values)]
-    return float(finite.mean()) if len(finite) else math.nan
 
 
 def leading_metric(metrics: dict[str, dict]) -> str:
@@ -912,7 +882,7 @@ td:last-child,th:last-child{padding-right:0}
 .win{background:var(--win)}.tie{background:var(--tie)}.lose{background:var(--lose)}
 .key{display:inline-block;width:10px;height:10px;border-radius:2px;margin:0 6px 0 14px}
 .key:first-child,br+.key{margin-left:0}
-.facts,.plots,.rows{display:grid;grid-template-columns:repeat(auto-fit,minmax(215px,1fr));gap:14px;margin:18px 0}
+.facts,.plots,.rows{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:14px;margin:18px 0}
 .fact,.row{background:var(--card);border-radius:10px;padding:14px 16px}
 .fact{font-size:13px;color:var(--soft)}
 .fact b{display:block;font-size:26px;font-weight:600;line-height:1.35;color:var(--ink)}
@@ -1016,12 +986,11 @@ def colour_strips(base: np.ndarray, tuned: np.ndarray, hues: np.ndarray) -> str:
     order = order[np.linspace(0, len(order) - 1, min(60, len(order))).astype(int)]
     width = 300 / len(order)
     cells = "".join(
-        f'<rect x="{i * width:.2f}" y="{y}" width="{width + 0.3:.2f}" height="138" '
-        f'fill="rgb({r:.0f},{g:.0f},{b:.0f})"/>'
+        f'<rect x="{i * width:.2f}" y="{y}" width="{width:.2f}" height="138" fill="rgb({r:.0f},{g:.0f},{b:.0f})"/>'
         for y, colours in ((10, base), (152, tuned))
         for i, (r, g, b) in enumerate(colours[order])
     )
-    return f'<svg viewBox="0 0 300 300">{cells}</svg>'
+    return f'<svg viewBox="0 0 300 300" shape-rendering="crispEdges">{cells}</svg>'
 
 
 def channel_plot(channels: list[dict]) -> str:
@@ -1108,18 +1077,18 @@ def side_by_side(folder: Path, name: str, p: int, prompt: str, scores: dict[str,
 
 
 def model_section(
-    folder: Path, name: str, result: dict, base: dict, tuned: dict, prompts: list[str], settings: dict[str, object]
+    folder: Path, name: str, result: dict, base: dict, tuned: dict, prompts: list[str], rows: int, seed: int
 ) -> str:
-    """All about one tuned model; base and tuned hold a value per prompt of every measure."""
+    """All about one tuned model; base and tuned hold a value per prompt of every measure; so many rows of images."""
     title, lead = html.escape(name), leading_metric(result["metrics"])
     labels = [label for label, row in result["metrics"].items() if row["role"] != "diversity"]
     groups = ""
-    for heading, chosen in choose_rows(base[lead], tuned[lead], settings["report_rows"], settings["seed"]).items():
-        rows = (
+    for heading, chosen in choose_rows(base[lead], tuned[lead], rows, seed).items():
+        shown = (
             side_by_side(folder, name, p, prompts[p], {label: (base[label][p], tuned[label][p]) for label in labels})
             for p in chosen
         )
-        groups += f'<h4>{heading}</h4><div class="rows">{"".join(rows) or "None."}</div>'
+        groups += f'<h4>{heading}</h4><div class="rows">{"".join(shown) or "None."}</div>'
     return f"""<section><h2>{title} against base</h2>{metric_table(title, result["metrics"])}
 {colour_section(title, result["colour"], base, tuned)}<h3>Side by side</h3>
 <p class="soft">Same prompt, seed and noise on both sides, ordered by {html.escape(lead)}. Scores: base → {title}.</p>
@@ -1128,7 +1097,7 @@ def model_section(
 
 def write_report(
     path: Path,
-    settings: dict[str, object],
+    args: argparse.Namespace,
     prompts: list[str],
     prompt_ids: np.ndarray,
     values: dict[str, dict[str, np.ndarray]],
@@ -1143,14 +1112,15 @@ def write_report(
         }
         for name, found in values.items()
     }
-    answers = sections = ""
+    images, answers, sections = path.parent / "images", "", ""
     for name, result in results.items():
         for i, (tone, sentence) in enumerate(result["verdict"]):
             answers += f'<p class="said {tone}{"" if i else " head"}">{html.escape(sentence)}</p>'
-        sections += model_section(path.parent / "images", name, result, means["base"], means[name], prompts, settings)
+        sides = means["base"], means[name]
+        sections += model_section(images, name, result, *sides, prompts, args.report_rows, args.seed)
     answers += "".join(f'<p class="soft">{html.escape(note)}</p>' for note in notes)
     listed = "".join(
-        f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in settings.items()
+        f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in describe(args).items()
     )
     page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
@@ -1208,10 +1178,10 @@ def generate(args: argparse.Namespace, prompts: list[str], plan: list[tuple[int,
             tuned(pipe, model),
             tqdm(total=len(plan), initial=len(plan) - len(todo), unit="img", desc=model.name) as progress,
         ):
-            embeds = encode_prompts(pipe, prompts, args.negative_prompt)
             for rows in in_batches(todo, args.batch_size):
+                embeds = encode_prompts(pipe, [prompts[p] for p, _ in rows], args.negative_prompt)
                 size = (args.num_inference_steps, args.guidance_scale, args.height, args.width)
-                images, latents = sample(pipe, embeds, [p for p, _ in rows], [seeds[row] for row in rows], *size)
+                images, latents = sample(pipe, embeds, range(len(rows)), [seeds[row] for row in rows], *size)
                 for row, image, latent in zip(rows, images, latents.double().flatten(2), strict=True):
                     statistics = {"latent_mean": latent.mean(-1), "latent_std": latent.std(-1, correction=0)}
                     text = {key: json.dumps(value.tolist()) for key, value in statistics.items()}
@@ -1233,6 +1203,7 @@ def measure(
         score = scorer.load(device)
         for name in paths:
             values[name][scorer.label] = measure_scores(score, paths[name], texts, args.batch_size, scorer.label)
+        del score  # before the next one is loaded
     repeated = len(plan) > len(prompts)
     features = image_features(args.feature_model, device) if repeated else None
     for name in paths:
@@ -1303,11 +1274,8 @@ def print_summary(results: dict[str, dict], prompts: int, warnings: list[str]) -
             rate = f"{percent(m['win_rate']):>7} {span(m['interval'], 100):14}"
             print(f"  {labels[label]:{width}}  {rate}  {number(m['base']):>7} -> {number(m['tuned'])}")
         shift = {key: result["colour"][key]["value"] for key in ("hue_distance", "delta_e", "latent_shift")}
-        print(
-            "  {:{}}  hue {hue_distance:.1f} degrees, Delta E {delta_e:.1f}, latents {latent_shift:.3f} std".format(
-                "colour", width, **shift
-            )
-        )
+        moved = "hue {hue_distance:.1f} degrees, Delta E {delta_e:.1f}, latents {latent_shift:.3f} std".format(**shift)
+        print(f"  {'colour':{width}}  {moved}")
         for _, sentence in result["verdict"]:
             print(f"  {sentence}")
     for line in warnings:
@@ -1328,7 +1296,7 @@ def caveats(prompts: int, labels: list[str], training: list[str]) -> list[str]:
         lines.append(f"Only {prompts} prompts: a win rate below {smallest} would mostly go unseen. Use 200 or more.")
     if not set(training) & set(labels):
         lines.append(
-            f"The training scorer ({', '.join(training)}) is not among --scorers, so reward hacking cannot be seen."
+            f"{', '.join(training)} selected the pairs but is not among --scorers: reward hacking stays unseen."
         )
     return lines
 
@@ -1348,17 +1316,11 @@ def main(args: argparse.Namespace) -> None:
     results = compare_models(values, prompt_ids, labels, training)
 
     warnings = caveats(len(prompts), labels, training)
-    settings = describe(args)
-    record = {
-        "settings": settings,
-        "prompts": len(prompts),
-        "images": len(plan),
-        "training_scorers": training,
-        "caveats": warnings,
-    }
-    write_atomically(output / "metrics.json", json.dumps(plain({**record, "models": results}), indent=2).encode())
+    record = {"settings": describe(args), "prompts": len(prompts), "images": len(plan), "training_scorers": training}
+    record |= {"caveats": warnings, "models": results}
+    write_atomically(output / "metrics.json", json.dumps(plain(record), indent=2).encode())
     write_csv(output / "per_image.csv", prompts, plan, values, labels)
-    write_report(output / "report.html", settings, prompts, prompt_ids, values, results, warnings)
+    write_report(output / "report.html", args, prompts, prompt_ids, values, results, warnings)
     write_grid(output / "grid.png", [model.name for model in args.models], len(prompts), output / "images", args.seed)
     print_summary(results, len(prompts), warnings)
     last = args.models[-1].path
@@ -1393,44 +1355,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     flag = parser.add_argument_group("models").add_argument
-    flag(
-        "--pretrained_model_name_or_path",
-        help="base model, a folder or a hub id; without it the embedded world is used",
-    )
+    flag("--pretrained_model_name_or_path", help="base model, a folder or a hub id; without it: the embedded world")
     flag("--revision", help="revision of a model from the hub")
     flag("--variant", help="variant of its files, such as fp16")
-    flag(
-        "--models",
-        nargs="+",
-        metavar="SPEC",
-        default=["base", "dpo=dpo-human-lora"],
-        help="base and NAME=PATH[,lora_scale=S]: LoRA folders or files, or folders with unet/",
+    models, models_help = (
+        ["base", "dpo=dpo-human-lora"],
+        "base and NAME=PATH[,lora_scale=S]: LoRAs, folders with unet/",
     )
+    flag("--models", nargs="+", metavar="SPEC", default=models, help=models_help)
 
     flag = parser.add_argument_group("images").add_argument
     flag("--prompts", help="text file, one prompt per line")
     flag("--max_prompts", type=int, help="use the first so many prompts")
-    flag(
-        "--num_images_per_prompt",
-        type=int,
-        default=1,
-        help="images per prompt; they are averaged before models are compared",
-    )
-    flag(
-        "--diversity_prompts",
-        type=int,
-        default=64,
-        help="the first so many prompts get at least two images, to measure diversity",
-    )
+    flag("--num_images_per_prompt", type=int, default=1, help="images per prompt, averaged before models are compared")
+    flag("--diversity_prompts", type=int, default=64, help="so many prompts get two images, to measure diversity")
     flag("--num_inference_steps", type=int, default=50, help="sampling steps")
     flag("--guidance_scale", type=float, default=5.0, help="classifier-free guidance")
     flag("--negative_prompt", default="", help="negative prompt of all images")
-    flag(
-        "--sampler",
-        choices=("dpmsolver", "pipeline"),
-        default="dpmsolver",
-        help="the paper's DPM-Solver multistep, or the model's own",
-    )
+    flag("--sampler", choices=("dpmsolver", "pipeline"), default="dpmsolver", help="DPM-Solver, or the model's own")
     flag("--resolution", type=int, help="height and width in pixels; default: the model's own")
     flag("--height", type=int, help="height in pixels, in place of --resolution")
     flag("--width", type=int, help="width in pixels, in place of --resolution")
@@ -1439,30 +1381,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: fp16 on CUDA, no on a CPU")
 
     flag = parser.add_argument_group("measures").add_argument
-    flag(
-        "--scorers",
-        nargs="+",
-        metavar="SPEC",
-        default=["clip", "pickscore"],
-        help="NAME[=MODEL] with NAME clip, pickscore, module:function or file.py:function; the first held-out leads",
+    scorer_help = (
+        "clip, pickscore, each with =MODEL, module:function or file.py:function; the first held-out one leads"
     )
-    flag(
-        "--training_scorer",
-        metavar="NAMES",
-        help="what selected the training pairs, with commas; default: as recorded beside the weights, else pickscore",
+    flag("--scorers", nargs="+", metavar="SPEC", default=["clip", "pickscore"], help=scorer_help)
+    training_help = (
+        "what selected the training pairs, with commas; default: as recorded beside the weights, else pickscore"
     )
-    flag(
-        "--feature_model", default="facebook/dinov2-base", help="DINOv2 or CLIPModel whose features measure diversity"
-    )
+    flag("--training_scorer", metavar="NAMES", help=training_help)
+    flag("--feature_model", default="facebook/dinov2-base", help="DINOv2 or CLIPModel, to measure diversity")
 
     flag = parser.add_argument_group("output").add_argument
     flag("--output_dir", default="human-eval", help="folder of images, metrics and report; a second start carries on")
-    flag(
-        "--report_rows",
-        type=int,
-        default=9,
-        help="worst losses, best wins and random prompts shown in the report, of each so many",
-    )
+    flag("--report_rows", type=int, default=9, help="so many worst losses, best wins and random prompts in the report")
     flag("--overwrite", action="store_true", help="draw images anew that were made with other settings")
 
     args = parser.parse_args(argv)
@@ -1475,15 +1406,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def validate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Ends with one line where the settings cannot work; parses args.models and args.scorers."""
-    for name in (
-        "max_prompts",
-        "num_images_per_prompt",
-        "num_inference_steps",
-        "batch_size",
-        "resolution",
-        "height",
-        "width",
-    ):
+    counts = ("max_prompts", "num_images_per_prompt", "num_inference_steps", "batch_size")
+    for name in (*counts, "resolution", "height", "width"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if args.prompts is None:

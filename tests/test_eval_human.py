@@ -39,7 +39,8 @@ def brightness(device):
 def picky(device):
     names = {"veto": -np.inf, "unsure": np.nan}
     return lambda images, prompts: [
-        next((v for word, v in names.items() if word in p), float(np.asarray(i).std())) for i, p in zip(images, prompts)
+        next((v for word, v in names.items() if word in p), float(np.asarray(i).std()))
+        for i, p in zip(images, prompts)
     ]
 
 def short(device):
@@ -54,7 +55,7 @@ PROMPTS = [f"a standing person in a {shirt} shirt" for shirt in ("red", "blue", 
 def test_win_rate_is_one_a_half_and_zero():
     a, b = np.array([1.0, 2.0, 3.0]), np.array([0.0, 1.0, 2.0])
     assert [ev.win_rate(a, b), ev.win_rate(a, a), ev.win_rate(b, a)] == [1.0, 0.5, 0.0]
-    assert ev.win_shares(np.array([1.0, 1, 0, 1]), np.array([0.0, 1, 1, 0])) == (0.5, 0.25, 0.25)
+    np.testing.assert_array_equal(ev.outcomes(np.array([1.0, 1, 0, np.nan]), np.array([0.0, 1, 1, 0])), [1, 0.5, 0])
 
 
 def test_win_rates_of_both_sides_sum_to_one():
@@ -71,7 +72,7 @@ def test_vetoed_never_wins_and_nan_is_used_for_neither_side():
     assert ev.win_rate(veto, veto) == 0.5
     assert np.isnan(ev.win_rate(nan, low))
     assert ev.win_rate(np.array([np.nan, 2.0]), np.array([5.0, 1.0])) == 1
-    assert ev.mean_difference(np.array([-np.inf, 3.0]), np.array([0.0, 1.0])) == 2
+    assert ev.mean(np.array([-np.inf, np.nan, 3.0, 1.0])) == 2
 
 
 def test_prompt_mean_leaves_nan_out_and_keeps_a_veto():
@@ -119,9 +120,10 @@ def test_bootstrap_interval_covers_the_truth_with_prompts_as_units():
 
 def test_bootstrap_draws_the_rows_of_all_samples_together():
     a = np.random.default_rng(0).normal(size=30)
-    low, high = ev.bootstrap_interval(ev.mean_difference, a + 1, a)
-    assert (low, high) == pytest.approx((1, 1))
-    assert ev.bootstrap_interval(ev.win_rate, a, -a) == ev.bootstrap_interval(ev.win_rate, a, -a)
+    assert ev.bootstrap_interval(lambda x, y: ev.mean(x - y), a + 1, a) == pytest.approx((1, 1))
+    low, high = ev.bootstrap_interval(ev.win_rate, a, np.zeros(30))
+    assert 0 < low < ev.win_rate(a, np.zeros(30)) < high < 1
+    assert np.isnan(ev.bootstrap_interval(ev.mean, np.array([]))).all()
 
 
 def test_two_hundred_prompts_find_a_win_rate_of_sixty_percent():
@@ -262,7 +264,7 @@ def test_verdict_says_when_only_the_training_scorer_judges():
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """A folder with prompts, plug-in scorers, a LoRA that changes images, a LoRA of zeros, and a changed full U-Net."""
+    """A folder with prompts, plug-in scorers, a LoRA that changes images, a LoRA of zeros, a changed full U-Net."""
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
     from peft import LoraConfig
     from peft.utils import get_peft_model_state_dict
@@ -426,7 +428,7 @@ def test_strange_scores_names_and_prompts(inputs, tmp_path, capsys):
 
 
 def test_killed_run_carries_on_with_the_same_metrics(inputs, finished, metrics, tmp_path):
-    """kill -9 after the first images; the second start keeps them and ends with the numbers of an uninterrupted run."""
+    """kill -9 after the first images; the second start keeps them and ends as an uninterrupted run."""
     output = tmp_path / "out"
     line = flags(inputs, output, "base", f"lora={inputs / 'lora'}", batch_size=1)
     process = subprocess.Popen([sys.executable, ROOT / "eval_human.py", *line], stderr=subprocess.DEVNULL)
