@@ -41,6 +41,7 @@ Differences from the paper:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import importlib
 import importlib.util
@@ -54,10 +55,10 @@ import shlex
 import shutil
 import sys
 import textwrap
+import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib import metadata
@@ -85,26 +86,26 @@ SCRIPT = "make_preference_data"
 WORLD = Path(__file__).resolve().parent / "tests" / "tiny_human"
 SHARD_IMAGES = 160  # a shard holds about as many images; at most so many are made again after a crash
 
-
-POOL_SETTINGS = (
+# What a folder's images and pairs depend on; a start with other settings in the same folder is refused.
+MODEL_SETTINGS = [
     "pretrained_model_name_or_path",
     "revision",
     "variant",
     "mixed_precision",
+    "sampler",
     "stage",
     "seed",
+]
+IMAGE_SETTINGS = [
     "height",
     "width",
-)
-POOL_SETTINGS += (
-    "num_images_per_prompt",
     "num_inference_steps",
     "guidance_scale",
     "negative_prompt",
-    "sampler",
-    "no_latents",
-)
-PAIR_SETTINGS = ("scorer", "min_margin", "validation_share")
+    "num_images_per_prompt",
+]
+POOL_SETTINGS = [*MODEL_SETTINGS, *IMAGE_SETTINGS, "no_latents"]
+PAIR_SETTINGS = ["scorer", "min_margin", "validation_share"]
 
 SCORER_HELP = (
     "pickscore, clip, module:function or file.py:function; with several, a weighted vote in units of each one's spread"
@@ -559,7 +560,7 @@ def write_pairs(
     folder = Path(args.output_dir, "data")
     folder.mkdir(exist_ok=True)
     parts = {split: folder / f"{split}.part" for split in counts}
-    with ExitStack() as files:
+    with contextlib.ExitStack() as files:
         writers = {split: files.enter_context(pq.ParquetWriter(part, schema)) for split, part in parts.items()}
         for shard in shards:
             rows = {split: [] for split in counts}
@@ -585,6 +586,17 @@ def write_pairs(
 # ---- Pictures and words ---------------------------------------------------------------------------------------------
 
 DATA_CARD = """\
+---
+tags: [text-to-image, dpo, preference]
+configs:
+- config_name: default
+  data_files:
+{files}
+dataset_info:
+  features:
+{features}
+---
+
 # Preference pairs that a model made for itself
 
 {pairs}, drawn by `{model}`: of {images} images per prompt the best and the worst by {scorers}.
@@ -610,13 +622,13 @@ class Card(NamedTuple):
 def contact_sheet(title: str, cards: list[Card], per_row: int, cell: int = 192) -> Image.Image:
     """Cards in rows under a title. Images smaller than a cell are enlarged with hard pixels, larger ones reduced."""
     gap, line = 16, 20
-    text, bold = ImageFont.load_default(size=14), ImageFont.load_default(size=20)
+    body, heading = ImageFont.load_default(size=14), ImageFont.load_default(size=20)
     wrapped = [textwrap.wrap(card.caption, cell // 7, max_lines=5, placeholder=" ...") for card in cards]
     height = max(len(card.images) for card in cards) * (cell + 2 * line) + max(map(len, wrapped)) * line + gap
     rows = math.ceil(len(cards) / per_row)
     sheet = Image.new("RGB", (gap + min(per_row, len(cards)) * (cell + gap), 3 * line + rows * height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, line), title, INK, bold)
+    draw.text((gap, line), title, INK, heading)
     for number, (card, caption) in enumerate(zip(cards, wrapped, strict=True)):
         x, y = gap + number % per_row * (cell + gap), 3 * line + number // per_row * height
         for image, label, colour in card.images:
@@ -624,9 +636,9 @@ def contact_sheet(title: str, cards: list[Card], per_row: int, cell: int = 192) 
             image = ImageOps.contain(image, (cell, cell), method)
             sheet.paste(image, (x + (cell - image.width) // 2, y + cell - image.height))
             draw.rectangle((x, y + cell + 3, x + cell - 1, y + cell + 6), colour)
-            draw.text((x, y + cell + 10), label, colour, text)
+            draw.text((x, y + cell + 10), label, colour, body)
             y += cell + 2 * line
-        draw.multiline_text((x, y - 4), "\n".join(caption), INK, text, spacing=5)
+        draw.multiline_text((x, y - 4), "\n".join(caption), INK, body, spacing=5)
     return sheet
 
 
@@ -654,26 +666,17 @@ def draw_sheets(
 
 def data_card(args: argparse.Namespace, counts: dict[str, int]) -> str:
     """README.md of the data set; its yaml is what datasets.load_dataset and the Hub read."""
-    splits = [split for split, count in counts.items() if count]
+    splits = {split: count for split, count in counts.items() if count}
     kinds = {pa.float64(): "float64", pa.int64(): "int64"}
-    files = [f"  - {{split: {split}, path: data/{split}-00000-of-00001.parquet}}" for split in splits]
-    columns = [f"  - {{name: {k}, dtype: {kinds.get(kind, kind)}}}" for k, kind in pair_columns(args.no_latents)]
-    yaml = [
-        "---",
-        "tags: [text-to-image, dpo, preference]",
-        "configs:",
-        "- config_name: default",
-        "  data_files:",
-        *files,
-    ]
-    yaml += ["dataset_info:", "  features:", *columns, "---", ""]
-    text = DATA_CARD.format(
-        pairs=" and ".join(f"{counts[split]} {split} pairs" for split in splits),
+    columns = pair_columns(args.no_latents)
+    return DATA_CARD.format(
+        files="\n".join(f"  - {{split: {split}, path: data/{split}-00000-of-00001.parquet}}" for split in splits),
+        features="\n".join(f"  - {{name: {name}, dtype: {kinds.get(kind, kind)}}}" for name, kind in columns),
+        pairs=" and ".join(f"{count} {split} pairs" for split, count in splits.items()),
         model=args.pretrained_model_name_or_path,
         images=args.num_images_per_prompt,
         scorers=", ".join(args.scorer),
     )
-    return "\n".join([*yaml, text])
 
 
 def peak_memory() -> str:
@@ -681,14 +684,12 @@ def peak_memory() -> str:
     parts = []
     if torch.cuda.is_available():
         parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory")
-    try:
+    with contextlib.suppress(ImportError):
         import resource  # not on Windows
-    except ImportError:
-        return ", ".join(parts)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return ", ".join(
-        [*parts, f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30:.1f} GiB of host memory"]
-    )
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        parts.append(f"{peak / 2**30:.1f} GiB of host memory")
+    return ", ".join(parts) or "not known"
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
@@ -697,12 +698,9 @@ def peak_memory() -> str:
 def read_record(folder: Path) -> dict[str, Any]:
     """preference_data.json of a folder of ours: its settings, and the outcome once it is finished."""
     try:
-        record = json.loads((folder / "preference_data.json").read_text())
-        return {"settings": record["settings"], **record}
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{folder} is no folder of {SCRIPT}.py (no preference_data.json): choose another --output_dir"
-        ) from error
+        return json.loads((folder / "preference_data.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} is not ours (no preference_data.json): choose another --output_dir") from error
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
@@ -718,10 +716,9 @@ def check_folder(folder: Path, settings: dict[str, Any], fixed: Sequence[str], o
     changed = [name for name in fixed if old.get(name) != settings[name]]
     if changed and not overwrite:
         differences = "; ".join(f"{name} was {old.get(name)}, now {settings[name]}" for name in changed)
-        rescore = ", or --rescore the kept pool" if set(changed) <= set(PAIR_SETTINGS) else ""
-        raise UserError(
-            f"{folder} holds other settings ({differences}): choose another --output_dir, --overwrite it{rescore}"
-        )
+        ways = "choose another --output_dir or --overwrite it"
+        ways += ", or --rescore the kept pool" if set(changed) <= set(PAIR_SETTINGS) else ""
+        raise UserError(f"{folder} holds a run with other settings ({differences}): {ways}")
 
 
 def prepare_folder(folder: Path, settings: dict[str, Any], prompts: list[str], overwrite: bool) -> None:
@@ -731,9 +728,8 @@ def prepare_folder(folder: Path, settings: dict[str, Any], prompts: list[str], o
         shutil.rmtree(folder / "data", ignore_errors=True)
     (folder / "pool").mkdir(parents=True, exist_ok=True)
     write_record(folder, {"settings": settings})
-    replace_file(
-        folder / "pool" / "prompts.txt", lambda part: part.write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    )
+    text = "\n".join(prompts) + "\n"
+    replace_file(folder / "pool" / "prompts.txt", lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def progress(total: int, state: PartialState, what: str, unit: str) -> tqdm:
@@ -751,9 +747,14 @@ def score_rows(rows: list[dict], images: list[Image.Image], scorers: dict[Scorer
         row["scores"] = json.dumps(known | {source: values[i] for source, values in scores.items()})
 
 
+def process_share(shards: Iterable[Path], state: PartialState) -> list[Path]:
+    """The shards that this process makes: every K-th, finished or not, so that the processes agree without asking."""
+    return list(shards)[state.process_index :: state.num_processes]
+
+
 def generate_pool(args: argparse.Namespace, shards: dict[Path, list[str]], state: PartialState) -> float:
     """Draws and scores the images of the `shards` that are not there yet; returns all processes' images per second."""
-    todo = [path for path in shards if not path.exists()][state.process_index :: state.num_processes]
+    todo = [path for path in process_share(shards, state) if not path.exists()]
     if not todo:
         return 0.0
     pipe = load_pipeline(args, state.device)
@@ -764,9 +765,9 @@ def generate_pool(args: argparse.Namespace, shards: dict[Path, list[str]], state
         "scaling_factor": pipe.vae.config.scaling_factor,
         "vae_hash": weights_hash(pipe.vae),
     }
-    with progress(
-        sum(len(shards[path]) for path in todo) * args.num_images_per_prompt, state, "drawing", "img"
-    ) as bar:
+    total = sum(len(shards[path]) for path in todo) * args.num_images_per_prompt
+    start = time.perf_counter()
+    with progress(total, state, "drawing", "img") as bar:
         for path in todo:
             embeds = encode_prompts(pipe, shards[path], args.negative_prompt)
             rows = plan_rows(shards[path], args.num_images_per_prompt, args.seed)
@@ -785,15 +786,14 @@ def generate_pool(args: argparse.Namespace, shards: dict[Path, list[str]], state
                 "long_prompts": count_long_prompts(pipe, shards[path]),
             }
             write_shard(path, rows, facts)
-        return bar.n / bar.format_dict["elapsed"] * state.num_processes
+    return total / (time.perf_counter() - start) * state.num_processes
 
 
 def score_pool(args: argparse.Namespace, shards: list[Path], state: PartialState) -> None:
     """Scores the kept images with the scorers that have not seen them; only --rescore brings such ones."""
     wanted = parse_scorers(args.scorer)
-    seen = {path: json.loads(read_shard(path, ["scores"])[0]["scores"]) for path in shards}
-    todo = [path for path in shards if any(scorer.source not in seen[path] for scorer in wanted)]
-    todo = todo[state.process_index :: state.num_processes]
+    seen = {path: json.loads(read_shard(path, ["scores"])[0]["scores"]) for path in process_share(shards, state)}
+    todo = [path for path in seen if any(scorer.source not in seen[path] for scorer in wanted)]
     if not todo:
         return
     scorers = {scorer: scorer.load(state.device) for scorer in wanted}
@@ -876,17 +876,19 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     prompts, remark = read_prompts(args.prompts, args.max_prompts)
     settings = {name: getattr(args, name) for name in (*POOL_SETTINGS, *PAIR_SETTINGS)}
-    settings["prompts_sha256"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
+    settings["prompts"] = f"{len(prompts)} prompts, sha256 {hashlib.sha256(str(prompts).encode()).hexdigest()[:12]}"
     fixed = [name for name in settings if not (args.rescore and name in PAIR_SETTINGS)]
     check_folder(folder, settings, fixed, args.overwrite)
     parse_scorers(args.scorer)
-    check_model(args.pretrained_model_name_or_path, "model_index.json")
+    if not args.rescore:
+        check_model(args.pretrained_model_name_or_path, "model_index.json")
 
     quiet_libraries()
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(days=7))
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, timeout=timedelta(days=7))  # a process may wait long for the slowest one's images
     if state.is_main_process:
         print(remark)
         prepare_folder(folder, settings, prompts, args.overwrite)
@@ -915,17 +917,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
 
     flag = parser.add_argument_group("model").add_argument
-    flag(
-        "--pretrained_model_name_or_path",
-        help="your model: a folder or a hub id (owner/name); none: the embedded world",
-    )
+    flag("--pretrained_model_name_or_path", help="your model: a folder or a hub id; none: the embedded world")
     flag("--revision", help="branch, tag or commit of the hub repository")
     flag("--variant", help="variant of the weight files, e.g. fp16")
-    flag(
-        "--mixed_precision",
-        choices=["no", "fp16", "bf16"],
-        help="precision of U-Net and text encoder; none: fp16 on CUDA, else no",
-    )
+    flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="of the U-Net; none: fp16 on CUDA, else no")
 
     flag = parser.add_argument_group("pool").add_argument
     flag("--stage", choices=["easy"], default="easy", help="easy: best against worst of the model's own images")
@@ -935,12 +930,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--num_inference_steps", type=int, default=50, help="steps of the sampler")
     flag("--guidance_scale", type=float, default=5.0, help="classifier-free guidance")
     flag("--negative_prompt", default="", help="one for all prompts")
-    flag(
-        "--sampler",
-        choices=["dpmsolver", "pipeline"],
-        default="dpmsolver",
-        help="DPM-Solver multistep, or the model's own",
-    )
+    flag("--sampler", choices=["dpmsolver", "pipeline"], default="dpmsolver", help="the paper's, or the model's own")
     flag("--resolution", type=int, help="height and width in pixels; none: the model's own")
     flag("--height", type=int, help="overrides --resolution")
     flag("--width", type=int, help="overrides --resolution")
@@ -949,22 +939,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     flag = parser.add_argument_group("pairs").add_argument
     flag("--scorer", nargs="+", default=["pickscore"], metavar="[WEIGHT*]NAME[=MODEL]", help=SCORER_HELP)
-    flag(
-        "--min_margin",
-        type=float,
-        default=0.0,
-        help="least score gap; with PickScore, 1.0 means that 73 %% of people agree",
-    )
+    flag("--min_margin", type=float, default=0.0, help="least score gap; PickScore: at 1.0 73 %% of people agree")
     flag("--validation_share", type=float, default=0.1, help="share of the prompts kept out of training")
 
     flag = parser.add_argument_group("output").add_argument
     flag("--output_dir", default="human-preferences", help="folder of the data set; a second start carries on")
     flag("--no_latents", action="store_true", help="do not store latents (training then encodes the images)")
-    flag(
-        "--rescore",
-        action="store_true",
-        help="choose pairs anew from the folder's pool: --scorer, --min_margin, --validation_share",
-    )
+    flag("--rescore", action="store_true", help="choose pairs anew from the kept pool, by the flags under pairs")
     flag("--overwrite", action="store_true", help="empty the output folder first, if it is one of ours")
 
     args = parser.parse_args(argv)
