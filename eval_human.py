@@ -728,7 +728,8 @@ def latent_std(means: np.ndarray, stds: np.ndarray) -> np.ndarray:
 def compare(base: np.ndarray, tuned: np.ndarray, role: str) -> dict[str, object]:
     """Tuned against base on one metric, a value per prompt each, (P,); role is held-out, training or diversity."""
     points = outcomes(tuned, base)
-    differences = (tuned - base)[np.isfinite(base) & np.isfinite(tuned)]
+    finite = np.isfinite(base) & np.isfinite(tuned)
+    differences = tuned[finite] - base[finite]
     return {
         "role": role,
         "prompts": len(points),

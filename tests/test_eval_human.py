@@ -299,7 +299,7 @@ def flags(inputs: Path, output: Path, *models: str, **changes: object) -> list[s
         "batch_size": 4,
         "training_scorer": "pickscore",
         "feature_model": WORLD / "scorer",
-        "report_rows": 2,
+        "report_rows": 6,
         **changes,
     }
     scorers = [
@@ -392,7 +392,7 @@ def test_report_loads_nothing_and_shows_all(finished):
     assert set(re.findall(r"(?:src|href)=\W?(\w+:|#|)", report)) == {"data:"}
     assert "url(" not in report
     assert "<script" not in report
-    assert report.count("data:image/png;base64,") >= 4 * 2 * 2
+    assert report.count("data:image/png;base64,") >= 4 * 6 * 2  # six random rows for each of four models
     for prompt in PROMPTS:
         assert prompt in report
     for word in ("training scorer", "lora against base", "95 % interval", "Worst losses", "Best wins", "At random"):
@@ -455,7 +455,7 @@ def test_killed_run_carries_on_with_the_same_metrics(inputs, finished, metrics, 
 def test_finished_run_draws_nothing_again_and_gives_the_same_files(inputs, finished, metrics, monkeypatch):
     monkeypatch.setattr(ev, "load_pipeline", lambda *_: pytest.fail("a finished run loaded the pipeline"))
     report = (finished / "report.html").read_bytes()
-    assert run([*metrics_line(metrics), "--report_rows", "2"]) == metrics
+    assert run(metrics_line(metrics)) == metrics
     assert (finished / "report.html").read_bytes() == report
 
 
