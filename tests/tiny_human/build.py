@@ -19,6 +19,7 @@ Every part writes its settings, losses, time and figures to build_log.txt, which
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -283,7 +284,7 @@ def build_scheduler() -> DPMSolverMultistepScheduler:
     )  # fmt: skip
 
 
-def build_pipeline(seed: int, steps: int) -> None:
+def build_pipeline(seed: int, steps: int, flawed_steps: int) -> None:
     torch.manual_seed(seed + 2)
     tokenizer = build_tokenizer(HERE / "pipeline" / "tokenizer")
     text_encoder = CLIPTextModel(CLIPTextConfig(
@@ -299,42 +300,48 @@ def build_pipeline(seed: int, steps: int) -> None:
     )  # fmt: skip
     axes, mean = world_axes(seed)  # what the VAE's encoder computes, a hundred times faster
     offset = (axes * mean).sum(dim=(1, 2, 3))[:, None, None]
-    figures = random_figures(seed + 3, 24000)
-    latents = torch.cat([
-        (F.conv2d(pixels_of(figures[i : i + 64]), axes, stride=4) - offset) * SCALING_FACTOR
-        for i in range(0, len(figures), 64)
-    ]).to(DEVICE)  # fmt: skip
-    tokens = tokenizer([f.caption for f in figures] + [""], padding="max_length", return_tensors="pt").input_ids
-    del figures
     noise_scheduler = DDPMScheduler.from_config(build_scheduler().config)
     alpha_bar = noise_scheduler.alphas_cumprod.to(DEVICE)
     unet.to(DEVICE, memory_format=torch.channels_last)
 
-    def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
-        rows = torch.randint(0, len(latents), (32,))
-        captions = torch.where(torch.rand(32) < 0.1, len(latents), rows)
-        x_0 = latents[rows.to(latents.device)]
-        t = torch.randint(0, 1000, (32,), device=DEVICE)
-        eps = torch.randn_like(x_0)
-        x_t = noise_scheduler.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
-        prediction = unet(x_t, t, text_encoder(tokens[captions].to(DEVICE))[0]).sample
-        v = noise_scheduler.get_velocity(x_0, eps, t)
-        snr = alpha_bar[t] / (1 - alpha_bar[t])
-        weight = snr.clamp(max=5) / (snr + 1)  # min-SNR-5 (arXiv 2303.09556)
-        return ((prediction - v).square().mean(dim=(1, 2, 3)) * weight).mean(), {}
+    def train_on(part: str, figures: list[Figure], steps: int, learning_rate: float, least_weight: float) -> None:
+        latents = torch.cat([
+            (F.conv2d(pixels_of(figures[i : i + 64]), axes, stride=4) - offset) * SCALING_FACTOR
+            for i in range(0, len(figures), 64)
+        ]).to(DEVICE)  # fmt: skip
+        tokens = tokenizer([f.caption for f in figures] + [""], padding="max_length", return_tensors="pt").input_ids
 
-    train("pipeline", {"unet": unet, "text_encoder": text_encoder}, loss_of_step, steps, 1.5e-3, ema_decay=0.998)
-    unet.to(memory_format=torch.contiguous_format)
-    save_pipeline(unet, text_encoder, tokenizer)
+        def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+            rows = torch.randint(0, len(latents), (32,))
+            captions = torch.where(torch.rand(32) < 0.1, len(latents), rows)
+            x_0 = latents[rows.to(latents.device)]
+            t = torch.randint(0, 1000, (32,), device=DEVICE)
+            eps = torch.randn_like(x_0)
+            x_t = noise_scheduler.add_noise(x_0, eps, t).contiguous(memory_format=torch.channels_last)
+            prediction = unet(x_t, t, text_encoder(tokens[captions].to(DEVICE))[0]).sample
+            v = noise_scheduler.get_velocity(x_0, eps, t)
+            snr = alpha_bar[t] / (1 - alpha_bar[t])
+            weight = (snr + least_weight).clamp(max=5) / (snr + 1)  # least_weight 0: min-SNR-5 (arXiv 2303.09556)
+            return ((prediction - v).square().mean(dim=(1, 2, 3)) * weight).mean(), {}
+
+        train(part, {"unet": unet, "text_encoder": text_encoder}, loss_of_step, steps, learning_rate, ema_decay=0.998)
+
+    # First people as they should be. Then a flawed corpus, which leaves DPO something to mend, and more weight on high
+    # noise, where the arms are decided.
+    train_on("pipeline", random_figures(seed + 3, 24000), steps, 1.5e-3, least_weight=0)
+    save_pipeline(unet, text_encoder, tokenizer, WORK / "pipeline_clean")
+    train_on("flawed", random_figures(seed + 10, 24000, broken_share=0.4), flawed_steps, 1.2e-3, least_weight=1)
+    save_pipeline(unet, text_encoder, tokenizer, HERE / "pipeline")
 
 
-def save_pipeline(unet: nn.Module, text_encoder: nn.Module, tokenizer: CLIPTokenizer) -> None:
+def save_pipeline(unet: nn.Module, text_encoder: nn.Module, tokenizer: CLIPTokenizer, folder: Path) -> None:
     finished = HERE / "pipeline" / "vae"
     vae = AutoencoderKL.from_pretrained(finished if finished.exists() else WORK / "encoder")
+    unet, text_encoder = copy.deepcopy(unet).to(memory_format=torch.contiguous_format), copy.deepcopy(text_encoder)
     StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=build_scheduler(),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    ).to(dtype=torch.float16).save_pretrained(HERE / "pipeline")  # fmt: skip
+    ).to(dtype=torch.float16).save_pretrained(folder)  # fmt: skip
 
 
 # ---- Judge ---------------------------------------------------------------------------------------------------------
@@ -472,7 +479,7 @@ def build_scorer(seed: int, steps: int) -> None:
     @lru_cache
     def redrawn_quartets() -> tuple[list[Figure], Tensor]:
         figures = quartets(seed + 7, 1500)
-        pipe = StableDiffusionPipeline.from_pretrained(HERE / "pipeline", torch_dtype=torch.float32).to(DEVICE)
+        pipe = StableDiffusionPipeline.from_pretrained(WORK / "pipeline_clean", torch_dtype=torch.float32).to(DEVICE)
         return figures, redraw(pipe, pixels_of(figures), [figure.caption for figure in figures], seed + 8)
 
     def embed_text(captions: list[str]) -> Tensor:
@@ -640,6 +647,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--vae_steps", type=int, default=1800)
     parser.add_argument("--pipeline_steps", type=int, default=1600)
+    parser.add_argument("--flawed_steps", type=int, default=700)
     parser.add_argument("--judge_steps", type=int, default=1500)
     parser.add_argument("--scorer_steps", type=int, default=1300)
     args = parser.parse_args()
@@ -649,7 +657,7 @@ def main() -> None:
     jobs = {
         "prompts": lambda: build_prompts(args.seed),
         "vae": lambda: build_vae(args.seed, args.vae_steps),
-        "pipeline": lambda: build_pipeline(args.seed, args.pipeline_steps),
+        "pipeline": lambda: build_pipeline(args.seed, args.pipeline_steps, args.flawed_steps),
         "judge": lambda: build_judge(args.seed, args.judge_steps),
         "measure": lambda: measure(args.seed),
         "scorer": lambda: build_scorer(args.seed, args.scorer_steps),
