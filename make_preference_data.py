@@ -7,7 +7,7 @@
 #     "transformers>=4.57,<5.24",
 #     "accelerate>=1.8,<1.16",
 #     "safetensors>=0.5,<0.9",
-#     "pillow>=10,<14",
+#     "pillow>=10.1,<14",
 #     "numpy>=1.26,<3",
 #     "tqdm>=4.66,<5",
 #     "pyarrow>=16,<27",

@@ -11,7 +11,7 @@
 #     "xformers>=0.0.29,<0.0.36; sys_platform == 'linux'",
 #     "safetensors>=0.5,<0.9",
 #     "datasets>=4,<5.3",
-#     "pillow>=10,<14",
+#     "pillow>=10.1,<14",
 #     "numpy>=1.26,<3",
 #     "tqdm>=4.66,<5",
 # ]
