@@ -325,17 +325,18 @@ def test_memory_flags_do_not_change_the_result(data, tmp_path):
         torch.testing.assert_close(plain[name], thrifty[name], atol=1e-5, rtol=1e-3)
 
 
-def test_v_prediction_runs(data, tmp_path):
-    model = shutil.copytree(PIPELINE, tmp_path / "v")
-    config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-    config["prediction_type"] = "v_prediction"
-    (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-    settings = {"pretrained_model_name_or_path": model, "resolution": 64, "max_train_steps": 1, "logging_steps": 1}
-    train(data, tmp_path / "run", **settings)
-    train(data, tmp_path / "epsilon", max_train_steps=1, logging_steps=1)
-    v, epsilon = (read_metrics(tmp_path / run)[0] for run in ("run", "epsilon"))
-    assert v["loss/dpo"] == pytest.approx(math.log(2), abs=1e-6)
-    assert v["error/winner"] != pytest.approx(epsilon["error/winner"])
+def test_epsilon_and_v_prediction_run(data, tmp_path):
+    first = {}
+    for prediction_type in ("epsilon", "v_prediction"):
+        model = shutil.copytree(PIPELINE, tmp_path / f"model-{prediction_type}")
+        config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
+        config["prediction_type"] = prediction_type
+        (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+        settings = {"pretrained_model_name_or_path": model, "resolution": 64, "max_train_steps": 1, "logging_steps": 1}
+        train(data, tmp_path / prediction_type, **settings)
+        first[prediction_type] = read_metrics(tmp_path / prediction_type)[0]
+        assert first[prediction_type]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["epsilon"]["error/winner"] != pytest.approx(first["v_prediction"]["error/winner"])
 
 
 def test_warm_up_is_not_ignored(data, tmp_path):
