@@ -202,6 +202,7 @@ def positions(step: int, micro_step: int, rank: int, args: argparse.Namespace, n
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_pairs: int) -> np.ndarray:
+    """The order of the pairs in one epoch: a permutation that the seed decides."""
     return np.random.default_rng((seed, epoch)).permutation(num_pairs)
 
 
@@ -282,6 +283,7 @@ def load_splits(args: argparse.Namespace) -> dict[str, Split]:
 
 
 def check_split(name: str, rows: Dataset, args: argparse.Namespace) -> Split:
+    """The decided pairs of a split, after its columns, labels and images were looked at; errors name the row."""
     missing = [column for column in PAIR_COLUMNS if column not in rows.column_names]
     if missing:
         raise UserError(f"split {name!r} has no column {', '.join(missing)} (it has {', '.join(rows.column_names)})")
@@ -444,6 +446,7 @@ def prepare_captions(
 
 
 def make_batch(pairs: Pairs, rows: list[int], noise: Tensor, t: Tensor, device: torch.device) -> Batch:
+    """The pairs in `rows` (B) with their noise and timesteps, on the device, latents in fp32."""
     x_0 = pairs.latents[rows].transpose(0, 1).flatten(0, 1).float()
     text = {name: value[pairs.caption[rows]].to(device) for name, value in pairs.embeddings.items()}
     text["time_ids"] = pairs.time_ids.to(device).expand(len(rows), -1)
@@ -554,6 +557,7 @@ def prepare_unet(
 
 
 def trainable(unet: torch.nn.Module) -> dict[str, Tensor]:
+    """The trainable weights by name."""
     return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
 
 
@@ -582,6 +586,7 @@ def predict(unet: torch.nn.Module, x_t: Tensor, t: Tensor, text: dict[str, Tenso
 
 
 def noise_schedule(pipe: DiffusionPipeline, device: torch.device) -> Schedule:
+    """alpha_bar of every timestep and what the model predicts, from its own scheduler; refuses other predictions."""
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
@@ -750,10 +755,12 @@ def validation_picture(base: list[Image.Image], tuned: list[Image.Image], prompt
 
 
 def first_line(error: BaseException) -> str:
+    """What a library's error says, without its stack of advice."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def hash_of(*parts: Any) -> str:
+    """A short name for the settings or texts that a cached file depends on."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
@@ -926,6 +933,7 @@ def forget_metrics_after(step: int, output_dir: str) -> None:
 
 
 def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    """accelerate's Accelerator with the precision, accumulation and tracker asked for."""
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
 
@@ -965,6 +973,7 @@ def prepare_pairs(
 
 
 def make_optimizer(parameters: list[Tensor], args: argparse.Namespace) -> torch.optim.Optimizer:
+    """AdamW, or with --use_8bit_adam bitsandbytes' AdamW8bit."""
     settings = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
@@ -981,6 +990,7 @@ def make_optimizer(parameters: list[Tensor], args: argparse.Namespace) -> torch.
 def make_lr_scheduler(
     optimizer: torch.optim.Optimizer, args: argparse.Namespace
 ) -> torch.optim.lr_scheduler.LRScheduler:
+    """diffusers' schedule of this name; a constant one with warm-up where steps of warm-up are given."""
     from diffusers.optimization import get_scheduler
 
     name = args.lr_scheduler
@@ -992,6 +1002,7 @@ def make_lr_scheduler(
 
 
 def pairs_per_step(args: argparse.Namespace, accelerator: Accelerator) -> int:
+    """The effective batch: pairs that one update of the weights sees, over all processes."""
     return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
@@ -1097,6 +1108,7 @@ def train(run: Run, first_step: int, at_step: Callable[[int], dict[str, float]])
 
 
 def main(args: argparse.Namespace) -> None:
+    """Loads data and model, trains, validates, and writes the weights."""
     quiet_libraries()
     claim_output(args)
     accelerator = start_accelerator(args)
@@ -1177,6 +1189,7 @@ def at_least(minimum: float, kind: type, *, exclusive: bool = False) -> Callable
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; without a model the embedded world's settings are the defaults."""
     parser = argparse.ArgumentParser(
         prog="train_dpo_human.py",
         description=__doc__.partition("\n")[0],

@@ -566,7 +566,7 @@ def measure_judge(seed: int, count: int = 1300) -> None:
         log("measure", f"judge, {name}: {accuracy:.4f}")
 
 
-def measure_world(seed: int, images_per_prompt: int = 20, pools: int = 128) -> None:
+def measure_world(seed: int, images_per_prompt: int = 20, pools: int = 64) -> None:
     """The base model by the judge on 384 test prompts; the scorer against the judge on pools of training prompts."""
     settings = json.loads((HERE / "settings.json").read_text())["make_preference_data"]
     pipe = StableDiffusionPipeline.from_pretrained(HERE / "pipeline", torch_dtype=torch.float32).to(DEVICE)
