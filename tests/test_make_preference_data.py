@@ -292,8 +292,9 @@ def test_latents_decode_to_the_picture(finished, pipe):
     for side in (0, 1):
         latents = np.frombuffer(row[f"latents_{side}"], dtype=facts["dtype"]).reshape(facts["shape"]).copy()
         image = data.decode(pipe, torch.from_numpy(latents)[None])[0]
-        assert difference(image, read_image(row[f"jpg_{side}"])).mean() < 4  # what JPEG loses
-    assert difference(image, read_image(row["jpg_0"])).mean() > 8
+        own, other = (difference(image, read_image(row[f"jpg_{k}"])).mean() for k in (side, 1 - side))
+        assert own < 4  # what JPEG loses
+        assert other > 2 * own
 
 
 def test_the_winners_side_is_a_seeded_coin_and_both_sides_are_alike(finished):
@@ -483,7 +484,7 @@ def test_other_folders_are_refused(finished, inputs):
     ours = ["--output_dir", finished]
     with pytest.raises(data.UserError, match="seed was 0, now 1"):
         make(inputs, *ours, "--seed", 1)
-    with pytest.raises(data.UserError, match=r"guidance_scale was 3\.0, now 7\.0.*--overwrite it$"):
+    with pytest.raises(data.UserError, match=r"guidance_scale was [\d.]+, now 7\.0.*--overwrite it$"):
         make(inputs, *ours, "--guidance_scale", 7)
     with pytest.raises(data.UserError, match=r"min_margin was 0\.0, now 0\.5.*--rescore"):
         make(inputs, *ours, "--min_margin", 0.5)
