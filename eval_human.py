@@ -42,6 +42,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import csv
 import hashlib
 import html
@@ -58,7 +59,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -408,7 +408,7 @@ def in_batches(items: list, size: int) -> Iterator[list]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-@contextmanager
+@contextlib.contextmanager
 def tuned(pipe: DiffusionPipeline, model: Model) -> Iterator[None]:
     """Within the block `pipe` draws as `model`; afterwards it is the base model again."""
     if model.path is None:
@@ -1153,6 +1153,19 @@ def write_grid(path: Path, models: list[str], prompts: int, folder: Path, seed: 
     write_atomically(path, png(sheet))
 
 
+def peak_memory() -> str:
+    """The most host memory this process has held, and the most device memory where there is one."""
+    parts = []
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory")
+    with contextlib.suppress(ImportError):
+        import resource  # not on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        parts.append(f"{peak / 2**30:.1f} GiB of host memory")
+    return ", ".join(parts) or "not known"
+
+
 # ---- Main ----------------------------------------------------------------------------------------------------------
 
 
@@ -1326,7 +1339,9 @@ def main(args: argparse.Namespace) -> None:
     print_summary(results, len(prompts), warnings)
     last = args.models[-1].path
     load = f"pipeline.load_lora_weights({str(last)!r})" if not (last / "unet").is_dir() else f"{last}/unet"
-    print(f"\nOpen {output / 'report.html'}; to draw with {args.models[-1].name}: {load}")
+    print(f"\nmemory  {peak_memory()}")
+    print(f"open    {output / 'report.html'}")
+    print(f"next    to draw with {args.models[-1].name}: {load}")
 
 
 # ---- Command line --------------------------------------------------------------------------------------------------

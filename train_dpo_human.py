@@ -49,6 +49,7 @@ Differences from the paper:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import importlib.metadata
@@ -64,7 +65,6 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -561,7 +561,7 @@ def trainable(unet: torch.nn.Module) -> dict[str, Tensor]:
     return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
 
 
-@contextmanager
+@contextlib.contextmanager
 def reference(run: Run) -> Iterator[UNet2DConditionModel]:
     """The frozen model that the policy is measured against: the copy, or the policy itself with its adapters off."""
     if run.frozen is not None:
@@ -1068,6 +1068,19 @@ def draw_validation(run: Run, step: int, prompts: list[str], text: dict[str, Ten
             tracker.log_images({"validation": [picture]}, step=step)
 
 
+def peak_memory() -> str:
+    """The most host memory this process has held, and the most device memory where there is one."""
+    parts = []
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory")
+    with contextlib.suppress(ImportError):
+        import resource  # not on Windows
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        parts.append(f"{peak / 2**30:.1f} GiB of host memory")
+    return ", ".join(parts) or "not known"
+
+
 def closing_lines(args: argparse.Namespace, latest: dict[str, float]) -> str:
     """Where the result is, how it did on held-out pairs, and what to run next."""
     held_out = latest.get("validation/rewards/accuracies")
@@ -1075,7 +1088,8 @@ def closing_lines(args: argparse.Namespace, latest: dict[str, float]) -> str:
     model, named = args.pretrained_model_name_or_path, ""
     if Path(model) != WORLD / "pipeline":
         named = f" --pretrained_model_name_or_path {model} --prompts YOUR_TEST_PROMPTS.txt"
-    return f"done: {args.output_dir}{told}\nnext: python eval_human.py{named} --models base dpo={args.output_dir}"
+    done = f"memory:  {peak_memory()}\ndone:    {args.output_dir}{told}"
+    return f"{done}\nnext:    python eval_human.py{named} --models base dpo={args.output_dir}"
 
 
 def train(run: Run, first_step: int, at_step: Callable[[int], dict[str, float]]) -> dict[str, float]:

@@ -424,7 +424,8 @@ def test_strange_scores_names_and_prompts(inputs, tmp_path, capsys):
         assert [row["prompt"] for row in csv.DictReader(file)] == strange * 2
     said = capsys.readouterr().out
     assert "Only 4 prompts: a win rate below 100.0 % would mostly go unseen" in said
-    assert said.strip().splitlines()[-1].startswith(f"Open {output / 'report.html'}")
+    assert said.strip().splitlines()[-2] == f"open    {output / 'report.html'}"
+    assert said.strip().splitlines()[-1].startswith("next ")
 
 
 def test_killed_run_carries_on_with_the_same_metrics(inputs, finished, metrics, tmp_path):
