@@ -989,9 +989,7 @@ def use_embedded_world(parser: argparse.ArgumentParser, script: str) -> None:
     defaults = json.loads(settings.read_text().replace("{world}", WORLD.as_posix()))[script]
     parser.set_defaults(**defaults)
     if os.environ.get("RANK", "0") == "0":
-        print(
-            f"{script}.py: no model named, so the embedded world {WORLD.name} is used: --pretrained_model_name_or_path"
-        )
+        print(f"{script}.py: the embedded world is used; --pretrained_model_name_or_path names your own model")
 
 
 def known_settings(folder: Path) -> dict[str, Any]:

@@ -82,7 +82,7 @@ from tqdm.auto import tqdm
 
 if TYPE_CHECKING:  # imported where they are used, so that a typing error is told at once
     from accelerate import Accelerator
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
     from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 WORLD = Path(__file__).resolve().parent / "tests" / "tiny_human"
@@ -258,6 +258,18 @@ class Batch(NamedTuple):
     text: dict[str, Tensor]
 
 
+def load_folder(folder: Path, cache_dir: str | None) -> DatasetDict:
+    """A folder's splits. The parquet files are named one by one, because a folder that was made again under its old
+    name (--rescore) would come out of the cache of `datasets` as it was."""
+    import datasets
+
+    files = {name: sorted(map(str, folder.glob(f"data/{name}-*.parquet"))) for name in ("train", "validation")}
+    files = {name: paths for name, paths in files.items() if paths}
+    if files:
+        return datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir)
+    return datasets.load_dataset(str(folder), cache_dir=cache_dir, download_mode="force_redownload")
+
+
 def load_splits(args: argparse.Namespace) -> dict[str, Split]:
     """The splits "train" and, where there is one, "validation"; checked, ties left out."""
     import datasets
@@ -271,7 +283,7 @@ def load_splits(args: argparse.Namespace) -> dict[str, Split]:
         if args.dataset_name is not None:
             loaded = {"train": datasets.load_dataset(source, split=args.dataset_split_name, cache_dir=args.cache_dir)}
         else:
-            loaded = datasets.load_dataset(source, cache_dir=args.cache_dir)
+            loaded = load_folder(Path(source), args.cache_dir)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise UserError(f"{source} holds no data set of pairs: {first_line(error)}") from error
     if "train" not in loaded:
@@ -1184,9 +1196,7 @@ def use_embedded_world(parser: argparse.ArgumentParser, script: str) -> None:
     defaults = json.loads(settings.read_text().replace("{world}", WORLD.as_posix()))[script]
     parser.set_defaults(**defaults)
     if os.environ.get("RANK", "0") == "0":
-        print(
-            f"{script}.py: no model named, so the embedded world {WORLD.name} is used: --pretrained_model_name_or_path"
-        )
+        print(f"{script}.py: the embedded world is used; --pretrained_model_name_or_path names your own model")
 
 
 def at_least(minimum: float, kind: type, *, exclusive: bool = False) -> Callable[[str], float]:

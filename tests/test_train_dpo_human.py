@@ -399,6 +399,18 @@ def test_ties_are_left_out_and_counted(tmp_path, capsys):
     assert "4 to train on, 0 held out, 1 ties left out" in capsys.readouterr().out
 
 
+def test_pairs_made_again_in_the_same_folder_are_seen(tmp_path):
+    folder = write_data(tmp_path / "pairs", make_rows(5), make_rows(2, first=50))
+    (folder / "README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n"
+    )
+    args = trainer.parse_args(flags(SMALL | {"train_data_dir": folder, "output_dir": tmp_path / "run"}))
+    assert [len(split.rows) for split in trainer.load_splits(args).values()] == [5, 2]
+    shutil.rmtree(folder / "data")
+    write_data(folder, make_rows(7))
+    assert [len(split.rows) for split in trainer.load_splits(args).values()] == [7]
+
+
 # ---- Bad input ------------------------------------------------------------------------------------------------------
 
 
