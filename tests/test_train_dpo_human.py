@@ -486,7 +486,7 @@ def test_bad_folders_end_with_status_1_and_one_line(data, finished, tmp_path):
         assert told in str(error.value)
         assert "\n" not in str(error.value)
     with pytest.raises(SystemExit) as stop:
-        trainer.cli(["--train_data_dir", str(tmp_path / "none")])
+        trainer.cli(["--train_data_dir", str(tmp_path / "none"), "--output_dir", str(tmp_path / "run")])
     assert str(stop.value).startswith("train_dpo_human.py: no folder")
 
 
