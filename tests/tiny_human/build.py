@@ -337,6 +337,7 @@ def build_pipeline(seed: int, steps: int, flawed_steps: int) -> None:
 def save_pipeline(unet: nn.Module, text_encoder: nn.Module, tokenizer: CLIPTokenizer, folder: Path) -> None:
     finished = HERE / "pipeline" / "vae"
     vae = AutoencoderKL.from_pretrained(finished if finished.exists() else WORK / "encoder")
+    vae.register_to_config(_name_or_path="")  # else the shipped file names a folder of the builder
     unet, text_encoder = copy.deepcopy(unet).to(memory_format=torch.contiguous_format), copy.deepcopy(text_encoder)
     StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=build_scheduler(),
