@@ -7,7 +7,8 @@
     prompts    prompts_train.txt and prompts_test.txt, disjoint
     vae        AutoencoderKL: the encoder is a principal component analysis of 4 x 4 patches, written into the weights
                in closed form; the decoder is trained on it, right and broken figures alike
-    pipeline   StableDiffusionPipeline: UNet2DConditionModel and CLIPTextModel, trained together on right figures
+    pipeline   StableDiffusionPipeline: UNet2DConditionModel and CLIPTextModel, trained together on right figures, then
+               on a corpus of which four in ten are broken, which leaves DPO something to mend
                (v-prediction: a network this small cannot output epsilon exactly enough to hold colours at high noise)
     judge      keypoint heatmaps, colours and pose; sees neither text nor the scorer's data
     scorer     CLIPModel: captions against figures, with broken twins and wrong captions as hard negatives, half of
@@ -15,7 +16,8 @@
     measure    what came out: speed, base quality, judge accuracy per kind of break, scorer against judge
 
 A part that was stopped carries on from its last saved step (.build/); a finished one is made again only with --force.
-Every part writes its settings, losses, time and figures to build_log.txt, which is kept beside the weights.
+Every part writes its settings, losses, time and figures to build_log.txt, which is kept beside the weights. The shipped
+VAE began as a run of 4000 steps and was carried on as one of 1800: made again, the world is alike, not equal bit for bit.
 """
 
 import argparse
