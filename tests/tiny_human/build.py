@@ -16,8 +16,9 @@
     measure    what came out: speed, base quality, judge accuracy per kind of break, scorer against judge
 
 A part that was stopped carries on from its last saved step (.build/); a finished one is made again only with --force.
-Every part writes its settings, losses, time and figures to build_log.txt, which is kept beside the weights. The shipped
-VAE began as a run of 4000 steps and was carried on as one of 1800: made again, the world is alike, not equal bit for bit.
+Every part writes its settings, losses, time and figures to build_log.txt, which is kept beside the weights. The
+shipped VAE began as a run of 4000 steps and was carried on as one of 1800: made again, the world is alike, not equal
+bit for bit.
 """
 
 import argparse
