@@ -18,18 +18,19 @@
 # ///
 """Trains a text-to-image model on preference pairs to draw people better: Diffusion-DPO with statistics matching.
 
-HG-DPO (https://arxiv.org/abs/2405.20216), the Easy stage. A pair is a winner x_w and a loser x_l, latents for one
-caption. Timestep and noise are drawn once per pair, shared by both sides and by the policy and its frozen reference:
+HG-DPO (https://arxiv.org/abs/2405.20216). A pair is a winner x_w and a loser x_l, latents for one caption. Timestep
+and noise are drawn once per pair, shared by both sides and by the policy and its frozen reference:
 
     x_t    = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise                 add_noise
     err    = mean over (C, H, W) of (unet(x_t, t, caption) - target)^2       image_error, in fp32
     margin = (err_ref_w - err_w) - (err_ref_l - err_l)                       dpo_loss
     L_dpo  = -log sigmoid(beta * margin)
-    L_stat = || mu(c_t (x0_w - x0_ref_w)) ||^2,  mu: mean over (H, W)        predict_x0, statistics_matching_loss
+    L_stat = || c_t (mu(x0_w) - mu(x0_ref_w)) ||^2,  mu: mean over (H, W)    predict_x0, statistics_matching_loss
     L      = L_dpo + lambda_stat * L_stat                                    training_loss calls them in this order
 
 c_t turns a difference in the predicted x0 into the difference of one reverse DDPM step, so that L_stat, which keeps
-the colours of the base model, costs no forward pass. The reference is the same U-Net with its LoRA switched off.
+the colours of the reference, costs no forward pass. Of the reference the loss needs err_ref and mu(x0_ref_w) alone:
+`Measured`, 2 + C numbers a pair, which --precompute_reference makes once instead of at every step.
 
 Without arguments it trains on human-preferences/ in the embedded world (tests/tiny_human). The usual command:
 
@@ -37,13 +38,15 @@ Without arguments it trains on human-preferences/ in the embedded world (tests/t
         --train_data_dir human-preferences --output_dir dpo-human-lora --mixed_precision bf16 --use_8bit_adam
 
 `pipeline.load_lora_weights("dpo-human-lora")` loads the result. SD 1.x, SD 2.x and SDXL: the pipeline's class decides.
+The reference is the same model with its LoRA switched off, the frozen --initial_lora, or a copy for --full_unet.
 
 Differences from the paper:
 1. beta multiplies the margin itself, as in diffusers' SD script; code with 0.5 * beta * margin means the same by 5000.
 2. Where the paper is silent: LoRA alpha = rank, a constant learning rate without warm-up, gradients clipped at norm 1.
 3. 2,000 steps by default instead of 300,000: most people have thousands of pairs, not 300,000.
-4. Latents and captions are encoded once; draws are functions of (seed, position), whatever the number of processes.
-5. Ties are left out. Hinge and IPO losses, label smoothing and training the whole U-Net are there to compare with.
+4. Latents and captions are encoded once; draws are functions of (seed, pair, epoch), whatever the number of processes.
+5. Ties are left out, or soft labels of 0.5. Hinge and IPO losses, label smoothing, soft labels, the winner's safeguard
+   of Diffusion-SDPO and training the whole U-Net are there to compare with.
 """
 
 from __future__ import annotations
@@ -51,8 +54,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import glob
 import hashlib
+import importlib
 import importlib.metadata
+import inspect
 import io
 import json
 import logging
@@ -60,11 +66,14 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
+import tempfile
 import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -82,16 +91,17 @@ from tqdm.auto import tqdm
 
 if TYPE_CHECKING:  # imported where they are used, so that a typing error is told at once
     from accelerate import Accelerator
-    from datasets import Dataset, DatasetDict
-    from diffusers import DiffusionPipeline, UNet2DConditionModel
+    from datasets import Dataset
+    from diffusers import DiffusionPipeline
+    from diffusers.training_utils import EMAModel
 
 WORLD = Path(__file__).resolve().parent / "tests" / "tiny_human"
-ATTENTION_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
-PAIR_COLUMNS = ("jpg_0", "jpg_1", "label_0", "label_1", "caption")
+UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
+TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
 METRICS = {
     "loss": "loss/dpo + loss/statistics",
     "loss/dpo": "log 2 = 0.693 at the start; below it the policy prefers the winners",
-    "loss/statistics": "lambda_stat * L_stat: how far colours move from the base model's",
+    "loss/statistics": "lambda_stat * L_stat: how far colours move from the reference's",
     "error/winner": "denoising error of the policy on winners",
     "error/loser": "denoising error of the policy on losers",
     "error/winner_over_reference": "the same less the reference's; below 0 the winners became likelier",
@@ -99,6 +109,15 @@ METRICS = {
     "rewards/margins": "beta * margin, what the loss's sigmoid sees",
     "rewards/accuracies": "share of pairs with a margin above 0",
     "dpo_weight": "sigmoid(-beta * margin), the pair's weight in the gradient; near 0 it has nothing left to teach",
+    "loser_scale": "what --winner_safeguard leaves of the loser's gradient; 1 without it",
+}
+OPTIMIZERS = {
+    "adamw": "torch.optim.AdamW",
+    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
+    "paged_adamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
+    "lion8bit": "bitsandbytes.optim.Lion8bit",
+    "ademamix8bit": "bitsandbytes.optim.AdEMAMix8bit",
+    "adafactor": "torch.optim.Adafactor",
 }
 LR_SCHEDULERS = ["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"]
 # fmt: off
@@ -106,7 +125,8 @@ FREE_SETTINGS = {  # a run that is carried on may change these
     "output_dir", "overwrite", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "cache_dir",
     "logging_steps", "report_to", "validation_steps", "validation_prompts", "num_validation_images",
     "validation_inference_steps", "validation_guidance_scale", "validation_draws", "max_train_steps",
-    "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+    "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "encoded_dir", "export_kohya",
+    "early_stopping_patience",
 }
 # fmt: on
 
@@ -116,6 +136,14 @@ class UserError(Exception):
 
 
 # ---- The method -----------------------------------------------------------------------------------------------------
+
+
+class Measured(NamedTuple):
+    """All that the loss asks of a model: errors of winner and loser (B,), channel means of the winner's x0 (B, C)."""
+
+    err_w: Tensor
+    err_l: Tensor
+    mu_w: Tensor
 
 
 def per_image(value: Tensor) -> Tensor:
@@ -149,24 +177,43 @@ def dpo_loss(
     ref_err_l: Tensor,
     beta: float,
     loss_type: str = "sigmoid",
-    label_smoothing: float = 0.0,
+    label: Tensor | float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Diffusion-DPO (arXiv 2311.12908, eq. 14) on per-image errors: (B,) each -> loss (), margin (B,).
 
     The margin is positive where the policy improved on the winner, against the reference, more than on the loser.
     `beta` multiplies it as it is; public code with `0.5 * beta * margin` means the same loss by twice the beta.
-    `label_smoothing` is the share of pairs thought to be labelled the wrong way round (sigmoid only). "ipo" is IPO's
-    loss times beta^2: the same minimum, margin = 1 / (2 beta), with gradients of the size of the others'.
+    `label` (B,) is the probability that the winner is the better one: 1, less with smoothing, 0.5 for a tie. "ipo" is
+    IPO's loss times beta^2: the same minimum, margin = 1 / (2 beta), with gradients of the size of the others'.
     """
     margin = (ref_err_w - err_w) - (ref_err_l - err_l)
-    logit = beta * margin
-    if loss_type == "hinge":
-        loss = F.relu(1 - logit)
-    elif loss_type == "ipo":
-        loss = (logit - 0.5).square()
-    else:
-        loss = -(1 - label_smoothing) * F.logsigmoid(logit) - label_smoothing * F.logsigmoid(-logit)
+
+    def loss_if_better(logit: Tensor) -> Tensor:
+        if loss_type == "hinge":
+            return F.relu(1 - logit)
+        return (logit - 0.5).square() if loss_type == "ipo" else -F.logsigmoid(logit)
+
+    loss = label * loss_if_better(beta * margin) + (1 - label) * loss_if_better(-beta * margin)
     return loss.mean(), margin
+
+
+def safeguard_scale(residual_w: Tensor, residual_l: Tensor, mu: float) -> Tensor:
+    """The factor (B,) in [0, 1] on the loser's gradient with which the winner's error does not rise (Diffusion-SDPO,
+    arXiv 2511.03317): a step along -g_w + scale g_l lowers it, to first order, by at least mu |g_w|^2.
+
+    g = residual = prediction - target (B, C, H, W) is the error's gradient in the space of outputs, up to a constant.
+    Where g_w and g_l point the same way, scale <= (1 - mu) |g_w|^2 / <g_w, g_l>. Per pair; the authors' code takes one
+    factor for the micro-batch.
+    """
+    g_w, g_l = (residual.detach().float().flatten(1) for residual in (residual_w, residual_l))
+    aligned = (g_w * g_l).sum(dim=1)
+    bound = (1 - mu) * g_w.square().sum(dim=1) / aligned
+    return torch.where(aligned > 0, bound.clamp(max=1), torch.ones_like(bound))
+
+
+def scale_gradient(value: Tensor, scale: Tensor) -> Tensor:
+    """`value` with `scale` times its gradient."""
+    return value.detach() + scale * (value - value.detach())
 
 
 def predict_x0(prediction: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
@@ -179,16 +226,16 @@ def predict_x0(prediction: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_ty
     return prediction.float()
 
 
-def statistics_matching_loss(x0_w: Tensor, ref_x0_w: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
+def statistics_matching_loss(mu_w: Tensor, ref_mu_w: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
     """How far a reverse DDPM step by the policy moves the winner's channel means off the reference's (HG-DPO, L_stat).
 
-    With the step's noise shared, the steps differ by c_t (x0 - ref_x0), c_t = sqrt(abar_{t-1}) beta_t / (1 - abar_t),
-    for every prediction type. Mean over (H, W), squared L2 norm over channels, mean over the batch: (B, C, H, W) -> ()
+    mu_w and ref_mu_w (B, C): the means over (H, W) of the predicted x0. With the step's noise shared, the steps differ
+    by c_t (x0 - ref_x0), c_t = sqrt(abar_{t-1}) beta_t / (1 - abar_t), for every prediction type and schedule. Squared
+    L2 norm over channels, mean over the batch: ()
     """
     beta_t = 1 - alpha_bar / alpha_bar_prev
     c_t = alpha_bar_prev.sqrt() * beta_t / (1 - alpha_bar)
-    shift = (per_image(c_t) * (x0_w - ref_x0_w)).mean(dim=(2, 3))
-    return shift.square().sum(dim=1).mean()
+    return (c_t[:, None] * (mu_w - ref_mu_w)).square().sum(dim=1).mean()
 
 
 # ---- Draws: what a step sees is a function of (seed, position) ------------------------------------------------------
@@ -200,26 +247,35 @@ def positions(step: int, micro_step: int, rank: int, args: argparse.Namespace, n
     return range(start * args.train_batch_size, (start + 1) * args.train_batch_size)
 
 
-@lru_cache(maxsize=2)
-def epoch_order(seed: int, epoch: int, num_pairs: int) -> np.ndarray:
-    """The order of the pairs in one epoch: a permutation that the seed decides."""
-    return np.random.default_rng((seed, epoch)).permutation(num_pairs)
+@lru_cache(maxsize=4)
+def epoch_order(seed: int, epoch: int, pairs: Pairs) -> np.ndarray:
+    """The order of the pairs in one epoch, which the seed decides. With several buckets every step's pairs come from
+    one of them, and the last step of a bucket is filled up from its start."""
+    generator = np.random.default_rng((seed, epoch))
+    if len(pairs.latents) == 1:
+        return generator.permutation(len(pairs.bucket))
+    steps = []
+    for bucket in range(len(pairs.latents)):
+        rows = generator.permutation(np.flatnonzero(pairs.bucket == bucket))
+        steps += list(np.resize(rows, (-(-len(rows) // pairs.per_step), pairs.per_step)))
+    return np.concatenate([steps[i] for i in generator.permutation(len(steps))])
 
 
-def rows_at(seed: int, positions: range, num_pairs: int) -> list[int]:
-    """The pair at each position: every epoch is its own permutation."""
-    return [int(epoch_order(seed, p // num_pairs, num_pairs)[p % num_pairs]) for p in positions]
+def visits_at(seed: int, positions: range, pairs: Pairs) -> list[tuple[int, int]]:
+    """(pair, epoch) at each position: every epoch has its own order."""
+    length = len(epoch_order(seed, 0, pairs))
+    return [(int(epoch_order(seed, p // length, pairs)[p % length]), p // length) for p in positions]
 
 
 def draw(
-    seed: int, stream: str, positions: range, shape: tuple[int, ...], num_timesteps: int
+    seed: int, stream: str, visits: list[tuple[int, int]], shape: tuple[int, ...], timesteps: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """The noise (B, *shape) and timesteps (B,) at each position of a stream, drawn on the CPU."""
-    noise, t = torch.empty(len(positions), *shape), torch.empty(len(positions), dtype=torch.long)
-    for i, position in enumerate(positions):
-        digest = hashlib.sha256(f"{seed}|{stream}|{position}".encode()).digest()
+    """The noise (B, *shape) and the timesteps (B,), uniform in [low, high), of each (pair, visit); on the CPU."""
+    noise, t = torch.empty(len(visits), *shape), torch.empty(len(visits), dtype=torch.long)
+    for i, (row, visit) in enumerate(visits):
+        digest = hashlib.sha256(f"{seed}|{stream}|{row}|{visit}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        t[i] = torch.randint(num_timesteps, (), generator=generator)
+        t[i] = torch.randint(*timesteps, (), generator=generator)
         noise[i].normal_(generator=generator)
     return noise, t
 
@@ -229,36 +285,244 @@ def image_seed(seed: int, prompt: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}|{prompt}|{index}".encode()).digest()[:6], "big")
 
 
-# ---- Data -----------------------------------------------------------------------------------------------------------
+# ---- Training step --------------------------------------------------------------------------------------------------
+
+
+def measure_errors(run: Run, model: torch.nn.Module, batch: Batch) -> tuple[Measured, Tensor]:
+    """A model on a batch: what the loss asks of it, and its residual prediction - target (2B, C, h, w)."""
+    schedule, noise, t = run.schedule, batch.noise.repeat(2, 1, 1, 1), batch.t.repeat(2)
+    alpha_bar = schedule.alpha_bar[t]
+    x_t = add_noise(batch.x_0, noise, alpha_bar)
+    if run.args.channels_last:
+        x_t = x_t.contiguous(memory_format=torch.channels_last)
+    prediction = model(x_t, t, batch.text, batch.time_ids)
+    target = training_target(batch.x_0, noise, alpha_bar, schedule.prediction_type)
+    err_w, err_l = image_error(prediction, target).chunk(2)
+    halves = (value.chunk(2)[0] for value in (prediction, x_t, alpha_bar))
+    mu_w = predict_x0(*halves, schedule.prediction_type).mean(dim=(2, 3))
+    return Measured(err_w, err_l, mu_w), prediction - target
+
+
+def training_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The docstring's formula on one batch: loss (), METRICS, () each, and the margins (B,)."""
+    args, schedule = run.args, run.schedule
+    ref = batch.reference
+    if ref is None:
+        with torch.no_grad(), reference(run) as model:
+            ref, _ = measure_errors(run, model, batch)
+    (err_w, err_l, mu_w), residual = measure_errors(run, run.policy, batch)
+
+    scale = torch.ones_like(err_l)
+    if args.winner_safeguard is not None:
+        scale = safeguard_scale(*residual.chunk(2), args.winner_safeguard)
+    dpo, margin = dpo_loss(
+        err_w, scale_gradient(err_l, scale), ref.err_w, ref.err_l, args.beta_dpo, args.loss_type, batch.label
+    )
+    stat = statistics_matching_loss(mu_w, ref.mu_w, schedule.alpha_bar[batch.t], schedule.alpha_bar_prev[batch.t])
+    loss = dpo + args.lambda_stat * stat
+    metrics = {
+        "loss": loss,
+        "loss/dpo": dpo,
+        "loss/statistics": args.lambda_stat * stat,
+        "error/winner": err_w.mean(),
+        "error/loser": err_l.mean(),
+        "error/winner_over_reference": (err_w - ref.err_w).mean(),
+        "error/loser_over_reference": (err_l - ref.err_l).mean(),
+        "rewards/margins": args.beta_dpo * margin.mean(),
+        "rewards/accuracies": (margin > 0).float().mean(),
+        "dpo_weight": torch.sigmoid(-args.beta_dpo * margin).mean(),
+        "loser_scale": scale.mean(),
+    }
+    return loss, {name: value.detach() for name, value in metrics.items()}, margin.detach()
+
+
+def any_process(accelerator: Accelerator, flag: bool | Tensor) -> bool:
+    """Whether it is true on one process at least."""
+    if accelerator.num_processes == 1:
+        return bool(flag)
+    return bool(accelerator.reduce(torch.as_tensor(flag, device=accelerator.device).float()) > 0)
+
+
+def optimisation_step(run: Run, step: int) -> Tensor:
+    """Updates the weights from --gradient_accumulation_steps micro-batches; METRICS and the gradient's norm.
+
+    Waits for the device once, to see that loss and gradient are finite before they reach the weights.
+    """
+    args, accelerator, pairs = run.args, run.accelerator, run.pairs["train"]
+    total, seen, margins = torch.zeros(len(METRICS), device=accelerator.device), [], []
+    for micro_step in range(args.gradient_accumulation_steps):
+        where = positions(step, micro_step, accelerator.process_index, args, accelerator.num_processes)
+        visits = visits_at(args.seed, where, pairs)
+        batch = draw_batch(run, pairs, visits)
+        with accelerator.accumulate(run.policy):
+            with accelerator.autocast():
+                loss, metrics, margin = training_loss(run, batch)
+            total, seen, margins = total + torch.stack(list(metrics.values())), seen + visits, [*margins, margin]
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = gradient_norm(run)
+                trusted = total[0] if accelerator.scaler else total[0] + norm  # a scaler mends overflow by itself
+                if any_process(accelerator, ~torch.isfinite(trusted)):
+                    raise UserError(not_finite(step, [row for row, _ in seen], torch.cat(margins)))
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+    run.lr_scheduler.step()
+    if run.ema:
+        run.ema.step(trainable(run.plain).values())
+    return torch.cat([total / args.gradient_accumulation_steps, norm.reshape(1)])
+
+
+def not_finite(step: int, rows: list[int], margins: Tensor) -> str:
+    """What to tell of a step whose loss or gradient is no number: the rows (N) whose margin is none, or all."""
+    guilty = [row for row, finite in zip(rows, margins.isfinite().tolist(), strict=True) if not finite]
+    told = ", ".join(map(str, sorted(set(guilty or rows))))
+    return (
+        f"loss or gradient not finite in step {step + 1}, pairs {told} (counted without those left out); the weights "
+        "were not touched: carry on from the last checkpoint with a lower --learning_rate, with bf16, or without them"
+    )
+
+
+def gradient_norm(run: Run) -> Tensor:
+    """The gradient's norm (), before it is clipped to --max_grad_norm."""
+    norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), run.args.max_grad_norm)
+    if norm is None:  # DeepSpeed clips by itself
+        return torch.zeros((), device=run.accelerator.device)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).to(run.accelerator.device)
+
+
+def draw_batch(run: Run, pairs: Pairs, visits: list[tuple[int, int]]) -> Batch:
+    """The pairs of the visits with their draws: fresh ones in each epoch, or one of --precompute_reference's."""
+    args, num_timesteps = run.args, len(run.schedule.alpha_bar)
+    if args.precompute_reference:
+        visits = [(row, epoch % args.precompute_reference) for row, epoch in visits]
+    timesteps = args.timestep_range or (0, num_timesteps)
+    shape = pairs.latents[pairs.bucket[visits[0][0]]].shape[2:]
+    noise, t = draw(args.seed, "train", visits, shape, timesteps)
+    return make_batch(pairs, visits, noise, t, run.accelerator.device)
+
+
+def held_out_batch(run: Run, visits: list[tuple[int, int]]) -> Batch:
+    """Held-out pairs at evenly spaced timesteps and with the same noise every time: (pair, draw)."""
+    args, pairs = run.args, run.pairs["validation"]
+    low, high = args.timestep_range or (0, len(run.schedule.alpha_bar))
+    shape = pairs.latents[pairs.bucket[visits[0][0]]].shape[2:]
+    noise, _ = draw(args.seed, "validation", visits, shape, (low, high))
+    t = torch.tensor([low + (2 * i + 1) * (high - low) // (2 * args.validation_draws) for _, i in visits])
+    return make_batch(pairs, visits, noise, t, run.accelerator.device)
+
+
+def held_out_visits(run: Run) -> list[list[tuple[int, int]]]:
+    """All (pair, draw) of the validation split, in batches from one bucket each."""
+    pairs, size = run.pairs["validation"], run.args.train_batch_size
+    batches = []
+    for bucket in range(len(pairs.latents)):
+        rows = np.flatnonzero(pairs.bucket == bucket).tolist()
+        visits = [(row, i) for row in rows for i in range(run.args.validation_draws)]
+        batches += [visits[start : start + size] for start in range(0, len(visits), size)]
+    return batches
+
+
+@torch.no_grad()
+def measure_reference(run: Run, name: str) -> Tensor:
+    """The reference's `Measured` (draws, N, 2 + C) of a split, kept in a cache: on training draws for
+    --precompute_reference, in training's own micro-batches, so that not a bit differs from measuring in the step."""
+    args, accelerator, pairs = run.args, run.accelerator, run.pairs[name]
+    if name == "validation":
+        draws, batches, make = args.validation_draws, held_out_visits(run), held_out_batch
+    else:
+        draws, size, length = args.precompute_reference, args.train_batch_size, len(epoch_order(args.seed, 0, pairs))
+        starts = range(0, draws * length, size)
+        batches = [visits_at(args.seed, range(i, min(i + size, draws * length)), pairs) for i in starts]
+        make = partial(draw_batch, pairs=pairs)
+
+    def fill(values: Tensor, item: int) -> None:
+        with accelerator.autocast(), reference(run) as model:
+            visits = batches[item]
+            measured, _ = measure_errors(run, model, make(run, visits=visits))
+        rows, index = [row for row, _ in visits], [visit for _, visit in visits]
+        values[index, rows] = torch.cat([measured.err_w[:, None], measured.err_l[:, None], measured.mu_w], 1).cpu()
+
+    parts = (
+        "seed",
+        "reference",
+        "initial_lora",
+        "initial_unet",
+        "train_batch_size",
+        "timestep_range",
+        "channels_last",
+    )
+    key = hash_of({part: run.identity.get(part) for part in (*parts, "mixed_precision", "data", "model")}, draws)
+    shape = (draws, len(pairs.bucket), 2 + run.pipe.vae.config.latent_channels)
+    path = Path(args.encoded_dir, f"reference-{name}-{key}.bin")
+    title = f"measuring the reference on {name}"
+    return cached_tensor(accelerator, path, shape, torch.float32, len(batches), fill, title)
+
+
+# ---- Data: where pairs come from ------------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """Column names of one way to write pairs down. Without `label_0`, image_0 is the winner."""
+
+    image_0: str
+    image_1: str
+    label_0: str | None
+    caption: str
+
+
+LAYOUTS = (
+    Layout("jpg_0", "jpg_1", "label_0", "caption"),  # Pick-a-Pic and make_preference_data.py
+    Layout("chosen", "rejected", None, "prompt"),  # open-image-preferences
+    Layout("path1", "path2", None, "prompt"),  # HPDv3
+    Layout("image_0", "image_1", "prefer_0", "prompt"),  # invoke-training
+)
 
 
 class Split(NamedTuple):
-    """Decided pairs of one split: `winner[i]` is 0 or 1, the side of row i that was preferred."""
+    """The pairs of one split that are kept: `winner[i]` is 0 or 1, the side of row i that was preferred, `label[i]`
+    the probability that it is the better one; `dropped` counts the others by reason; paths start at `folder`."""
 
     rows: Dataset
+    layout: Layout
     winner: np.ndarray
-    num_ties: int
+    label: np.ndarray
+    dropped: dict[str, int]
+    folder: Path
+
+    def images(self, row: int) -> tuple[bytes, bytes]:
+        """The encoded images of a row, winner first."""
+        pair = self.rows.select_columns([self.layout.image_0, self.layout.image_1])[row]
+        sides = (pair[self.layout.image_0], pair[self.layout.image_1])
+        return tuple(image_bytes(sides[side], self.folder) for side in (self.winner[row], 1 - self.winner[row]))
+
+    @property
+    def captions(self) -> list[str]:
+        return self.rows[self.layout.caption][:]
 
 
-class Pairs(NamedTuple):
-    """What training reads, memory-mapped: scaled latents in fp16, winners first, and the captions' embeddings."""
-
-    latents: Tensor  # (N, 2, C, h, w)
-    caption: Tensor  # (N,), the row of `embeddings`
-    embeddings: dict[str, Tensor]  # (number of captions, ...) each
-    time_ids: Tensor  # (6,), SDXL: original size, crop and target size in pixels
+def image_bytes(value: Any, folder: Path) -> bytes:
+    """The file that a cell holds: bytes, {"bytes", "path"} of a `datasets.Image` column, or a path."""
+    if isinstance(value, dict):
+        value = value["bytes"] or value["path"]
+    return (folder / value).read_bytes() if isinstance(value, str) else value
 
 
-class Batch(NamedTuple):
-    """Winners then losers along dim 0 of x_0 (2B, C, h, w); noise (B, C, h, w), t (B,) and text are shared."""
+def rows_of_folders(folder: Path) -> list[dict[str, str]]:
+    """Pairs written as NAME/w/1.png, NAME/l/1.png and a caption in NAME/1.caption or .txt (beside w, or in it)."""
+    rows = []
+    for winner in sorted(
+        path for path in folder.glob("**/w/*") if path.suffix.lower() in Image.registered_extensions()
+    ):
+        loser = next(iter(sorted(winner.parent.with_name("l").glob(f"{glob.escape(winner.stem)}.*"))), None)
+        texts = [place / f"{winner.stem}{end}" for place in winner.parents[:2] for end in (".caption", ".txt")]
+        text = next((path for path in texts if path.is_file()), None)
+        if loser is None or text is None:
+            raise UserError(f"{winner} has no {'loser in ../l' if loser is None else 'caption beside w'}")
+        rows.append({"chosen": str(winner), "rejected": str(loser), "prompt": text.read_text().strip()})
+    return rows
 
-    x_0: Tensor
-    noise: Tensor
-    t: Tensor
-    text: dict[str, Tensor]
 
-
-def load_folder(folder: Path, cache_dir: str | None) -> DatasetDict:
+def read_folder(folder: Path, cache_dir: str | None) -> dict[str, Dataset]:
     """A folder's splits. The parquet files are named one by one, because a folder that was made again under its old
     name (--rescore) would come out of the cache of `datasets` as it was."""
     import datasets
@@ -267,63 +531,213 @@ def load_folder(folder: Path, cache_dir: str | None) -> DatasetDict:
     files = {name: paths for name, paths in files.items() if paths}
     if files:
         return datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir)
+    if rows := rows_of_folders(folder):
+        return {"train": datasets.Dataset.from_list(rows)}
     return datasets.load_dataset(str(folder), cache_dir=cache_dir, download_mode="force_redownload")
 
 
-def load_splits(args: argparse.Namespace) -> dict[str, Split]:
-    """The splits "train" and, where there is one, "validation"; checked, ties left out."""
+def read_source(args: argparse.Namespace) -> dict[str, Dataset]:
+    """The splits that --dataset_name or --train_data_dir names, whatever their columns are called."""
     import datasets
 
-    source = args.dataset_name or args.train_data_dir
-    if args.dataset_name is None:
-        if not Path(source).is_dir():
-            raise UserError(f"no folder {source}: make pairs with make_preference_data.py, or set --train_data_dir")
-        datasets.disable_progress_bars()
+    path = Path(args.train_data_dir or "")
+    if args.train_data_dir and not path.exists():
+        raise UserError(f"no folder {path}: make pairs with make_preference_data.py, or set --train_data_dir")
+    datasets.disable_progress_bars()
     try:
-        if args.dataset_name is not None:
-            loaded = {"train": datasets.load_dataset(source, split=args.dataset_split_name, cache_dir=args.cache_dir)}
-        else:
-            loaded = load_folder(Path(source), args.cache_dir)
+        if args.dataset_name:
+            name, split = args.dataset_name, args.dataset_split_name
+            return {
+                "train": datasets.load_dataset(name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
+            }
+        if path.is_dir():
+            return read_folder(path, args.cache_dir)
+        kind = {".jsonl": "json"}.get(path.suffix, path.suffix[1:])
+        return datasets.load_dataset(kind, data_files={"train": str(path)}, cache_dir=args.cache_dir)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{source} holds no data set of pairs: {first_line(error)}") from error
+        raise UserError(f"{args.dataset_name or path} holds no data set of pairs: {first_line(error)}") from error
+
+
+def find_layout(name: str, rows: Dataset, args: argparse.Namespace) -> Layout:
+    """The first of LAYOUTS, with the columns that flags name, which the rows have."""
+    asked = {
+        "image_0": args.image_0_column,
+        "image_1": args.image_1_column,
+        "label_0": args.label_0_column,
+        "caption": args.caption_column,
+    }
+    asked = {field: column for field, column in asked.items() if column}
+    for layout in (layout._replace(**asked) for layout in LAYOUTS):
+        if all(column in rows.column_names for column in layout if column):
+            return layout
+    missing = [column for column in LAYOUTS[0]._replace(**asked) if column not in rows.column_names]
+    raise UserError(f"split {name!r} has no column {', '.join(missing)} (it has {', '.join(rows.column_names)})")
+
+
+def load_splits(args: argparse.Namespace) -> dict[str, Split]:
+    """The splits "train" and, where there is one or --validation_share asks for one, "validation"."""
+    loaded = read_source(args)
     if "train" not in loaded:
-        raise UserError(f"{source} has no split 'train', only {', '.join(loaded)}")
-    splits = {name: check_split(name, loaded[name], args) for name in ("train", "validation") if name in loaded}
+        raise UserError(f"{args.train_data_dir} has no split 'train', only {', '.join(loaded)}")
+    train = loaded["train"]
+    if args.max_train_samples is not None:
+        train = train.select(range(min(args.max_train_samples, len(train))))
+    splits = {"train": decide("train", train, args)}
+    if "validation" in loaded:
+        splits["validation"] = decide("validation", loaded["validation"], args)
+    elif args.validation_share:
+        splits = hold_out(splits["train"], args.validation_share)
     if len(splits["train"].rows) == 0:
-        raise UserError(f"no pairs to train on ({splits['train'].num_ties} ties were left out)")
+        told = ", ".join(f"{count} {reason}" for reason, count in splits["train"].dropped.items())
+        raise UserError(f"no pairs to train on ({told or 'the split is empty'})")
     return {name: split for name, split in splits.items() if len(split.rows)}
 
 
-def check_split(name: str, rows: Dataset, args: argparse.Namespace) -> Split:
-    """The decided pairs of a split, after its columns, labels and images were looked at; errors name the row."""
-    missing = [column for column in PAIR_COLUMNS if column not in rows.column_names]
-    if missing:
-        raise UserError(f"split {name!r} has no column {', '.join(missing)} (it has {', '.join(rows.column_names)})")
-    if args.max_train_samples is not None and name == "train":
-        rows = rows.select(range(min(args.max_train_samples, len(rows))))
-    labels = np.array([rows["label_0"][:], rows["label_1"][:]], dtype=float).reshape(2, -1)
-    wrong = np.flatnonzero(~np.isin(labels[0], (0, 0.5, 1)) | (labels.sum(axis=0) != 1))
-    if len(wrong):
-        row = int(wrong[0])
-        told = f"label_0 = {labels[0, row]:g}, label_1 = {labels[1, row]:g}"
+def decide(name: str, rows: Dataset, args: argparse.Namespace) -> Split:
+    """The rows of a split that have a winner, and how sure that is; errors name the row."""
+    import datasets
+
+    layout = find_layout(name, rows, args)
+    for column in (layout.image_0, layout.image_1):
+        if isinstance(rows.features[column], datasets.Image):
+            rows = rows.cast_column(column, datasets.Image(decode=False))
+    label = np.ones(len(rows)) if layout.label_0 is None else np.array(rows[layout.label_0][:], dtype=float)
+    other = 1 - label
+    if layout.label_0 == "label_0" and "label_1" in rows.column_names:
+        other = np.array(rows["label_1"][:], dtype=float)
+    for row in np.flatnonzero(~np.isin(label, (0, 0.5, 1)) | (label + other != 1))[:1]:
+        told = f"{layout.label_0} = {label[row]:g}, {layout.label_0.replace('0', '1')} = {other[row]:g}"
         raise UserError(f"split {name!r}, row {row}: {told}, not (1, 0), (0, 1) or a tie (0.5, 0.5)")
-    check_images(name, rows, Path(args.output_dir, "cache", f"checked-{rows._fingerprint}"))
-    decided = np.flatnonzero(labels[0] != 0.5)
-    return Split(rows.select(decided), (labels[0, decided] == 0).astype(int), len(rows) - len(decided))
+    for row, caption in enumerate(rows[layout.caption]):
+        if not isinstance(caption, str):
+            raise UserError(f"split {name!r}, row {row}: the {layout.caption} is {caption!r}, not a text")
+
+    tie, sure, too_close = label == 0.5, np.ones(len(rows)), np.zeros(len(rows), dtype=bool)
+    if args.min_margin is not None or args.soft_labels is not None:
+        margin = read_margins(name, rows, args)
+        if args.min_margin is not None:
+            too_close = margin < args.min_margin
+        if args.soft_labels is not None:
+            sure = 1 / (1 + np.exp(-margin / args.soft_labels))
+    sure = np.where(tie, 0.5, (1 - args.label_smoothing) * sure + args.label_smoothing * (1 - sure))
+    ties = tie & (args.ties == "drop")
+    keep = np.flatnonzero(~ties & ~too_close)
+    dropped = {"ties left out": int(ties.sum()), "below --min_margin": int((too_close & ~ties).sum())}
+    dropped = {reason: count for reason, count in dropped.items() if count}
+    folder = Path(args.train_data_dir or "")
+    folder = folder.parent if folder.is_file() else folder
+    winner = (label[keep] == 0).astype(int)
+    return Split(rows.select(keep), layout, winner, sure[keep].astype(np.float32), dropped, folder.absolute())
 
 
-def check_images(name: str, rows: Dataset, checked: Path) -> None:
-    """Every pair has two different images with readable headers; `checked` remembers that, for the next start."""
-    if checked.is_file():
-        return
-    for row, pair in enumerate(rows.select_columns(["jpg_0", "jpg_1"])):
-        where = f"split {name!r}, row {row}"
-        if pair["jpg_0"] == pair["jpg_1"]:
-            raise UserError(f"{where}: winner and loser are the same image")
-        for side in ("jpg_0", "jpg_1"):
-            open_image(pair[side], f"{where}, {side}")
-    checked.parent.mkdir(parents=True, exist_ok=True)
-    checked.touch()
+def read_margins(name: str, rows: Dataset, args: argparse.Namespace) -> np.ndarray:
+    """The score margins (N,) of a split."""
+    if args.margin_column not in rows.column_names:
+        raise UserError(
+            f"split {name!r} has no column {args.margin_column} for --min_margin or --soft_labels: set --margin_column"
+        )
+    margin = np.array(rows[args.margin_column][:], dtype=float)
+    for row in np.flatnonzero(~np.isfinite(margin))[:1]:
+        raise UserError(f"split {name!r}, row {row}: {args.margin_column} is {margin[row]}, not a number")
+    return margin
+
+
+def hold_out(split: Split, share: float) -> dict[str, Split]:
+    """Splits off about this share of the captions, decided by each caption's hash."""
+    digests = [hashlib.sha256(caption.encode()).digest()[:4] for caption in split.captions]
+    held = np.array([int.from_bytes(digest, "big") < share * 2**32 for digest in digests])
+
+    def part(keep: np.ndarray, dropped: dict[str, int]) -> Split:
+        keep = np.flatnonzero(keep)
+        rows, winner, label = split.rows.select(keep), split.winner[keep], split.label[keep]
+        return split._replace(rows=rows, winner=winner, label=label, dropped=dropped)
+
+    return {"train": part(~held, split.dropped), "validation": part(held, {})}
+
+
+# ---- Data: encoded once, read memory-mapped -------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Pairs:
+    """What training reads of a split, N pairs: scaled latents in fp16, winners first, all of one size in a bucket.
+
+    latents: a tensor (n, 2, C, h, w) for each bucket; bucket, place (N,): which of them, and where in it;
+    label (N,); time_ids (N, 6), SDXL: original size, crop and target size in pixels; caption (N,): the row of
+    `captions` and of `embeddings`, (number of captions, ...) each, None where the text encoder is trained;
+    reference (K, N, 2 + C): `Measured` at K draws, or None; per_step: the pairs of one update.
+    """
+
+    latents: list[Tensor]
+    bucket: np.ndarray
+    place: np.ndarray
+    label: Tensor
+    time_ids: Tensor
+    caption: np.ndarray
+    captions: list[str]
+    embeddings: dict[str, Tensor] | None
+    per_step: int
+    reference: Tensor | None = None
+
+
+class Batch(NamedTuple):
+    """Winners then losers along dim 0 of x_0 (2B, C, h, w); noise (B, C, h, w) and the rest are shared by both."""
+
+    x_0: Tensor
+    noise: Tensor
+    t: Tensor
+    label: Tensor
+    text: dict[str, Tensor] | list[str]
+    time_ids: Tensor
+    reference: Measured | None
+
+
+def cached_tensor(
+    accelerator: Accelerator,
+    path: Path,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    num_items: int,
+    fill: Callable[[Tensor, int], None],
+    title: str,
+) -> Tensor:
+    """The memory-mapped tensor in the file `path`. Where it is not there yet, the processes share its items out,
+    `fill(tensor, item)` each; a start after an interruption goes on with the items that are missing."""
+    if not path.is_file():
+        unfinished, done = path.with_suffix(".partial"), path.with_suffix(".done")
+        if accelerator.is_main_process:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for file, size in ((unfinished, math.prod(shape) * dtype.itemsize), (done, num_items)):
+                reserve(file, size)
+        accelerator.wait_for_everyone()
+        tensor = torch.from_file(str(unfinished), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+        finished = torch.from_file(str(done), shared=True, size=num_items, dtype=torch.uint8)
+        todo = (finished == 0).nonzero().flatten().tolist()
+        accelerator.wait_for_everyone()  # all have read `finished`
+        todo += todo[-1:] * (-len(todo) % accelerator.num_processes)  # as many for each: FSDP's forward needs all
+        todo = todo[accelerator.process_index :: accelerator.num_processes]
+        for item in tqdm(todo, desc=title, unit="item", disable=not accelerator.is_main_process):
+            fill(tensor, item)
+            finished[item] = 1
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            unfinished.replace(path)
+            done.unlink()
+        accelerator.wait_for_everyone()
+    return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=dtype).view(shape)
+
+
+def reserve(file: Path, size: int) -> None:
+    """Makes sure that a file has its full size on the disk: writing to a memory map of a full disk would crash."""
+    with file.open("ab") as handle:
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(handle.fileno(), 0, size)
+            else:
+                handle.truncate(size)
+        except OSError as error:
+            file.unlink()
+            raise UserError(f"{file} needs {size / 2**30:.1f} GiB: {error.strerror}; see --encoded_dir") from error
 
 
 def open_image(data: bytes, where: str) -> Image.Image:
@@ -332,6 +746,38 @@ def open_image(data: bytes, where: str) -> Image.Image:
         return Image.open(io.BytesIO(data))
     except (OSError, TypeError) as error:
         raise UserError(f"{where}: not a readable image ({first_line(error)})") from error
+
+
+def measure_images(split: Split, name: str, sizes: Tensor, row: int) -> None:
+    """Writes (height, width) of both images of a row to `sizes` (N, 2, 2); they have to differ and to be readable."""
+    where = f"split {name!r}, row {row}"
+    try:
+        images = split.images(row)
+    except OSError as error:
+        raise UserError(f"{where}: not a readable image ({first_line(error)})") from error
+    if images[0] == images[1]:
+        raise UserError(f"{where}: winner and loser are the same image")
+    for position, data in enumerate(images):
+        side = split.layout[split.winner[row] if position == 0 else 1 - split.winner[row]]
+        image = open_image(data, f"{where}, {side}")
+        height, width = image.height, image.width
+        if image.getexif().get(0x0112, 1) > 4:  # the camera was held upright
+            height, width = width, height
+        sizes[row, position] = torch.tensor([height, width])
+
+
+def bucket_size(height: int, width: int, resolution: int) -> tuple[int, int]:
+    """The bucket of an image: about resolution^2 pixels in its own aspect ratio, sides in steps of resolution / 8."""
+    step = max(8, resolution // 64 * 8)
+    ratio = min(max(height / width, 0.5), 2)
+    sides = (resolution * math.sqrt(ratio), resolution / math.sqrt(ratio))
+    return tuple(round(side / step) * step for side in sides)
+
+
+def crop_box(height: int, width: int, size: tuple[int, int]) -> tuple[float, int, int]:
+    """Scale, top and left of the centre crop that fills `size`: what SDXL is told, and what is cut."""
+    scale = max(size[0] / height, size[1] / width)
+    return scale, round((height * scale - size[0]) / 2), round((width * scale - size[1]) / 2)
 
 
 def to_pixels(data: bytes, size: tuple[int, int], where: str) -> Tensor:
@@ -344,21 +790,6 @@ def to_pixels(data: bytes, size: tuple[int, int], where: str) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
-def cached_tensor(
-    accelerator: Accelerator, path: Path, shape: tuple[int, ...], dtype: torch.dtype, fill: Callable[[Tensor], None]
-) -> Tensor:
-    """The memory-mapped tensor in the file `path`; the main process lets `fill` write it first if it is not there."""
-    numel = math.prod(shape)
-    if accelerator.is_main_process and not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(".partial")
-        unfinished.unlink(missing_ok=True)
-        fill(torch.from_file(str(unfinished), shared=True, size=numel, dtype=dtype).view(shape))
-        unfinished.replace(path)
-    accelerator.wait_for_everyone()
-    return torch.from_file(str(path), shared=False, size=numel, dtype=dtype).view(shape)
-
-
 def weights_hash(*modules: torch.nn.Module) -> str:
     """sha256 over the weights as fp16, so that it is the same in whichever precision they were loaded."""
     digest = hashlib.sha256()
@@ -369,61 +800,94 @@ def weights_hash(*modules: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-def why_latents_do_not_fit(
-    folder: str | None, columns: list[str], vae_hash: str, shape: tuple[int, ...]
-) -> str | None:
+def why_latents_do_not_fit(split: Split, vae_hash: str, shape: tuple[int, ...]) -> str | None:
     """None where the data set's own latents are those of this VAE and size, else the reason in words."""
-    metadata = Path(folder or "", "preference_data.json")
-    if folder is None or "latents_0" not in columns or not metadata.is_file():
+    metadata = split.folder / "preference_data.json"
+    if "latents_0" not in split.rows.column_names or not metadata.is_file():
         return "the data set has none"
     made = json.loads(metadata.read_text()).get("latents") or {}
     if made.get("vae_hash") != vae_hash:
         return "the data set's come from another VAE"
     if tuple(made.get("shape", ())) != shape:
-        return f"the data set's are {made.get('shape')}, --resolution asks for {list(shape)}"
+        return f"the data set's are {made.get('shape')}, {list(shape)} are wanted"
     return None
 
 
-def encode_latents(name: str, split: Split, pipe: DiffusionPipeline, size: tuple[int, int], latents: Tensor) -> None:
-    """Fills `latents` (N, 2, C, h, w) with the VAE's mean for each image, winners first."""
-    for row in tqdm(range(len(latents)), desc=f"encoding {name}", unit="pair"):
-        pair, winner = split.rows[row], split.winner[row]
-        sides = [to_pixels(pair[f"jpg_{side}"], size, f"split {name!r}, row {row}") for side in (winner, 1 - winner)]
-        posterior = pipe.vae.encode(torch.stack(sides).to(pipe.vae.device)).latent_dist
-        latents[row] = (posterior.mode() * pipe.vae.config.scaling_factor).to("cpu", latents.dtype)
+@torch.no_grad()
+def encode_latents(
+    split: Split,
+    name: str,
+    rows: np.ndarray,
+    size: tuple[int, int],
+    pipe: DiffusionPipeline,
+    latents: Tensor,
+    item: int,
+) -> None:
+    """latents[item] (2, C, h, w) of the pair in rows[item]: the VAE's mean for each image, winner first."""
+    where = f"split {name!r}, row {rows[item]}"
+    pixels = torch.stack([to_pixels(data, size, where) for data in split.images(int(rows[item]))])
+    posterior = pipe.vae.encode(pixels.to(pipe.vae.device)).latent_dist
+    latents[item] = (posterior.mode() * pipe.vae.config.scaling_factor).to("cpu", latents.dtype)
 
 
-def copy_latents(split: Split, latents: Tensor) -> None:
-    """Fills `latents` (N, 2, C, h, w) from the columns latents_0 and latents_1, winners first."""
-    for row, pair in enumerate(split.rows.select_columns(["latents_0", "latents_1"])):
-        for position, side in enumerate((split.winner[row], 1 - split.winner[row])):
-            values = np.frombuffer(pair[f"latents_{side}"], dtype=np.float16)
-            if len(values) != latents[row, position].numel():
-                raise UserError(
-                    f"row {row}: latents_{side} holds {len(values)} numbers, not {list(latents.shape[2:])}"
-                )
-            latents[row, position] = torch.from_numpy(values.copy()).view(latents.shape[2:])
+def copy_latents(split: Split, name: str, rows: np.ndarray, latents: Tensor, item: int) -> None:
+    """latents[item] (2, C, h, w) from the columns latents_0 and latents_1 of the pair in rows[item], winner first."""
+    row = int(rows[item])
+    pair = split.rows.select_columns(["latents_0", "latents_1"])[row]
+    for position, side in enumerate((split.winner[row], 1 - split.winner[row])):
+        values = np.frombuffer(pair[f"latents_{side}"], dtype=np.float16)
+        if len(values) != latents[item, position].numel():
+            told = f"latents_{side} holds {len(values)} numbers, not {list(latents.shape[2:])}"
+            raise UserError(f"split {name!r}, row {row}: {told}")
+        latents[item, position] = torch.from_numpy(values.copy()).view(latents.shape[2:])
 
 
-def prepare_latents(
-    splits: dict[str, Split], pipe: DiffusionPipeline, args: argparse.Namespace, accelerator: Accelerator
-) -> dict[str, Tensor]:
-    """The latents (N, 2, C, h, w) of every split: the data set's where they fit, else by the VAE; kept in a cache."""
-    size = (args.height, args.width)
-    shape = (pipe.vae.config.latent_channels, *(side // pipe.vae_scale_factor for side in size))
-    vae_hash = weights_hash(pipe.vae)
-    latents = {}
-    for name, split in splits.items():
-        reason = why_latents_do_not_fit(args.train_data_dir, split.rows.column_names, vae_hash, shape)
+def data_key(split: Split) -> str:
+    """Changes with the rows, their order and winners, and with the files of a data set that holds paths."""
+    key = [split.rows._fingerprint, split.winner.tolist()]
+    if str(split.rows.features[split.layout.image_0].dtype) == "string":
+        paths = (split.folder / value for name in split.layout[:2] for value in split.rows[name])
+        key += [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
+    return hash_of(*key)
+
+
+def prepare_split(
+    name: str, split: Split, vae_hash: str, pipe: DiffusionPipeline, args: argparse.Namespace, accelerator: Accelerator
+) -> Pairs:
+    """A split's sizes, buckets and latents, each from its cache where there is one; captions are still missing.
+
+    Latents are the data set's own where they fit, else the VAE's.
+    """
+    folder, key, count = Path(args.encoded_dir), data_key(split), len(split.rows)
+    sizes = cached_tensor(
+        accelerator, folder / f"sizes-{name}-{key}.bin", (count, 2, 2), torch.int32, count,
+        partial(measure_images, split, name), f"checking {name}",
+    ).numpy()  # fmt: skip
+    targets = [(args.height, args.width)] * count
+    if args.aspect_ratio_buckets:
+        targets = [bucket_size(*winner, args.resolution) for winner in sizes[:, 0].tolist()]
+    buckets = sorted(set(targets))
+    bucket = np.array([buckets.index(target) for target in targets])
+    place, latents = np.zeros(count, dtype=int), []
+    for index, size in enumerate(buckets):
+        rows = np.flatnonzero(bucket == index)
+        place[rows] = np.arange(len(rows))
+        shape = (pipe.vae.config.latent_channels, *(side // pipe.vae_scale_factor for side in size))
+        reason = why_latents_do_not_fit(split, vae_hash, shape)
         if reason is None:
-            fill = partial(copy_latents, split)
+            fill, title = partial(copy_latents, split, name, rows), f"reading {name} latents"
         else:
-            accelerator.print(f"latents: the {name} images go through the VAE once ({reason})")
-            fill = partial(encode_latents, name, split, pipe, size)
-        key = hash_of(split.rows._fingerprint, size, vae_hash, reason is None)
-        path = Path(args.output_dir, "cache", f"latents-{name}-{key}.bin")
-        latents[name] = cached_tensor(accelerator, path, (len(split.rows), 2, *shape), torch.float16, fill)
-    return latents
+            accelerator.print(f"latents: {len(rows)} {name} pairs of {size[0]} x {size[1]} through the VAE ({reason})")
+            fill, title = partial(encode_latents, split, name, rows, size, pipe), f"encoding {name}"
+        path = folder / f"latents-{name}-{hash_of(key, size, vae_hash, reason is None)}.bin"
+        shape = (len(rows), 2, *shape)
+        latents.append(cached_tensor(accelerator, path, shape, torch.float16, len(rows), fill, title))
+    boxes = [crop_box(*winner, target)[1:] for winner, target in zip(sizes[:, 0].tolist(), targets, strict=True)]
+    time_ids = torch.tensor(np.hstack([sizes[:, 0], boxes, targets]))
+    return Pairs(
+        latents, bucket, place, torch.from_numpy(split.label), time_ids, np.zeros(count, dtype=int), [], None,
+        pairs_per_step(args, accelerator),
+    )  # fmt: skip
 
 
 def encode_captions(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
@@ -435,34 +899,59 @@ def encode_captions(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Te
     return {name: value for name, value in zip(names, values, strict=False) if value is not None}
 
 
+def text_encoders(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """One of SD 1.x and 2.x, two of SDXL."""
+    names = [name for name in ("text_encoder", "text_encoder_2") if pipe.components.get(name) is not None]
+    return {name: pipe.components[name] for name in names}
+
+
+@torch.no_grad()
 def prepare_captions(
     captions: list[str], pipe: DiffusionPipeline, args: argparse.Namespace, accelerator: Accelerator
 ) -> dict[str, Tensor]:
     """The embeddings of distinct captions, (len(captions), ...) each, kept in a cache; frees the text encoders."""
-    encoders = [pipe.components[name] for name in ("text_encoder", "text_encoder_2") if pipe.components.get(name)]
-    key = hash_of(captions, weights_hash(*encoders), str(encoders[0].dtype))
-    embeddings = {}
+    encoders, embeddings, chunk = text_encoders(pipe), {}, 32
+    key = hash_of(captions, weights_hash(*encoders.values()), str(pipe.text_encoder.dtype))
     for name, example in encode_captions(pipe, captions[:1]).items():
 
-        def fill(tensor: Tensor, name: str = name) -> None:
-            for start in tqdm(range(0, len(captions), 32), desc="encoding captions", unit_scale=32, unit="caption"):
-                tensor[start : start + 32] = encode_captions(pipe, captions[start : start + 32])[name].cpu()
+        def fill(tensor: Tensor, item: int, name: str = name) -> None:
+            rows = slice(item * chunk, (item + 1) * chunk)
+            tensor[rows] = encode_captions(pipe, captions[rows])[name].cpu()
 
-        path = Path(args.output_dir, "cache", f"{name}-{key}.bin")
-        shape = (len(captions), *example.shape[1:])
-        embeddings[name] = cached_tensor(accelerator, path, shape, example.dtype, fill)
-    for name in ("text_encoder", "text_encoder_2"):
-        if name in pipe.components:
-            setattr(pipe, name, None)
+        path, shape = Path(args.encoded_dir, f"{name}-{key}.bin"), (len(captions), *example.shape[1:])
+        items = -(-len(captions) // chunk)
+        embeddings[name] = cached_tensor(accelerator, path, shape, example.dtype, items, fill, f"encoding {name}")
+    for name in encoders:
+        setattr(pipe, name, None)
     return embeddings
 
 
-def make_batch(pairs: Pairs, rows: list[int], noise: Tensor, t: Tensor, device: torch.device) -> Batch:
-    """The pairs in `rows` (B) with their noise and timesteps, on the device, latents in fp32."""
-    x_0 = pairs.latents[rows].transpose(0, 1).flatten(0, 1).float()
-    text = {name: value[pairs.caption[rows]].to(device) for name, value in pairs.embeddings.items()}
-    text["time_ids"] = pairs.time_ids.to(device).expand(len(rows), -1)
-    return Batch(x_0.to(device), noise.to(device), t.to(device), text)
+def count_cut_captions(pipe: DiffusionPipeline, captions: list[str]) -> int:
+    """How many captions have more tokens than the text encoder reads."""
+    lengths = map(len, pipe.tokenizer(captions).input_ids)
+    return sum(length > pipe.tokenizer.model_max_length for length in lengths)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copies to a GPU beside its work, without waiting for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def make_batch(pairs: Pairs, visits: list[tuple[int, int]], noise: Tensor, t: Tensor, device: torch.device) -> Batch:
+    """The pairs of the visits (B), which share a bucket, with their noise and timesteps, on the device."""
+    rows = [row for row, _ in visits]
+    x_0 = pairs.latents[pairs.bucket[rows[0]]][pairs.place[rows]].transpose(0, 1).flatten(0, 1).float()
+    move = partial(to_device, device=device)
+    if pairs.embeddings is None:
+        text = [pairs.captions[i] for i in pairs.caption[rows]]
+    else:
+        text = {name: move(value[pairs.caption[rows]]) for name, value in pairs.embeddings.items()}
+    reference = None
+    if pairs.reference is not None:
+        draws = [visit % len(pairs.reference) for _, visit in visits]
+        values = move(pairs.reference[draws, rows])
+        reference = Measured(values[:, 0], values[:, 1], values[:, 2:])
+    return Batch(move(x_0), move(noise), move(t), move(pairs.label[rows]), text, move(pairs.time_ids[rows]), reference)
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -476,19 +965,52 @@ class Schedule(NamedTuple):
     prediction_type: str
 
 
+class Policy(torch.nn.Module):
+    """All that may be trained, as the one module that DDP, FSDP and DeepSpeed want: U-Net and, where they are trained
+    too, the text encoders. The frozen reference of --full_unet is another one."""
+
+    def __init__(self, pipe: DiffusionPipeline, unet: torch.nn.Module, train_text_encoder: bool, compile_it: bool):
+        super().__init__()
+        self.pipe, self.unet = pipe, unet
+        self.text_encoders = torch.nn.ModuleDict(text_encoders(pipe) if train_text_encoder else {})
+        self.predict = torch.compile(unet.forward) if compile_it else unet.__call__
+
+    def forward(self, x_t: Tensor, t: Tensor, text: dict[str, Tensor] | list[str], time_ids: Tensor) -> Tensor:
+        """The prediction for winners and losers x_t (2B, C, h, w), t (2B,); text and time_ids (B, 6) are shared."""
+        if isinstance(text, list):
+            text = encode_captions(self.pipe, text)
+        text = {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in text.items()}
+        added = None
+        if "pooled_prompt_embeds" in text:  # SDXL
+            added = {"text_embeds": text["pooled_prompt_embeds"], "time_ids": time_ids.repeat(2, 1)}
+        embeddings = text["prompt_embeds"]
+        return self.predict(x_t, t, encoder_hidden_states=embeddings, added_cond_kwargs=added, return_dict=False)[0]
+
+
+class Validation(NamedTuple):
+    """The prompts to draw, their embeddings where the text encoder is frozen, the reference's images once drawn."""
+
+    prompts: list[str]
+    text: dict[str, Tensor] | None
+    images: list[Image.Image]
+
+
 class Run(NamedTuple):
     """What stays the same from the first step to the last."""
 
     args: argparse.Namespace
     accelerator: Accelerator
     pipe: DiffusionPipeline
-    policy: torch.nn.Module  # `unet` as accelerate wraps it
-    unet: UNet2DConditionModel
-    frozen: UNet2DConditionModel | None  # the reference's copy; LoRA needs none
+    policy: torch.nn.Module  # `plain` as accelerate wraps it
+    plain: Policy
+    frozen: Policy | None  # the reference's copy of the U-Net; a LoRA needs none
     schedule: Schedule
     pairs: dict[str, Pairs]
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel | None
+    validation: Validation
+    identity: dict[str, Any]
 
 
 def quiet_libraries() -> None:
@@ -514,7 +1036,7 @@ def check_model(name: str, needs: str) -> None:
 
 def load_model(args: argparse.Namespace, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline in `dtype`, but for the VAE, and with --full_unet the U-Net, which are fp32; no safety checker."""
-    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+    from diffusers import DiffusionPipeline
 
     check_model(args.pretrained_model_name_or_path, "model_index.json")
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
@@ -529,76 +1051,21 @@ def load_model(args: argparse.Namespace, dtype: torch.dtype) -> DiffusionPipelin
         raise UserError(f"cannot load {args.pretrained_model_name_or_path}: {first_line(error)}") from error
     if not hasattr(pipe, "unet"):
         raise UserError(f"{type(pipe).__name__} has no U-Net: SD 1.x, SD 2.x and SDXL can be trained")
-    for module in pipe.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False)
-    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)  # as the paper samples
+    if args.height % pipe.vae_scale_factor or args.width % pipe.vae_scale_factor:
+        raise UserError(f"{args.height} x {args.width} are not multiples of the VAE's {pipe.vae_scale_factor}")
+    freeze(*(module for module in pipe.components.values() if isinstance(module, torch.nn.Module)))
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def prepare_unet(
-    unet: UNet2DConditionModel, args: argparse.Namespace, dtype: torch.dtype
-) -> UNet2DConditionModel | None:
-    """Makes the policy trainable, in fp32 under every precision; returns the frozen copy that --full_unet needs."""
-    frozen = None
-    if args.full_unet:
-        frozen = copy.deepcopy(unet).to(dtype)
-        unet.requires_grad_(True)
-    else:
-        from peft import LoraConfig
-
-        config = LoraConfig(
-            r=args.rank,
-            lora_alpha=args.lora_alpha,
-            init_lora_weights="gaussian",
-            target_modules=ATTENTION_LAYERS,
-        )
-        unet.add_adapter(config)
-        for weight in trainable(unet).values():
-            weight.data = weight.data.float()
-    for model in filter(None, (unet, frozen)):
-        if args.channels_last:
-            model.to(memory_format=torch.channels_last)
-        if args.enable_xformers_memory_efficient_attention:
-            model.enable_xformers_memory_efficient_attention()
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    unet.train()
-    return frozen
+def freeze(*modules: torch.nn.Module) -> None:
+    """No gradients for their weights."""
+    for module in modules:
+        module.requires_grad_(False)
 
 
-def trainable(unet: torch.nn.Module) -> dict[str, Tensor]:
-    """The trainable weights by name."""
-    return {name: weight for name, weight in unet.named_parameters() if weight.requires_grad}
-
-
-@contextlib.contextmanager
-def reference(run: Run) -> Iterator[UNet2DConditionModel]:
-    """The frozen model that the policy is measured against: the copy, or the policy itself with its adapters off."""
-    if run.frozen is not None:
-        yield run.frozen
-        return
-    run.unet.disable_adapters()
-    try:
-        yield run.unet
-    finally:
-        run.unet.enable_adapters()
-
-
-def predict(unet: torch.nn.Module, x_t: Tensor, t: Tensor, text: dict[str, Tensor]) -> Tensor:
-    """The U-Net's output for x_t (B, C, h, w); SDXL gets its pooled text and the size of the image as well."""
-    added = None
-    if "pooled_prompt_embeds" in text:
-        added = {"text_embeds": text["pooled_prompt_embeds"], "time_ids": text["time_ids"]}
-    return unet(x_t, t, encoder_hidden_states=text["prompt_embeds"], added_cond_kwargs=added, return_dict=False)[0]
-
-
-# ---- Training step --------------------------------------------------------------------------------------------------
-
-
-def noise_schedule(pipe: DiffusionPipeline, device: torch.device) -> Schedule:
-    """alpha_bar of every timestep and what the model predicts, from its own scheduler; refuses other predictions."""
+def noise_schedule(pipe: DiffusionPipeline, timesteps: list[int] | None, device: torch.device) -> Schedule:
+    """alpha_bar of every timestep and what the model predicts, from its own scheduler; refuses what cannot be."""
     from diffusers import DDPMScheduler
 
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
@@ -607,110 +1074,168 @@ def noise_schedule(pipe: DiffusionPipeline, device: torch.device) -> Schedule:
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise UserError(f"prediction type {prediction_type!r} of the scheduler is not epsilon, v_prediction or sample")
+    high = timesteps[1] if timesteps else len(alpha_bar)
+    if high > len(alpha_bar):
+        raise UserError(f"--timestep_range ends at {high}, the model's schedule at {len(alpha_bar)}")
+    if prediction_type == "epsilon" and alpha_bar[high - 1] == 0:
+        told = f"set --timestep_range 0 {high - 1}"
+        raise UserError(f"zero terminal SNR: at timestep {high - 1} epsilon says nothing about the image; {told}")
     return Schedule(alpha_bar, before, prediction_type)
 
 
-def training_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-    """The docstring's formula on one batch: loss () and METRICS, () each."""
-    args, schedule = run.args, run.schedule
-    t, noise = batch.t.repeat(2), batch.noise.repeat(2, 1, 1, 1)
-    text = {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in batch.text.items()}
-    alpha_bar = schedule.alpha_bar[t]
-    x_t = add_noise(batch.x_0, noise, alpha_bar)
-    target = training_target(batch.x_0, noise, alpha_bar, schedule.prediction_type)
-    if args.channels_last:
-        x_t = x_t.contiguous(memory_format=torch.channels_last)
+def sampler_of(pipe: DiffusionPipeline) -> Any:
+    """DPM-Solver++ multistep with the model's schedule, as the paper samples."""
+    from diffusers import DPMSolverMultistepScheduler
 
-    with torch.no_grad(), reference(run) as ref:
-        ref_prediction = predict(ref, x_t, t, text)
-    prediction = predict(run.policy, x_t, t, text)
-
-    err_w, err_l = image_error(prediction, target).chunk(2)
-    ref_err_w, ref_err_l = image_error(ref_prediction, target).chunk(2)
-    dpo, margin = dpo_loss(err_w, err_l, ref_err_w, ref_err_l, args.beta_dpo, args.loss_type, args.label_smoothing)
-
-    x_t_w, alpha_bar_w = x_t.chunk(2)[0], alpha_bar.chunk(2)[0]
-    x0_w = predict_x0(prediction.chunk(2)[0], x_t_w, alpha_bar_w, schedule.prediction_type)
-    ref_x0_w = predict_x0(ref_prediction.chunk(2)[0], x_t_w, alpha_bar_w, schedule.prediction_type)
-    stat = statistics_matching_loss(x0_w, ref_x0_w, alpha_bar_w, schedule.alpha_bar_prev[batch.t])
-
-    loss = dpo + args.lambda_stat * stat
-    metrics = {
-        "loss": loss,
-        "loss/dpo": dpo,
-        "loss/statistics": args.lambda_stat * stat,
-        "error/winner": err_w.mean(),
-        "error/loser": err_l.mean(),
-        "error/winner_over_reference": (err_w - ref_err_w).mean(),
-        "error/loser_over_reference": (err_l - ref_err_l).mean(),
-        "rewards/margins": args.beta_dpo * margin.mean(),
-        "rewards/accuracies": (margin > 0).float().mean(),
-        "dpo_weight": torch.sigmoid(-args.beta_dpo * margin).mean(),
-    }
-    return loss, {name: value.detach() for name, value in metrics.items()}
+    return DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
 
 
-def optimisation_step(run: Run, step: int) -> Tensor:
-    """Updates the weights from --gradient_accumulation_steps micro-batches; METRICS and the gradient's norm."""
-    args, accelerator, pairs = run.args, run.accelerator, run.pairs["train"]
-    total = torch.zeros(len(METRICS), device=accelerator.device)
-    for micro_step in range(args.gradient_accumulation_steps):
-        where = positions(step, micro_step, accelerator.process_index, args, accelerator.num_processes)
-        noise, t = draw(args.seed, "train", where, pairs.latents.shape[2:], len(run.schedule.alpha_bar))
-        batch = make_batch(pairs, rows_at(args.seed, where, len(pairs.latents)), noise, t, accelerator.device)
-        with accelerator.accumulate(run.policy):
-            with accelerator.autocast():
-                loss, metrics = training_loss(run, batch)
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(trainable(run.unet).values(), args.max_grad_norm)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-        total += torch.stack(list(metrics.values()))
-    run.lr_scheduler.step()
-    return torch.cat([total / args.gradient_accumulation_steps, norm.reshape(1)])
+def adapted(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The U-Net and text encoders that have a LoRA, by name."""
+    modules = {"unet": pipe.unet, **text_encoders(pipe)}
+    return {name: module for name, module in modules.items() if getattr(module, "peft_config", None)}
+
+
+def prepare_models(pipe: DiffusionPipeline, args: argparse.Namespace, dtype: torch.dtype) -> torch.nn.Module | None:
+    """Makes the policy trainable, in fp32 under every precision; returns the frozen U-Net that --full_unet needs."""
+    base = copy.deepcopy(pipe.unet) if args.full_unet and args.reference == "base" else None
+    if args.initial_unet:
+        load_initial_unet(pipe, args)
+    if args.initial_lora:
+        load_initial_lora(pipe, args)
+    frozen = None
+    if args.full_unet:
+        frozen = (base or copy.deepcopy(pipe.unet)).to(dtype)
+        pipe.unet.requires_grad_(True)
+    elif not args.freeze_unet:
+        train_lora(pipe.unet, args.rank, args.lora_alpha, UNET_LAYERS)
+    for encoder in text_encoders(pipe).values() if args.train_text_encoder else ():
+        train_lora(encoder, args.text_encoder_rank, args.text_encoder_rank, TEXT_ENCODER_LAYERS)
+    for unet in filter(None, (pipe.unet, frozen)):
+        if args.channels_last:
+            unet.to(memory_format=torch.channels_last)
+        if args.enable_xformers_memory_efficient_attention:
+            unet.enable_xformers_memory_efficient_attention()
+    if args.gradient_checkpointing:
+        pipe.unet.enable_gradient_checkpointing()
+    pipe.unet.train()
+    return frozen
+
+
+def train_lora(module: torch.nn.Module, rank: int, alpha: float, layers: list[str]) -> None:
+    """Adds the adapter "default", unless --initial_lora brought one, and makes it trainable."""
+    from peft import LoraConfig
+
+    if "default" not in (getattr(module, "peft_config", None) or {}):
+        config = LoraConfig(r=rank, lora_alpha=alpha, init_lora_weights="gaussian", target_modules=layers)
+        module.add_adapter(config)  # "default"
+    for name, weight in module.named_parameters():
+        weight.requires_grad_("lora_" in name and ".default." in name)
+        if weight.requires_grad:
+            weight.data = weight.data.float()
+
+
+def load_initial_unet(pipe: DiffusionPipeline, args: argparse.Namespace) -> None:
+    """The U-Net of an earlier stage, in diffusers' layout, takes the base model's place."""
+    folder = Path(args.initial_unet)
+    folder = folder / "unet" if (folder / "unet").is_dir() else folder
+    try:
+        unet = type(pipe.unet).from_pretrained(folder, torch_dtype=pipe.unet.dtype)
+        pipe.unet.load_state_dict(unet.state_dict())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"--initial_unet {args.initial_unet} does not fit: {first_line(error)}") from error
+
+
+def load_initial_lora(pipe: DiffusionPipeline, args: argparse.Namespace) -> None:
+    """The LoRA of an earlier stage: where training starts ("default") and, with --reference initial, a frozen second
+    copy that the policy is measured against ("reference"). For --full_unet it is merged into the weights."""
+    names = ["default", "reference"] if args.reference == "initial" and not args.full_unet else ["default"]
+    try:
+        for name in names:
+            pipe.load_lora_weights(args.initial_lora, adapter_name=name)
+    except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
+        raise UserError(f"--initial_lora {args.initial_lora} does not fit: {first_line(error)}") from error
+    if not adapted(pipe):
+        raise UserError(f"--initial_lora {args.initial_lora} holds no LoRA for this model")
+    if args.full_unet:
+        pipe.fuse_lora(components=["unet"])
+        pipe.unload_lora_weights()
+        return
+    freeze(*adapted(pipe).values())
+    for module in adapted(pipe).values():
+        module.set_adapter("default")
+
+
+def trainable(module: torch.nn.Module) -> dict[str, Tensor]:
+    """The trainable weights by name."""
+    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+
+
+@contextlib.contextmanager
+def reference(run: Run) -> Iterator[torch.nn.Module]:
+    """The frozen model that the policy is measured against: the copy of the U-Net, or the policy itself with the
+    adapter of --initial_lora, or with its adapters off."""
+    modules = adapted(run.pipe).values()
+    for module in modules:
+        if "reference" in module.peft_config:
+            module.set_adapter("reference")
+        else:
+            module.disable_adapters()
+    try:
+        yield run.frozen or run.policy
+    finally:
+        for module in modules:
+            module.enable_adapters()
+            module.set_adapter("default")
 
 
 # ---- Validation -----------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def averaged(run: Run) -> Iterator[None]:
+    """With --ema, the averaged weights instead of the latest."""
+    weights = list(trainable(run.plain).values())
+    if run.ema:
+        run.ema.store(weights)
+        run.ema.copy_to(weights)
+    yield
+    if run.ema:
+        run.ema.restore(weights)
+
+
 @torch.no_grad()
 def held_out_metrics(run: Run) -> dict[str, float]:
-    """The mean of METRICS over the held-out pairs, at evenly spaced timesteps and with the same noise every time."""
+    """The mean of METRICS over the held-out pairs, on fixed draws."""
     if "validation" not in run.pairs:
         return {}
-    args, accelerator, pairs = run.args, run.accelerator, run.pairs["validation"]
-    run = run._replace(policy=run.unet)  # no gradients to share between processes
-    num_timesteps, draws = len(run.schedule.alpha_bar), args.validation_draws
-    total = torch.zeros(len(METRICS), device=accelerator.device)
-    count, size = draws * len(pairs.latents), args.train_batch_size
-    for start in range(accelerator.process_index * size, count, accelerator.num_processes * size):
-        where = range(start, min(start + size, count))
-        noise, _ = draw(args.seed, "validation", where, pairs.latents.shape[2:], num_timesteps)
-        t = torch.tensor([(2 * (position % draws) + 1) * num_timesteps // (2 * draws) for position in where])
-        batch = make_batch(pairs, [position // draws for position in where], noise, t, accelerator.device)
+    accelerator, batches = run.accelerator, held_out_visits(run)
+    total = torch.zeros(len(METRICS) + 1, device=accelerator.device)
+    for start in range(0, len(batches), accelerator.num_processes):
+        mine = start + accelerator.process_index
+        visits = batches[min(mine, len(batches) - 1)]  # every process goes forward as often: FSDP needs all
         with accelerator.autocast():
-            _, metrics = training_loss(run, batch)
-        total += len(where) * torch.stack(list(metrics.values()))
-    means = (accelerator.reduce(total, "sum") / count).tolist()
-    return {f"validation/{name}": value for name, value in zip(METRICS, means, strict=True)}
+            _, metrics, _ = training_loss(run, held_out_batch(run, visits))
+        if mine < len(batches):
+            total += len(visits) * torch.stack([*metrics.values(), total.new_ones(())])
+    *sums, count = accelerator.reduce(total, "sum").tolist()
+    return {f"validation/{name}": value / count for name, value in zip(METRICS, sums, strict=True)}
 
 
 def validation_prompts(splits: dict[str, Split], args: argparse.Namespace) -> list[str]:
     """--validation_prompts, or the first distinct captions of the validation split (without one: of training)."""
     if args.validation_prompts:
         return args.validation_prompts
-    rows = splits.get("validation", splits["train"]).rows
-    return list(dict.fromkeys(rows["caption"][:]))[: args.num_validation_images]
+    split = splits.get("validation", splits["train"])
+    return list(dict.fromkeys(split.captions))[: args.num_validation_images]
 
 
 @torch.no_grad()
-def draw_images(
-    run: Run, unet: UNet2DConditionModel, prompts: list[str], text: dict[str, Tensor]
-) -> list[Image.Image]:
-    """One image for each prompt by `unet`; prompt and seed decide the noise, so that models can be compared."""
-    args, pipe = run.args, run.pipe
-    pipe.unet = unet
+def draw_images(run: Run, unet: torch.nn.Module) -> list[Image.Image]:
+    """One image for each validation prompt by `unet`; prompt and seed decide the noise, so that models compare."""
+    args, pipe, prompts = run.args, run.pipe, run.validation.prompts
+    own, pipe.unet = pipe.unet, unet
+    text = run.validation.text or {"prompt": prompts}
     with run.accelerator.autocast():
         latents = pipe(
             **text,
@@ -721,8 +1246,11 @@ def draw_images(
             guidance_scale=args.validation_guidance_scale,
             output_type="latent",
         ).images
+    pipe.unet = own
     # one by one and in fp32: SDXL's VAE overflows in fp16
+    pipe.vae.to(latents.device)
     decoded = [pipe.vae.decode(x_0[None].float() / pipe.vae.config.scaling_factor).sample for x_0 in latents]
+    pipe.vae.to("cpu")
     return [pipe.image_processor.postprocess(pixels)[0] for pixels in decoded]
 
 
@@ -735,12 +1263,12 @@ def sampling_text(
         negative = value[[empty] * len(rows)]
         if pipe.config.get("force_zeros_for_empty_prompt"):
             negative = torch.zeros_like(negative)
-        text |= {name: value[rows].to(pipe.device), f"negative_{name}": negative.to(pipe.device)}
+        text |= {name: value[rows].to(pipe.unet.device), f"negative_{name}": negative.to(pipe.unet.device)}
     return text
 
 
 def validation_picture(base: list[Image.Image], tuned: list[Image.Image], prompts: list[str]) -> Image.Image:
-    """Base model above, tuned model below, one column for each prompt, its caption underneath."""
+    """Reference above, tuned model below, one column for each prompt, its caption underneath."""
     width = 224
     height = round(width * base[0].height / base[0].width)
     gap, gutter, font, bold = 12, 84, ImageFont.load_default(15), ImageFont.load_default(19)
@@ -749,7 +1277,7 @@ def validation_picture(base: list[Image.Image], tuned: list[Image.Image], prompt
     size = (gutter + len(prompts) * (width + gap), gap + 2 * (height + gap) + 20 * lines + gap)
     picture = Image.new("RGB", size, "white")
     pen = ImageDraw.Draw(picture)
-    for row, (label, images) in enumerate((("base", base), ("tuned", tuned))):
+    for row, (label, images) in enumerate((("before", base), ("tuned", tuned))):
         y = gap + row * (height + gap)
         pen.text((gutter - gap, y + height // 2), label, fill="#333333", font=bold, anchor="rm")
         for column, image in enumerate(images):
@@ -763,7 +1291,26 @@ def validation_picture(base: list[Image.Image], tuned: list[Image.Image], prompt
     return picture
 
 
-# ---- Checkpoints and output -----------------------------------------------------------------------------------------
+def draw_validation(run: Run, step: int) -> None:
+    """Writes validation/step-STEP.png and, the same, validation.png; and to the tracker."""
+    if not (run.accelerator.is_main_process or sharded(run.accelerator)):
+        return
+    images = draw_images(run, run.plain.unet)
+    if not run.accelerator.is_main_process:
+        return
+    picture = validation_picture(run.validation.images, images, run.validation.prompts)
+    folder = Path(run.args.output_dir, "validation")
+    folder.mkdir(exist_ok=True)
+    picture.save(folder / f"step-{step:06}.png")
+    picture.save(folder.with_suffix(".png"))
+    for tracker in run.accelerator.trackers:
+        if tracker.name == "tensorboard":
+            tracker.log_images({"validation": np.asarray(picture)[None]}, step=step, dataformats="NHWC")
+        elif tracker.name == "wandb":
+            tracker.log_images({"validation": [picture]}, step=step)
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------------------------------
 
 
 def first_line(error: BaseException) -> str:
@@ -776,14 +1323,22 @@ def hash_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
-def run_identity(args: argparse.Namespace, splits: dict[str, Split], accelerator: Accelerator) -> dict[str, Any]:
+def run_identity(
+    args: argparse.Namespace, splits: dict[str, Split], pipe: DiffusionPipeline, accelerator: Accelerator
+) -> dict[str, Any]:
     """The settings that decide the weights of each step; two runs with equal ones may carry on from one another."""
     identity = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
     if not args.lr_scheduler.startswith("constant"):
         identity["max_train_steps"] = args.max_train_steps
     identity["pairs_per_step"] = pairs_per_step(args, accelerator)
     identity["mixed_precision"] = accelerator.mixed_precision
-    identity["data"] = {name: split.rows._fingerprint for name, split in splits.items()}
+    identity["data"] = {name: data_key(split) for name, split in splits.items()}
+    identity["model"] = weights_hash(pipe.unet, *text_encoders(pipe).values())
+    for name in filter(None, (args.initial_lora, args.initial_unet)):
+        files = sorted(Path(name).rglob("*.safetensors")) if Path(name).is_dir() else [Path(name)]
+        identity[f"hash of {name}"] = [
+            hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
+        ]
     return json.loads(json.dumps(identity))
 
 
@@ -794,13 +1349,19 @@ def checkpoints(output_dir: str) -> list[Path]:
 
 
 def claim_output(args: argparse.Namespace) -> None:
-    """Refuses the folder of another run, unless it is asked for."""
+    """Refuses a folder that cannot be written to, and, unless it is asked for, that of another run."""
     output = Path(args.output_dir)
     if (output / "training_settings.json").is_file() and not (args.overwrite or args.resume_from_checkpoint):
         raise UserError(
             f"{output} holds a run already: carry on with --resume_from_checkpoint latest, start anew with "
             "--overwrite, or name another --output_dir"
         )
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write to --output_dir {output}: {error.strerror}") from error
 
 
 def find_checkpoint(args: argparse.Namespace, identity: dict[str, Any]) -> Path | None:
@@ -833,72 +1394,148 @@ def discard(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
-def save_checkpoint(
-    step: int, unet: torch.nn.Module, state: dict[str, Any], identity: dict[str, Any], args: argparse.Namespace
-) -> None:
+def sharded(accelerator: Accelerator) -> bool:
+    """FSDP and DeepSpeed keep a part of the weights or of the optimiser's state on each process."""
+    return accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """What a checkpoint keeps beside the weights; accelerate keeps the optimiser of FSDP and DeepSpeed."""
+    optimizer = None if sharded(run.accelerator) else run.optimizer
+    parts = {
+        "lr_scheduler": run.lr_scheduler,
+        "scaler": run.accelerator.scaler,
+        "ema": run.ema,
+        "optimizer": optimizer,
+    }
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def save_checkpoint(run: Run, step: int) -> None:
     """Writes checkpoint-STEP under a temporary name, renames it, and keeps the newest --checkpoints_total_limit."""
+    folder = Path(run.args.output_dir, f"checkpoint-{step}")
+    unfinished = folder.with_name(f"{folder.name}.partial")
+    try:
+        if run.accelerator.is_main_process:
+            discard(folder)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
+        run.accelerator.wait_for_everyone()
+        if sharded(run.accelerator):
+            run.accelerator.save_state(str(unfinished / "sharded"))
+        if run.accelerator.is_main_process:
+            write_checkpoint(run, step, unfinished)
+            unfinished.rename(folder)
+    except Exception as error:  # a full disk: safetensors, torch.save and open() each have their own
+        shutil.rmtree(unfinished, ignore_errors=True)
+        kept = next((path.name for path in reversed(checkpoints(run.args.output_dir))), "none")
+        raise UserError(f"cannot write {folder}: {first_line(error)} (last complete checkpoint: {kept})") from error
+    if run.accelerator.is_main_process and run.args.checkpoints_total_limit is not None:
+        others = [path for path in checkpoints(run.args.output_dir) if path != folder]
+        for path in others[: max(0, len(others) + 1 - run.args.checkpoints_total_limit)]:
+            discard(path)
+    run.accelerator.wait_for_everyone()
+
+
+def write_checkpoint(run: Run, step: int, folder: Path) -> None:
+    """The trainable weights, all state, and what the run is."""
     from safetensors.torch import save_file
 
-    folder = Path(args.output_dir, f"checkpoint-{step}")
-    discard(folder)
-    unfinished = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in trainable(unet).items()}
-    save_file(weights, unfinished / "model.safetensors")
-    states = {name: part.state_dict() for name, part in state.items() if part is not None}
-    torch.save({"step": step, **states}, unfinished / "state.pt")
-    (unfinished / "run.json").write_text(json.dumps(identity, indent=2))
-    unfinished.rename(folder)
-    if args.checkpoints_total_limit is not None:
-        others = [path for path in checkpoints(args.output_dir) if path != folder]
-        for path in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
-            discard(path)
+    if not sharded(run.accelerator):
+        weights = {name: weight.detach().cpu().contiguous() for name, weight in trainable(run.plain).items()}
+        save_file(weights, folder / "model.safetensors")
+    states = {name: part.state_dict() for name, part in state_of(run).items()}
+    torch.save({"step": step, **states}, folder / "state.pt")
+    (folder / "run.json").write_text(json.dumps(run.identity, indent=2))
 
 
-def load_checkpoint(folder: Path, unet: torch.nn.Module, state: dict[str, Any]) -> int:
+def load_checkpoint(run: Run, folder: Path) -> int:
     """Puts weights and state back into the very tensors that the optimiser holds; returns the number of steps done."""
     from safetensors.torch import load_file
 
     try:
-        weights = load_file(folder / "model.safetensors")
         saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        weights = {} if sharded(run.accelerator) else load_file(folder / "model.safetensors")
     except Exception as error:
         raise UserError(f"{folder} cannot be read ({first_line(error)}): name an earlier checkpoint") from error
-    with torch.no_grad():
-        for name, weight in trainable(unet).items():
-            weight.copy_(weights[name])
-    for name, part in state.items():
-        if part is not None:
-            part.load_state_dict(saved[name])
+    if sharded(run.accelerator):
+        run.accelerator.load_state(str(folder / "sharded"))
+    else:
+        with torch.no_grad():
+            for name, weight in trainable(run.plain).items():
+                weight.copy_(weights[name])
+    for name, part in state_of(run).items():
+        part.load_state_dict(saved[name])
+    if run.ema:
+        run.ema.to(run.accelerator.device)
     return saved["step"]
 
 
-def save_weights(pipe: DiffusionPipeline, unet: UNet2DConditionModel, args: argparse.Namespace) -> None:
-    """Writes what `pipeline.load_lora_weights` or, in unet/, `UNet2DConditionModel.from_pretrained` loads."""
-    if args.full_unet:
-        unet.save_pretrained(Path(args.output_dir, "unet"))
-        return
+# ---- Output ---------------------------------------------------------------------------------------------------------
+
+
+def save_weights(run: Run) -> None:
+    """Writes what `pipeline.load_lora_weights` or, in unet/, `UNet2DConditionModel.from_pretrained` loads; with
+    --export_kohya also what ComfyUI and A1111 load."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    pipe.save_lora_weights(
-        args.output_dir,
-        unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet)),
-        unet_lora_adapter_metadata=unet.peft_config["default"].to_dict(),
-    )
+    args, whole = run.args, None
+    if sharded(run.accelerator):
+        whole = run.accelerator.get_state_dict(run.policy)
+    if not run.accelerator.is_main_process:
+        return
+    if args.full_unet:
+        own = whole and {name[5:]: value for name, value in whole.items() if name.startswith("unet.")}
+        run.plain.unet.save_pretrained(Path(args.output_dir, "unet"), state_dict=own)
+    layers, kohya = {}, {}
+    for name, module in adapted(run.pipe).items():
+        prefix = "unet." if name == "unet" else f"text_encoders.{name}."
+        own = whole and {key[len(prefix) :]: value for key, value in whole.items() if key.startswith(prefix)}
+        state, config = get_peft_model_state_dict(module, state_dict=own), module.peft_config["default"]
+        layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(state)
+        layers[f"{name}_lora_adapter_metadata"] = config.to_dict()
+        kohya |= kohya_weights(name, state, config.lora_alpha, two_encoders=hasattr(run.pipe, "text_encoder_2"))
+    if layers:
+        run.pipe.save_lora_weights(args.output_dir, **layers)
+    if layers and args.export_kohya:
+        from safetensors.torch import save_file
+
+        name = Path(args.output_dir).resolve().name
+        save_file(kohya, Path(args.output_dir, f"{name}.kohya.safetensors"), {"modelspec.title": name})
+
+
+def kohya_weights(name: str, state: dict[str, Tensor], alpha: float, two_encoders: bool) -> dict[str, Tensor]:
+    """A module's LoRA under kohya's keys: lora_unet_, lora_te_, and for SDXL lora_te1_, lora_te2_."""
+    from diffusers.utils import convert_state_dict_to_kohya
+
+    converted = {}
+    for key, value in convert_state_dict_to_kohya({f"{name}.{key}": value for key, value in state.items()}).items():
+        key = key if two_encoders else key.replace("lora_te1_", "lora_te_")
+        converted[key] = torch.tensor(float(alpha)) if key.endswith(".alpha") else value.contiguous()
+    return converted
+
+
+def loading_code(run: Run) -> str:
+    """The Python lines that load what was trained."""
+    args, name = run.args, type(run.pipe).__name__
+    dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(run.accelerator.mixed_precision, "float32")
+    model, output = f'"{args.pretrained_model_name_or_path}", torch_dtype=torch.{dtype}', f'"{args.output_dir}"'
+    lines = ["import torch", f"from diffusers import {'UNet2DConditionModel, ' * args.full_unet}{name}", ""]
+    if args.full_unet:
+        lines.append(
+            f'unet = UNet2DConditionModel.from_pretrained({output}, subfolder="unet", torch_dtype=torch.{dtype})'
+        )
+    lines.append(f"pipe = {name}.from_pretrained({model}{', unet=unet' * args.full_unet})")
+    if adapted(run.pipe):
+        lines.append(f"pipe.load_lora_weights({output})")
+    return "\n".join(lines)
 
 
 def write_model_card(run: Run, summary: dict[str, str], metrics: dict[str, float]) -> None:
     """README.md: base model, loading snippet, picture, data, metrics and settings."""
-    args, name, mixed_precision = run.args, type(run.pipe).__name__, run.accelerator.mixed_precision
+    args = run.args
     kind = "U-Net" if args.full_unet else "LoRA"
-    dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(mixed_precision, "float32")
-    model, lora = f'"{args.pretrained_model_name_or_path}", torch_dtype=torch.{dtype}', f'"{args.output_dir}"'
-    load = f"pipe = {name}.from_pretrained({model})\npipe.load_lora_weights({lora})"
-    if args.full_unet:
-        load = f'unet = UNet2DConditionModel.from_pretrained({lora}, subfolder="unet", torch_dtype=torch.{dtype})\n'
-        load += f"pipe = {name}.from_pretrained({model}, unet=unet)"
     tables = "\n\n".join(
         f"## {title}\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
         for title, rows in (
@@ -920,139 +1557,35 @@ A {kind} for `{args.pretrained_model_name_or_path}`, trained to draw people bett
 statistics matching ([HG-DPO](https://arxiv.org/abs/2405.20216)) by train_dpo_human.py.
 
 ```python
-import torch
-from diffusers import {"UNet2DConditionModel, " if args.full_unet else ""}{name}
-
-{load}
+{loading_code(run)}
 ```
 
-![base model above, tuned model below, same prompts and noise](validation.png)
+![reference above, tuned model below, same prompts and noise](validation.png)
 
 {tables}
 """
     Path(args.output_dir, "README.md").write_text(card)
 
 
-def forget_metrics_after(step: int, output_dir: str) -> None:
-    """A resumed run writes the lines after its checkpoint again."""
+def read_log(output_dir: str) -> list[dict[str, float]]:
+    """The complete lines of metrics.jsonl."""
     path = Path(output_dir, "metrics.jsonl")
     lines = path.read_text().splitlines() if path.is_file() else []
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.write_text("".join(f"{line}\n" for line in kept))
-
-
-# ---- Main -----------------------------------------------------------------------------------------------------------
-
-
-def start_accelerator(args: argparse.Namespace) -> Accelerator:
-    """accelerate's Accelerator with the precision, accumulation and tracker asked for."""
-    from accelerate import Accelerator
-    from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration, set_seed
-
-    tracker = args.report_to
-    if tracker == "auto":
-        tracker = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
-    set_seed(args.seed)  # the adapters start the same on every process; all other draws have their own seeds
-    return Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=None if tracker == "none" else tracker,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, "logs"))),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-    )
-
-
-def prepare_pairs(
-    splits: dict[str, Split],
-    prompts: list[str],
-    pipe: DiffusionPipeline,
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-) -> tuple[dict[str, Pairs], dict[str, Tensor]]:
-    """Every split as Pairs, and the pipeline's text arguments for the validation prompts."""
-    latents = prepare_latents(splits, pipe, args, accelerator)
-    captions = {name: split.rows["caption"][:] for name, split in splits.items()}
-    distinct = sorted({"", *prompts, *(caption for column in captions.values() for caption in column)})
-    row_of = {caption: row for row, caption in enumerate(distinct)}
-    embeddings = prepare_captions(distinct, pipe, args, accelerator)
-    time_ids = torch.tensor([args.height, args.width, 0, 0, args.height, args.width])
-    pairs = {
-        name: Pairs(latents[name], torch.tensor([row_of[caption] for caption in captions[name]]), embeddings, time_ids)
-        for name in splits
-    }
-    return pairs, sampling_text(pipe, [row_of[prompt] for prompt in prompts], row_of[""], embeddings)
-
-
-def make_optimizer(parameters: list[Tensor], args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW, or with --use_8bit_adam bitsandbytes' AdamW8bit."""
-    settings = {
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "weight_decay": args.adam_weight_decay,
-        "eps": args.adam_epsilon,
-    }
-    if args.use_8bit_adam:
-        import bitsandbytes
-
-        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, fused=True, **settings)
-
-
-def make_lr_scheduler(
-    optimizer: torch.optim.Optimizer, args: argparse.Namespace
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """diffusers' schedule of this name; a constant one with warm-up where steps of warm-up are given."""
-    from diffusers.optimization import get_scheduler
-
-    name = args.lr_scheduler
-    if name == "constant" and args.lr_warmup_steps:
-        name = "constant_with_warmup"  # "constant" would ignore the warm-up
-    return get_scheduler(
-        name, optimizer=optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-    )
-
-
-def pairs_per_step(args: argparse.Namespace, accelerator: Accelerator) -> int:
-    """The effective batch: pairs that one update of the weights sees, over all processes."""
-    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-
-
-def summarise(run: Run, splits: dict[str, Split], first_step: int) -> dict[str, str]:
-    """Prints and returns what is about to be trained, on what, how."""
-    args, accelerator = run.args, run.accelerator
-    counts = {name: len(split.rows) for name, split in splits.items()}
-    ties = sum(split.num_ties for split in splits.values())
-    weights = sum(weight.numel() for weight in trainable(run.unet).values())
-    batch = pairs_per_step(args, accelerator)
-    kind = "U-Net" if args.full_unet else f"LoRA of rank {args.rank}"
-    summary = {
-        "pairs": f"{counts['train']} to train on, {counts.get('validation', 0)} held out, {ties} ties left out",
-        "trained": f"{kind}, {weights:,} parameters in fp32; mixed precision: {accelerator.mixed_precision}",
-        "loss": f"{args.loss_type}, beta * margin with beta = {args.beta_dpo:g} (where code has 0.5 * beta * margin: "
-        f"beta = {2 * args.beta_dpo:g}) + {args.lambda_stat:g} * statistics matching",
-        "batch": f"{args.train_batch_size} pairs x {args.gradient_accumulation_steps} accumulated "
-        f"x {accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} = {batch} pairs a step",
-        "steps": f"{args.max_train_steps}, {args.max_train_steps * batch / counts['train']:.1f} epochs"
-        + (f"; carries on after step {first_step}" if args.resume_from_checkpoint else ""),
-    }
-    for name, value in summary.items():
-        accelerator.print(f"{name + ':':9}{value}")
-    return summary
+    return [json.loads(line) for line in lines if line.endswith("}")]
 
 
 def start_output(args: argparse.Namespace, first_step: int) -> None:
     """Marks the folder as this run's; forgets what an earlier run, or this one after its checkpoint, left there."""
     output = Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     if args.overwrite:
-        for path in (*checkpoints(args.output_dir), output / "unet", output / "logs"):
+        for path in (*checkpoints(args.output_dir), *(output / name for name in ("unet", "logs", "validation"))):
             discard(path)
         for name in ("pytorch_lora_weights.safetensors", "README.md", "validation.png"):
             (output / name).unlink(missing_ok=True)
     for unfinished in output.glob("*.partial"):
         shutil.rmtree(unfinished)
-    forget_metrics_after(first_step, args.output_dir)
+    kept = [line for line in read_log(args.output_dir) if line["step"] <= first_step]
+    (output / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in kept))
     versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft", "accelerate")}
     settings = {"settings": vars(args), "versions": versions}
     (output / "training_settings.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -1066,18 +1599,49 @@ def log(run: Run, step: int, values: dict[str, float]) -> None:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
 
-def draw_validation(run: Run, step: int, prompts: list[str], text: dict[str, Tensor], base: list[Image.Image]) -> None:
-    """Writes validation.png; `base` keeps the base model's images from the first time on."""
-    if not base:
-        with reference(run) as ref:
-            base += draw_images(run, ref, prompts, text)
-    picture = validation_picture(base, draw_images(run, run.unet, prompts, text), prompts)
-    picture.save(Path(run.args.output_dir, "validation.png"))
-    for tracker in run.accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"validation": np.asarray(picture)[None]}, step=step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            tracker.log_images({"validation": [picture]}, step=step)
+def pairs_per_step(args: argparse.Namespace, accelerator: Accelerator) -> int:
+    """The effective batch: pairs that one update of the weights sees, over all processes."""
+    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+
+def summarise(run: Run, splits: dict[str, Split], first_step: int) -> dict[str, str]:
+    """Prints and returns what is about to be trained, on what, how."""
+    args, accelerator, pairs = run.args, run.accelerator, run.pairs["train"]
+    weights = sum(weight.numel() for weight in trainable(run.plain).values())
+    batch = pairs_per_step(args, accelerator)
+    epochs = args.max_train_steps * batch / len(epoch_order(args.seed, 0, pairs))
+    held_out = len(splits["validation"].rows) if "validation" in splits else 0
+    dropped = [
+        f"{count} {reason} ({name})" for name, split in splits.items() for reason, count in split.dropped.items()
+    ]
+    sizes = sorted({f"{height} x {width}" for height, width in pairs.time_ids[:, 4:].tolist()})
+    trained = ["whole U-Net"] * args.full_unet
+    trained += [
+        f"LoRA of rank {module.peft_config['default'].r} on {name}" for name, module in adapted(run.pipe).items()
+    ]
+    against = "initial model" if args.reference == "initial" else "base model"
+    against += f", measured beforehand at {args.precompute_reference} draws a pair" * bool(args.precompute_reference)
+    summary = {
+        "pairs": ", ".join([f"{len(pairs.bucket)} to train on, {held_out} held out", *dropped]),
+        "sizes": ", ".join(sizes),
+        "trained": f"{', '.join(trained)}; {weights:,} parameters in fp32",
+        "precision": accelerator.mixed_precision,
+        "reference": against,
+        "loss": f"{args.loss_type}, beta * margin with beta = {args.beta_dpo:g} (where code has 0.5 * beta * margin: "
+        f"beta = {2 * args.beta_dpo:g}) + {args.lambda_stat:g} * statistics matching",
+        "batch": f"{args.train_batch_size} pairs x {args.gradient_accumulation_steps} accumulated "
+        f"x {accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} = {batch} pairs a step",
+        "steps": f"{args.max_train_steps}, {epochs:.1f} epochs"
+        + (f"; carries on after step {first_step}" if first_step else ""),
+    }
+    for name, value in summary.items():
+        accelerator.print(f"{name + ':':11}{value}")
+    if args.precompute_reference and epochs > 8 * args.precompute_reference:
+        accelerator.print(
+            f"warning:   {epochs:.0f} epochs over {args.precompute_reference} draws a pair repeat each one "
+            f"{epochs / args.precompute_reference:.0f} times: --precompute_reference {math.ceil(epochs / 8)} is safer"
+        )
+    return summary
 
 
 def peak_memory() -> str:
@@ -1100,83 +1664,226 @@ def closing_lines(args: argparse.Namespace, latest: dict[str, float]) -> str:
     model, named = args.pretrained_model_name_or_path, ""
     if Path(model) != WORLD / "pipeline":
         named = f" --pretrained_model_name_or_path {model} --prompts YOUR_TEST_PROMPTS.txt"
-    done = f"memory:  {peak_memory()}\ndone:    {args.output_dir}{told}"
-    return f"{done}\nnext:    python eval_human.py{named} --models base dpo={args.output_dir}"
+    done = f"memory:    {peak_memory()}\ndone:      {args.output_dir}{told}"
+    return f"{done}\nnext:      python eval_human.py{named} --models base dpo={args.output_dir}"
 
 
-def train(run: Run, first_step: int, at_step: Callable[[int], dict[str, float]]) -> dict[str, float]:
-    """The loop. `at_step(step)` saves and validates when it is time to; returns the last value of every metric."""
+# ---- Main -----------------------------------------------------------------------------------------------------------
+
+
+def start_accelerator(args: argparse.Namespace) -> Accelerator:
+    """accelerate's Accelerator with the precision, accumulation and tracker asked for."""
+    from accelerate import Accelerator
+    from accelerate.utils import (
+        DistributedDataParallelKwargs,
+        GradientAccumulationPlugin,
+        ProjectConfiguration,
+        set_seed,
+    )
+
+    tracker = args.report_to
+    if tracker == "auto":
+        tracker = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+    set_seed(args.seed)  # the adapters start the same on every process; all other draws have their own seeds
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if tracker == "none" else tracker,
+        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, "logs"))),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        # SDXL does not read the last layer of its first text encoder
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)],
+    )
+    if accelerator.state.deepspeed_plugin:  # it would look for the batch size in a data loader
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    return accelerator
+
+
+def prepare_data(
+    splits: dict[str, Split], pipe: DiffusionPipeline, args: argparse.Namespace, accelerator: Accelerator
+) -> tuple[dict[str, Pairs], Validation]:
+    """Every split as Pairs, and what validation draws; the VAE leaves the device, frozen text encoders the memory."""
+    vae_hash = weights_hash(pipe.vae)
+    pairs = {name: prepare_split(name, split, vae_hash, pipe, args, accelerator) for name, split in splits.items()}
+    pipe.vae.to("cpu")
+    prompts = validation_prompts(splits, args)
+    captions = {name: split.captions for name, split in splits.items()}
+    distinct = sorted({"", *prompts, *(caption for column in captions.values() for caption in column)})
+    row_of = {caption: row for row, caption in enumerate(distinct)}
+    if cut := count_cut_captions(pipe, distinct):
+        accelerator.print(
+            f"captions:  {cut} of {len(distinct)} have more than {pipe.tokenizer.model_max_length} tokens: cut"
+        )
+    embeddings, text = None, None
+    if not args.train_text_encoder:
+        embeddings = prepare_captions(distinct, pipe, args, accelerator)
+        text = sampling_text(pipe, [row_of[prompt] for prompt in prompts], row_of[""], embeddings)
+    for name, part in pairs.items():
+        part.captions, part.embeddings = distinct, embeddings
+        part.caption = np.array([row_of[caption] for caption in captions[name]])
+    return pairs, Validation(prompts, text, [])
+
+
+def make_optimizer(parameters: list[Tensor], args: argparse.Namespace) -> torch.optim.Optimizer:
+    """The optimiser of OPTIMIZERS; beta 1 and 2, epsilon and torch's fused kernel where it has them."""
+    module, _, name = OPTIMIZERS[args.optimizer].rpartition(".")
+    maker = getattr(importlib.import_module(module), name)
+    known = inspect.signature(maker).parameters
+    settings = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
+    if "betas" in known and len(known["betas"].default) == 2:
+        settings["betas"] = (args.adam_beta1, args.adam_beta2)
+    if isinstance(known.get("eps") and known["eps"].default, float):
+        settings["eps"] = args.adam_epsilon
+    if "fused" in known:
+        settings["fused"] = True
+    return maker(parameters, **settings)
+
+
+def make_lr_scheduler(
+    optimizer: torch.optim.Optimizer, args: argparse.Namespace
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """diffusers' schedule of this name; a constant one with warm-up where steps of warm-up are given."""
+    from diffusers.optimization import get_scheduler
+
+    name = args.lr_scheduler
+    if name == "constant" and args.lr_warmup_steps:
+        name = "constant_with_warmup"  # "constant" would ignore the warm-up
+    return get_scheduler(
+        name, optimizer=optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+    )
+
+
+def make_ema(run_weights: list[Tensor], args: argparse.Namespace) -> EMAModel | None:
+    """The moving average of the trained weights that --ema asks for."""
+    if args.ema is None:
+        return None
+    from diffusers.training_utils import EMAModel
+
+    return EMAModel(run_weights, decay=args.ema, use_ema_warmup=False)
+
+
+def measure_beforehand(run: Run) -> Run:
+    """Measures the reference on held-out pairs and draws its pictures; with --precompute_reference measures it on the
+    training draws too, after which nothing needs it any more."""
+    if "validation" in run.pairs:
+        run.pairs["validation"].reference = measure_reference(run, "validation")
+    if run.accelerator.is_main_process or sharded(run.accelerator):
+        with reference(run) as model:
+            run.validation.images.extend(draw_images(run, run.accelerator.unwrap_model(model).unet))
+    if not run.args.precompute_reference:
+        return run
+    run.pairs["train"].reference = measure_reference(run, "train")
+    return run._replace(frozen=None)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[str]]:
+    """Collects SIGTERM and SIGINT, so that the step can be finished; a second one ends the program at once."""
+    caught: list[str] = []
+
+    def catch(number: int, _frame: Any) -> None:
+        caught.append(signal.Signals(number).name)
+        signal.signal(number, previous[number])
+
+    previous = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield caught
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def no_longer_improves(args: argparse.Namespace) -> bool:
+    """Whether held-out accuracy has not reached a new best in the last --early_stopping_patience validations."""
+    name = "validation/rewards/accuracies"
+    history = [line[name] for line in read_log(args.output_dir) if name in line]
+    patience = args.early_stopping_patience
+    return patience is not None and len(history) > patience and max(history[-patience:]) <= max(history[:-patience])
+
+
+def train(run: Run, first_step: int) -> dict[str, float]:
+    """The loop: steps, logs, checkpoints, validation; returns the last value of every metric."""
     args, accelerator = run.args, run.accelerator
     latest, window, num_steps, seconds = {}, 0, 0, 0.0
     steps = range(first_step + 1, args.max_train_steps + 1)
     show = {"initial": first_step, "total": args.max_train_steps, "disable": not accelerator.is_main_process}
-    bar = tqdm(steps, desc="training", unit="step", **show)
-    for step in bar:
-        began, learning_rate = time.perf_counter(), run.lr_scheduler.get_last_lr()[0]
-        window, num_steps = window + optimisation_step(run, step - 1), num_steps + 1
-        log_now = step % args.logging_steps == 0 or step == args.max_train_steps
-        if log_now:
-            means = (accelerator.reduce(window, "mean") / num_steps).tolist()
-        seconds += time.perf_counter() - began
-        if log_now:
-            values = dict(zip((*METRICS, "grad_norm"), means, strict=True))
-            if not math.isfinite(values["loss"]):
-                raise UserError(f"the loss is no longer finite at step {step}: lower --learning_rate, or try bf16")
-            values |= {
-                "lr": learning_rate,
-                "pairs_per_second": num_steps * pairs_per_step(args, accelerator) / seconds,
-            }
-            log(run, step, values)
-            bar.set_postfix(loss=f"{values['loss']:.4f}", accuracy=f"{values['rewards/accuracies']:.2f}")
-            latest, window, num_steps, seconds = latest | values, 0, 0, 0.0
-        latest |= at_step(step)
+    with stop_signals() as signals, tqdm(steps, desc="training", unit="step", **show) as bar:
+        for step in bar:
+            is_last = step == args.max_train_steps
+            began, learning_rate = time.perf_counter(), run.lr_scheduler.get_last_lr()[0]
+            window, num_steps = window + optimisation_step(run, step - 1), num_steps + 1
+            if log_now := step % args.logging_steps == 0 or is_last:
+                means = (accelerator.reduce(window, "mean") / num_steps).tolist()
+            seconds += time.perf_counter() - began
+            if log_now:
+                values = dict(zip((*METRICS, "grad_norm"), means, strict=True))
+                pairs_per_second = num_steps * pairs_per_step(args, accelerator) / seconds
+                values |= {"lr": learning_rate, "pairs_per_second": pairs_per_second}
+                log(run, step, values)
+                bar.set_postfix(loss=f"{values['loss']:.4f}", accuracy=f"{values['rewards/accuracies']:.2f}")
+                latest, window, num_steps, seconds = latest | values, 0, 0, 0.0
+
+            validate_now = step % args.validation_steps == 0 or is_last
+            if validate_now:
+                with averaged(run):
+                    metrics = held_out_metrics(run)
+                    draw_validation(run, step)
+                log(run, step, metrics)
+                latest |= metrics
+            stopped = any_process(accelerator, bool(signals))
+            if stopped or step % args.checkpointing_steps == 0:
+                save_checkpoint(run, step)
+            if stopped and not is_last:
+                accelerator.print(
+                    f"\nstopped by {signals[0] if signals else 'a signal'} after step {step}; it is saved: the same "
+                    "command with --resume_from_checkpoint latest carries on"
+                )
+                sys.exit(143)
+            if validate_now and any_process(accelerator, accelerator.is_main_process and no_longer_improves(args)):
+                accelerator.print(f"\nheld-out accuracy no longer improves: stopped early, after step {step}")
+                break
     return latest
 
 
 def main(args: argparse.Namespace) -> None:
-    """Loads data and model, trains, validates, and writes the weights."""
+    """Loads data and model, measures the reference, trains, validates, and writes the weights."""
     quiet_libraries()
     claim_output(args)
     accelerator = start_accelerator(args)
     with accelerator.main_process_first():
         splits = load_splits(args)
-    identity = run_identity(args, splits, accelerator)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    pipe = load_model(args, dtype)
+    schedule = noise_schedule(pipe, args.timestep_range, accelerator.device)
+    pipe.scheduler = sampler_of(pipe)
+    identity = run_identity(args, splits, pipe, accelerator)
     checkpoint = find_checkpoint(args, identity)
 
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipe = load_model(args, dtype).to(accelerator.device)
-    schedule = noise_schedule(pipe, accelerator.device)
-    prompts = validation_prompts(splits, args)
-    pairs, prompt_text = prepare_pairs(splits, prompts, pipe, args, accelerator)
-
-    unet, frozen = pipe.unet, prepare_unet(pipe.unet, args, dtype)
-    optimizer = make_optimizer(list(trainable(unet).values()), args)
+    pipe.to(accelerator.device)
+    pairs, validation = prepare_data(splits, pipe, args, accelerator)
+    frozen_unet = prepare_models(pipe, args, dtype)
+    plain = Policy(pipe, pipe.unet, args.train_text_encoder, args.compile)
+    frozen = frozen_unet and Policy(pipe, frozen_unet, args.train_text_encoder, args.compile)
+    weights = list(trainable(plain).values())
+    optimizer = make_optimizer(weights, args)
     lr_scheduler = make_lr_scheduler(optimizer, args)
-    policy, optimizer = accelerator.prepare(unet, optimizer)
-    run = Run(args, accelerator, pipe, policy, unet, frozen, schedule, pairs, optimizer, lr_scheduler)
-    state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": accelerator.scaler}
-    first_step = load_checkpoint(checkpoint, unet, state) if checkpoint else 0
+    policy, optimizer = accelerator.prepare(plain, optimizer)
+    run = Run(
+        args, accelerator, pipe, policy, plain, frozen, schedule, pairs, optimizer, lr_scheduler,
+        make_ema(weights, args), validation, identity,
+    )  # fmt: skip
+    run = measure_beforehand(run)
+    first_step = load_checkpoint(run, checkpoint) if checkpoint else 0
 
     summary = summarise(run, splits, first_step)
     if accelerator.is_main_process:
         start_output(args, first_step)
     accelerator.init_trackers("train_dpo_human", {name: str(value) for name, value in vars(args).items()})
-    base_images: list[Image.Image] = []
-
-    def at_step(step: int) -> dict[str, float]:
-        is_last, metrics = step == args.max_train_steps, {}
-        if step % args.checkpointing_steps == 0 and accelerator.is_main_process:
-            save_checkpoint(step, unet, state, identity, args)
-        if step % args.validation_steps == 0 or is_last:
-            metrics = held_out_metrics(run)
-            log(run, step, metrics)
-            if accelerator.is_main_process:
-                draw_validation(run, step, prompts, prompt_text, base_images)
-        return metrics
-
-    latest = train(run, first_step, at_step)
+    latest = train(run, first_step)
+    with averaged(run):
+        save_weights(run)
     if accelerator.is_main_process:
-        save_weights(pipe, unet, args)
         write_model_card(run, summary, latest)
     accelerator.end_training()
     accelerator.print(closing_lines(args, latest))
@@ -1229,24 +1936,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--revision", help="branch, tag or commit of the model on the hub")
     flag("--variant", help="variant of the weight files, such as fp16")
     flag("--cache_dir", help="where downloaded models and data sets are kept")
+    flag("--rank", type=count, default=8, help="rank of the LoRA on all attention layers of the U-Net")
+    flag("--lora_alpha", type=positive, help="its scale; none: the rank")
     flag("--full_unet", action="store_true", help="train the whole U-Net against a frozen copy, instead of a LoRA")
-    flag("--rank", type=count, default=8, help="rank of the LoRA on all attention layers")
-    flag("--lora_alpha", type=positive, help="scale of the LoRA; none: the rank")
+    flag("--train_text_encoder", action="store_true", help="train a LoRA on the text encoder(s) too")
+    flag("--text_encoder_rank", type=count, default=64, help="its rank")
+    flag("--freeze_unet", action="store_true", help="with --train_text_encoder: train that alone, as the paper does")
+    flag("--initial_lora", help="LoRA of an earlier stage to start from (with its rank)")
+    flag("--initial_unet", help="whole U-Net of an earlier stage to start from")
+    flag("--reference", choices=["initial", "base"], default="initial", help="what training starts from, or the base")
+    flag("--precompute_reference", type=count, metavar="K", help="measure the reference once, at K draws a pair")
 
     flag = parser.add_argument_group("data").add_argument
-    flag("--train_data_dir", default="human-preferences", help="folder of pairs by make_preference_data.py")
-    flag("--dataset_name", help="data set with Pick-a-Pic's columns, instead of --train_data_dir")
+    flag("--train_data_dir", default="human-preferences", help="folder of pairs, or a json, jsonl or parquet file")
+    flag("--dataset_name", help="data set on the hub, or a path that `datasets` loads, instead of --train_data_dir")
+    flag("--dataset_config_name", help="its configuration")
     flag("--dataset_split_name", default="train", help="its split to train on")
+    flag("--image_0_column", help="column of the first image; known: jpg_0, chosen, path1, image_0")
+    flag("--image_1_column", help="column of the second; known: jpg_1, rejected, path2, image_1")
+    flag("--label_0_column", help="1 where the first image won, 0, or 0.5 for a tie; none: the first one won")
+    flag("--caption_column", help="column of the captions; known: caption, prompt")
+    flag("--margin_column", default="margin", help="column of the winner's lead in score")
     flag("--max_train_samples", type=count, help="use the first so many rows")
+    flag("--min_margin", type=float, help="leave out pairs whose lead in score is smaller")
+    flag("--validation_share", type=at_least(0, float), default=0.0, help="hold out so many captions, without a split")
     flag("--resolution", type=count, default=512, help="height and width; images are resized and cropped to it")
     flag("--height", type=count, help="height, where it is not --resolution")
     flag("--width", type=count, help="width, where it is not --resolution")
+    flag("--aspect_ratio_buckets", action="store_true", help="about resolution^2 pixels in each pair's shape")
+    flag("--encoded_dir", help="keeps latents, embeddings, reference measurements; none: OUTPUT_DIR/cache")
 
     flag = parser.add_argument_group("objective").add_argument
     flag("--beta_dpo", type=positive, default=2500, help="beta * margin; half of it where code has 0.5 * beta")
     flag("--loss_type", choices=["sigmoid", "hinge", "ipo"], default="sigmoid", help="sigmoid is DPO")
     flag("--label_smoothing", type=float, default=0.0, help="share of labels thought to be wrong")
+    flag("--soft_labels", type=positive, metavar="T", help="label sigmoid(margin / T) instead of 1")
+    flag("--ties", choices=["drop", "soft"], default="drop", help="leave ties out, or train them with label 0.5")
+    flag("--winner_safeguard", type=at_least(0, float), metavar="MU", help="see safeguard_scale; MU in [0, 1]")
     flag("--lambda_stat", type=at_least(0, float), default=10000, help="weight of statistics matching, 0 for none")
+    flag("--timestep_range", type=int, nargs=2, metavar=("LOW", "HIGH"), help="draw from LOW to below HIGH; none: all")
 
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--max_train_steps", type=count, default=2000, help="updates of the weights; the paper: 300000")
@@ -1255,12 +1983,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--learning_rate", type=positive, default=1e-5, help="peak learning rate")
     flag("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="how it changes over the steps")
     flag("--lr_warmup_steps", type=at_least(0, int), default=0, help="steps of linear warm-up, under every schedule")
-    flag("--use_8bit_adam", action="store_true", help="bitsandbytes' AdamW, a quarter of the optimiser's memory")
+    flag("--optimizer", choices=OPTIMIZERS, default="adamw", help="torch's or bitsandbytes'")
+    flag("--use_8bit_adam", action="store_true", help="--optimizer adamw8bit: a quarter of the optimiser's memory")
     flag("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
     flag("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
     flag("--adam_weight_decay", type=at_least(0, float), default=1e-2, help="weight decay")
     flag("--adam_epsilon", type=float, default=1e-8, help="epsilon of Adam")
     flag("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to this norm")
+    flag("--ema", type=positive, nargs="?", const=0.9999, metavar="DECAY", help="write averaged weights")
+    flag("--early_stopping_patience", type=count, metavar="N", help="stop after N validations without a new best")
     flag("--seed", type=int, default=0, help="decides order, noise, timesteps and the LoRA's start")
 
     flag = parser.add_argument_group("memory and precision").add_argument
@@ -1268,6 +1999,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--gradient_checkpointing", action="store_true", help="less memory, slower steps")
     flag("--enable_xformers_memory_efficient_attention", action="store_true", help="needs CUDA")
     flag("--channels_last", action=argparse.BooleanOptionalAction, default=True, help="memory layout of the U-Net")
+    flag("--compile", action="store_true", help="torch.compile the U-Net: minutes at the start, faster steps")
 
     flag = parser.add_argument_group("validation").add_argument
     flag("--validation_steps", type=count, default=500, help="steps between validations; there is one at the end")
@@ -1283,6 +2015,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--resume_from_checkpoint", help="a checkpoint's folder, or latest")
     flag("--checkpointing_steps", type=count, default=500, help="steps between checkpoints")
     flag("--checkpoints_total_limit", type=count, help="keep only the newest so many")
+    flag("--export_kohya", action="store_true", help="write the LoRA for ComfyUI and A1111 as well")
     flag("--logging_steps", type=count, default=10, help="steps that logged metrics are averaged over")
     flag("--report_to", default="auto", help="a tracker of accelerate's, none, or auto: tensorboard if installed")
     # fmt: on
@@ -1293,6 +2026,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args = parser.parse_args(argv)
     args.height, args.width = args.height or args.resolution, args.width or args.resolution
     args.lora_alpha = args.lora_alpha or args.rank
+    args.encoded_dir = args.encoded_dir or str(Path(args.output_dir, "cache"))
+    if args.use_8bit_adam:
+        args.optimizer = "adamw8bit"
     if args.dataset_name is not None:
         args.train_data_dir = None
     refuse_impossible(parser, args)
@@ -1301,18 +2037,27 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def refuse_impossible(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Combinations that cannot work are told before anything is loaded."""
-    if not 0 <= args.label_smoothing < 0.5:
-        parser.error("--label_smoothing must lie in [0, 0.5)")
-    if args.label_smoothing and args.loss_type != "sigmoid":
-        parser.error("--label_smoothing needs --loss_type sigmoid")
-    if args.height % 8 or args.width % 8:
-        parser.error("--resolution, --height and --width must be multiples of 8")
-    if args.mixed_precision == "fp16" and not torch.cuda.is_available():
-        parser.error("--mixed_precision fp16 needs a GPU")
-    if args.enable_xformers_memory_efficient_attention and not torch.cuda.is_available():
-        parser.error("--enable_xformers_memory_efficient_attention needs CUDA")
-    if args.overwrite and args.resume_from_checkpoint:
-        parser.error("--overwrite starts anew, --resume_from_checkpoint carries on: set one")
+    gpu, low_high = torch.cuda.is_available(), args.timestep_range or (0, 1)
+    wrong = {
+        "--label_smoothing must lie in [0, 0.5)": not 0 <= args.label_smoothing < 0.5,
+        "--winner_safeguard must lie in [0, 1]": (args.winner_safeguard or 0) > 1,
+        "--validation_share must be below 1": args.validation_share >= 1,
+        "--ema must be below 1": (args.ema or 0) >= 1,
+        "--timestep_range needs 0 <= LOW < HIGH": not 0 <= low_high[0] < low_high[1],
+        "--resolution, --height and --width must be multiples of 8": args.height % 8 or args.width % 8,
+        "--freeze_unet needs --train_text_encoder": args.freeze_unet and not args.train_text_encoder,
+        "--freeze_unet and --full_unet contradict each other": args.freeze_unet and args.full_unet,
+        "--initial_unet needs --full_unet": args.initial_unet and not args.full_unet,
+        "--export_kohya needs a LoRA: set --train_text_encoder or leave --full_unet out": args.export_kohya
+        and args.full_unet and not args.train_text_encoder,
+        "--mixed_precision fp16 needs a GPU": args.mixed_precision == "fp16" and not gpu,
+        "--enable_xformers_memory_efficient_attention needs CUDA": not gpu
+        and args.enable_xformers_memory_efficient_attention,
+        "--overwrite starts anew, --resume_from_checkpoint carries on: set one": args.overwrite
+        and args.resume_from_checkpoint,
+    }  # fmt: skip
+    for told in (told for told, is_wrong in wrong.items() if is_wrong):
+        parser.error(told)
 
 
 def cli(argv: list[str] | None = None) -> None:

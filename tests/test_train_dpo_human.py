@@ -124,16 +124,82 @@ def test_loss_equals_both_public_formulas():
     assert ours.item() == pytest.approx(-torch.nn.functional.logsigmoid(inside).mean().item())
 
 
-@pytest.mark.parametrize("options", [("sigmoid", 0.0), ("sigmoid", 0.1), ("hinge", 0.0), ("ipo", 0.0)])
-def test_loss_lowers_the_winners_error_and_raises_the_losers(options):
+@pytest.mark.parametrize("label", [1.0, 0.9, 0.6])
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+def test_loss_lowers_the_winners_error_and_raises_the_losers(loss_type, label):
     values = [0.01 * error for error in errors()]
 
     def loss(err_w, err_l):
-        return trainer.dpo_loss(err_w, err_l, values[2], values[3], 10, *options)[0].item()
+        return trainer.dpo_loss(err_w, err_l, values[2], values[3], 1, loss_type, label)[0].item()
 
     h = 1e-6
     assert loss(values[0] + h, values[1]) > loss(values[0] - h, values[1])
     assert loss(values[0], values[1] + h) < loss(values[0], values[1] - h)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
+def test_a_label_below_a_half_turns_the_sign_and_a_tie_pulls_back_to_the_reference(loss_type):
+    zero = torch.zeros(1, dtype=torch.float64)
+
+    def slope(margin: float, label: float) -> float:
+        h = 1e-7
+        above, below = (trainer.dpo_loss(zero, m + zero, zero, zero, 10, loss_type, label)[0].item()
+                        for m in (margin + h, margin - h))  # fmt: skip
+        return (above - below) / (2 * h)
+
+    assert slope(0, 0.1) > 0 > slope(0, 0.9)
+    assert slope(0, 0.5) == pytest.approx(0, abs=1e-6)
+    assert slope(0.2, 0.5) > 0 > slope(-0.2, 0.5)
+
+
+def test_label_smoothing_equals_the_conservative_dpo_formula():
+    err_w, err_l, ref_err_w, ref_err_l = errors()
+    ours, margin = trainer.dpo_loss(err_w, err_l, ref_err_w, ref_err_l, 25, label=torch.full((8,), 0.9))
+    logits = 25 * margin
+    theirs = -0.9 * torch.nn.functional.logsigmoid(logits) - 0.1 * torch.nn.functional.logsigmoid(-logits)
+    assert ours.item() == pytest.approx(theirs.mean().item(), rel=1e-6)
+
+
+# Diffusion-SDPO: a linear model theta -> theta * input for winner and loser shows what a step does to the winner
+
+
+def winner_after_a_step(safeguarded: bool, mu: float = 0.0, seed: int = 0) -> tuple[float, float]:
+    """The winner's error before and after one small step of gradient descent in the space of outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(1, 2, 4, 4, generator=generator, dtype=torch.float64)
+    residual_w, residual_l = 0.1 * w, w + 0.1 * torch.randn(1, 2, 4, 4, generator=generator, dtype=torch.float64)
+    scale = trainer.safeguard_scale(residual_w, residual_l, mu) if safeguarded else torch.ones(1)
+    step = -residual_w + scale.item() * residual_l  # shared weights: both gradients move both outputs
+    return residual_w.square().mean().item(), (residual_w + 1e-3 * step).square().mean().item()
+
+
+def test_the_safeguard_keeps_the_winners_error_from_rising():
+    before, after = winner_after_a_step(safeguarded=False)
+    assert after > before  # plain Diffusion-DPO: the aligned loser drags the winner along
+    before, after = winner_after_a_step(safeguarded=True)
+    assert after == pytest.approx(before, rel=1e-4)
+    before, after = winner_after_a_step(safeguarded=True, mu=0.5)
+    assert after < before
+
+
+def test_the_safeguards_factor_is_the_closed_form_and_1_where_gradients_oppose():
+    g_w, g_l = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    g_l = g_l + torch.tensor([3.0, -3.0, 0.0]).view(3, 1, 1, 1) * g_w
+    scale = trainer.safeguard_scale(g_w, g_l, 0.25)
+    for i in range(3):
+        inner = (g_w[i] * g_l[i]).sum().item()
+        expected = min(1, 0.75 * g_w[i].square().sum().item() / inner) if inner > 0 else 1
+        assert scale[i].item() == pytest.approx(expected, rel=1e-5)
+    assert scale[0] < 1
+    assert scale[1] == 1
+
+
+def test_scaling_a_gradient_leaves_the_value():
+    x = torch.tensor([2.0, 3.0], requires_grad=True)
+    y = trainer.scale_gradient(x.square(), torch.tensor([0.5, 0.0]))
+    y.sum().backward()
+    assert y.tolist() == [4, 9]
+    assert x.grad.tolist() == [2, 0]
 
 
 def test_ipo_is_smallest_at_its_margin():
@@ -157,17 +223,29 @@ def test_predict_x0_inverts_add_noise(prediction_type):
     torch.testing.assert_close(trainer.predict_x0(target, x_t, alpha_bar, prediction_type), x_0, atol=2e-5, rtol=1e-4)
 
 
-def statistics_loss(x0: torch.Tensor, ref_x0: torch.Tensor, t: int) -> float:
-    alpha_bar = DDPMScheduler(beta_schedule="scaled_linear").alphas_cumprod
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
+SCHEDULES = {
+    "sd": DDPMScheduler(**SD),
+    "400 steps": DDPMScheduler(**SD, num_train_timesteps=400),
+    "zero terminal snr": DDPMScheduler(**SD, rescale_betas_zero_snr=True),
+}
+
+
+def statistics_loss(x0: torch.Tensor, ref_x0: torch.Tensor, t: int, schedule: str = "sd") -> float:
+    alpha_bar = SCHEDULES[schedule].alphas_cumprod
     before = alpha_bar[t - 1] if t else torch.tensor(1.0)
-    count = len(x0)
-    return trainer.statistics_matching_loss(x0, ref_x0, alpha_bar[t].expand(count), before.expand(count)).item()
+    means = (value.mean(dim=(2, 3)) for value in (x0, ref_x0))
+    return trainer.statistics_matching_loss(*means, alpha_bar[t].expand(len(x0)), before.expand(len(x0))).item()
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("t", [0, 1, 162, 999])
-def test_statistics_loss_is_that_of_the_schedulers_own_step(prediction_type, t):
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type, clip_sample=False)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("t", [0, 1, 162, -1])
+def test_statistics_loss_is_that_of_the_schedulers_own_step(schedule, prediction_type, t):
+    scheduler = DDPMScheduler.from_config(SCHEDULES[schedule].config, prediction_type=prediction_type)
+    t = t % scheduler.config.num_train_timesteps
+    if prediction_type == "epsilon" and scheduler.alphas_cumprod[t] == 0:
+        pytest.skip("no image follows from epsilon there; the trainer refuses it")
     x_t, ours, theirs = torch.randn(3, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     steps = [
         scheduler.step(prediction, t, x_t, generator=torch.Generator().manual_seed(5)).prev_sample.double()
@@ -176,7 +254,7 @@ def test_statistics_loss_is_that_of_the_schedulers_own_step(prediction_type, t):
     expected = (steps[0].mean((2, 3)) - steps[1].mean((2, 3))).square().sum(1).mean().item()
     alpha_bar = scheduler.alphas_cumprod[t].expand(3)
     x0 = [trainer.predict_x0(prediction, x_t, alpha_bar, prediction_type) for prediction in (ours, theirs)]
-    assert statistics_loss(*x0, t) == pytest.approx(expected, rel=2e-3)
+    assert statistics_loss(*x0, t, schedule) == pytest.approx(expected, rel=3e-3)
 
 
 def test_statistics_loss_ignores_the_order_of_pixels_and_sees_a_shift():
@@ -189,17 +267,25 @@ def test_statistics_loss_ignores_the_order_of_pixels_and_sees_a_shift():
 # ---- Draws ----------------------------------------------------------------------------------------------------------
 
 
-def test_draws_are_functions_of_seed_and_position():
-    noise, t = trainer.draw(0, "train", range(8), (2, 4, 4), 1000)
-    again, t_again = trainer.draw(0, "train", range(4, 8), (2, 4, 4), 1000)
+def test_draws_are_functions_of_seed_pair_and_visit():
+    visits = [(row, visit) for row in range(4) for visit in range(2)]
+    noise, t = trainer.draw(0, "train", visits, (2, 4, 4), (0, 1000))
+    again, t_again = trainer.draw(0, "train", visits[4:], (2, 4, 4), (0, 1000))
     assert torch.equal(noise[4:], again)
     assert torch.equal(t[4:], t_again)
+    assert len(set(noise[:, 0, 0, 0].tolist())) == 8
     for other in (
-        trainer.draw(1, "train", range(8), (2, 4, 4), 1000),
-        trainer.draw(0, "x", range(8), (2, 4, 4), 1000),
+        trainer.draw(1, "train", visits, (2, 4, 4), (0, 1000)),
+        trainer.draw(0, "x", visits, (2, 4, 4), (0, 1000)),
     ):
         assert not torch.equal(noise, other[0])
         assert not torch.equal(t, other[1])
+
+
+def test_timesteps_are_uniform_in_their_range():
+    _, t = trainer.draw(0, "train", [(row, 0) for row in range(2000)], (1,), (900, 1000))
+    assert (t.min().item(), t.max().item()) == (900, 999)
+    assert t.float().mean().item() == pytest.approx(949.5, abs=4 * 28.9 / 2000**0.5)
 
 
 def test_ranks_and_micro_batches_share_out_the_positions():
@@ -208,11 +294,34 @@ def test_ranks_and_micro_batches_share_out_the_positions():
     assert [position for part in where for position in part] == list(range(24))
 
 
+def pairs_in_buckets(counts: list[int], per_step: int) -> trainer.Pairs:
+    bucket = np.repeat(np.arange(len(counts)), counts)
+    latents = [torch.zeros(count, 2, 4, 2 + i, 2) for i, count in enumerate(counts)]
+    place = np.concatenate([np.arange(count) for count in counts])
+    total = sum(counts)
+    return trainer.Pairs(
+        latents, bucket, place, torch.ones(total), torch.zeros(total, 6, dtype=torch.long), place, [], {}, per_step
+    )
+
+
 def test_every_epoch_sees_every_pair_once():
-    rows = trainer.rows_at(0, range(30), 10)
-    epochs = [rows[:10], rows[10:20], rows[20:]]
+    pairs = pairs_in_buckets([10], 4)
+    visits = trainer.visits_at(0, range(30), pairs)
+    epochs = [[row for row, epoch in visits if epoch == e] for e in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_with_buckets_a_step_has_one_size_and_an_epoch_every_pair():
+    pairs = pairs_in_buckets([7, 2, 9], 4)
+    length = 8 + 4 + 12
+    visits = trainer.visits_at(0, range(2 * length), pairs)
+    assert {epoch for _, epoch in visits[:length]} == {0}
+    assert {row for row, _ in visits[:length]} == set(range(18))
+    for start in range(0, 2 * length, 4):
+        assert len({pairs.bucket[row] for row, _ in visits[start : start + 4]}) == 1
+    batch = trainer.make_batch(pairs, visits[:4], torch.zeros(4, 4, 2, 2), torch.zeros(4), torch.device("cpu"))
+    assert batch.x_0.shape[0] == 8
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
@@ -229,7 +338,7 @@ def test_a_run_writes_what_it_promises(finished):
     names = {path.name for path in finished.iterdir()}
     assert names == {
         *("pytorch_lora_weights.safetensors", "README.md", "metrics.jsonl", "training_settings.json"),
-        *("validation.png", "checkpoint-4", "checkpoint-6", "cache"),
+        *("validation.png", "validation", "checkpoint-4", "checkpoint-6", "cache"),
     }  # fmt: skip
     logged, held_out = read_metrics(finished)[-2:]
     assert {*trainer.METRICS, "grad_norm", "lr", "pairs_per_second", "step"} == logged.keys()
@@ -379,7 +488,7 @@ def test_latents_of_the_data_set_are_used_where_they_fit(data, tmp_path, capsys)
 def test_winners_come_first(data):
     splits = trainer.load_splits(trainer.parse_args(["--train_data_dir", str(data)]))
     assert splits["train"].winner.tolist() == [1, 0] * 5
-    assert splits["train"].num_ties == 0
+    assert splits["train"].dropped == {}
 
 
 def test_a_named_data_set_is_read_by_its_split(data, tmp_path, capsys):
@@ -442,7 +551,6 @@ BAD_FLAGS = {
     "--rank: must be at least 1": {"rank": 0},
     "--beta_dpo: must be above 0": {"beta_dpo": -1},
     "--lambda_stat: must be at least 0": {"lambda_stat": -1},
-    "--label_smoothing needs --loss_type sigmoid": {"label_smoothing": 0.1, "loss_type": "ipo"},
     "--label_smoothing must lie in": {"label_smoothing": 0.5},
     "multiples of 8": {"resolution": 65},
     "needs a GPU": {"mixed_precision": "fp16"},
