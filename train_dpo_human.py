@@ -1493,6 +1493,8 @@ def save_weights(run: Run) -> None:
         prefix = "unet." if name == "unet" else f"text_encoders.{name}."
         own = whole and {key[len(prefix) :]: value for key, value in whole.items() if key.startswith(prefix)}
         state, config = get_peft_model_state_dict(module, state_dict=own), module.peft_config["default"]
+        if name != "unet":  # transformers 5 has no text_model level any more, everybody's files have
+            state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in state.items()}
         layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(state)
         layers[f"{name}_lora_adapter_metadata"] = config.to_dict()
         kohya |= kohya_weights(name, state, config.lora_alpha, two_encoders=hasattr(run.pipe, "text_encoder_2"))
