@@ -1780,12 +1780,12 @@ def measure_beforehand(run: Run) -> Run:
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[list[str]]:
+def stop_signals() -> Iterator[list[signal.Signals]]:
     """Collects SIGTERM and SIGINT, so that the step can be finished; a second one ends the program at once."""
-    caught: list[str] = []
+    caught: list[signal.Signals] = []
 
     def catch(number: int, _frame: Any) -> None:
-        caught.append(signal.Signals(number).name)
+        caught.append(signal.Signals(number))
         signal.signal(number, previous[number])
 
     previous = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -1837,11 +1837,10 @@ def train(run: Run, first_step: int) -> dict[str, float]:
             if stopped or step % args.checkpointing_steps == 0:
                 save_checkpoint(run, step)
             if stopped and not is_last:
-                accelerator.print(
-                    f"\nstopped by {signals[0] if signals else 'a signal'} after step {step}; it is saved: the same "
-                    "command with --resume_from_checkpoint latest carries on"
-                )
-                sys.exit(143)
+                number = signals[0] if signals else signal.SIGTERM  # another process caught it
+                told = "it is saved: the same command with --resume_from_checkpoint latest carries on"
+                accelerator.print(f"\nstopped by {number.name} after step {step}; {told}")
+                sys.exit(128 + number)
             if validate_now and any_process(accelerator, accelerator.is_main_process and no_longer_improves(args)):
                 accelerator.print(f"\nheld-out accuracy no longer improves: stopped early, after step {step}")
                 break

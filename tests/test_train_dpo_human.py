@@ -95,6 +95,10 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
+def killed(*_) -> None:
+    raise KeyboardInterrupt
+
+
 def read_metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
 
@@ -381,11 +385,23 @@ def test_alpha_reaches_the_pipeline(data, tmp_path):
     assert (config.r, config.lora_alpha) == (2, 6)
 
 
-@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 2}, {"full_unet": True}, {"use_8bit_adam": True}])
-def test_a_resumed_run_equals_an_uninterrupted_one(data, tmp_path, options):
+RESUMED = {
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "whole U-Net, averaged": {"full_unet": True, "ema": 0.9},
+    "text encoder": {"train_text_encoder": True, "text_encoder_rank": 2, "precompute_reference": 1},
+    "8-bit Adam": {"use_8bit_adam": True, "lr_scheduler": "cosine"},
+}
+
+
+@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED.keys())
+def test_a_resumed_run_equals_an_uninterrupted_one(data, tmp_path, monkeypatch, options):
     options = options | {"learning_rate": 1e-4, "logging_steps": 1}
     whole = train(data, tmp_path / "whole", **options)
-    train(data, tmp_path / "parts", **options, max_train_steps=3)
+    own = trainer.optimisation_step
+    monkeypatch.setattr(trainer, "optimisation_step", lambda run, step: killed() if step == 3 else own(run, step))
+    with pytest.raises(KeyboardInterrupt):
+        train(data, tmp_path / "parts", **options)
+    monkeypatch.undo()
     parts = train(data, tmp_path / "parts", **options, resume_from_checkpoint="latest")
     assert_equal(whole, parts)
     logged = [
@@ -410,6 +426,63 @@ def test_kill_9_leaves_complete_checkpoints_and_resume_gives_the_uninterrupted_w
         assert {path.name for path in checkpoint.iterdir()} == {"model.safetensors", "state.pt", "run.json"}
     assert_equal(whole, train(data, killed, **settings, resume_from_checkpoint="latest"))
     assert not list(killed.glob("*.partial"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_leaves_and_latest_carries_on(data, tmp_path, monkeypatch, capsys, number):
+    settings = {"checkpointing_steps": 99, "logging_steps": 1}
+    whole = train(data, tmp_path / "whole", **settings)
+    own = trainer.optimisation_step
+
+    def signalled(run, step):
+        if step == 1:
+            os.kill(os.getpid(), number)
+        return own(run, step)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "optimisation_step", signalled)
+        with pytest.raises(SystemExit) as stop:
+            train(data, tmp_path / "parts", **settings)
+    assert stop.value.code == 128 + number
+    assert f"stopped by {number.name} after step 2" in capsys.readouterr().out
+    assert [path.name for path in trainer.checkpoints(tmp_path / "parts")] == ["checkpoint-2"]
+    assert signal.getsignal(number) == before
+    assert_equal(whole, train(data, tmp_path / "parts", **settings, resume_from_checkpoint="latest"))
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
+    import resource
+
+    settings = {"max_train_steps": 4, "checkpointing_steps": 2, "checkpoints_total_limit": 1}
+    own, limits = trainer.write_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_a_full_disk(run, step, folder):
+        if step == 4:  # no file may grow beyond 50 kB
+            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        try:
+            own(run, step, folder)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(trainer, "write_checkpoint", on_a_full_disk)
+    with pytest.raises(
+        trainer.UserError, match=r"cannot write .*checkpoint-4: .* \(last complete checkpoint: checkpoint-2\)"
+    ):
+        train(data, tmp_path / "run", **settings)
+    assert [path.name for path in trainer.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert not list((tmp_path / "run").glob("*.partial"))
+    monkeypatch.undo()
+    assert_equal(train(data, tmp_path / "run", **settings, resume_from_checkpoint="latest"),
+                 train(data, tmp_path / "whole", **settings))  # fmt: skip
+
+
+def test_early_stopping_waits_for_its_patience(data, tmp_path, capsys):
+    settings = {"max_train_steps": 9, "validation_steps": 1, "learning_rate": 1e-12, "early_stopping_patience": 2}
+    train(data, tmp_path / "run", **settings)  # nothing improves
+    steps = [line["step"] for line in read_metrics(tmp_path / "run") if "validation/loss" in line]
+    assert steps == [1, 2, 3]
+    assert "stopped early, after step 3" in capsys.readouterr().out
 
 
 def test_the_full_unet_loads_and_differs_from_the_base(data, tmp_path):
