@@ -128,6 +128,12 @@ FREE_SETTINGS = {  # a run that is carried on may change these
     "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "encoded_dir", "export_kohya",
     "early_stopping_patience",
 }
+NOT_OF_THE_REFERENCE = {  # settings that change the training, but not what the reference predicts
+    "beta_dpo", "loss_type", "label_smoothing", "soft_labels", "ties", "winner_safeguard", "lambda_stat", "optimizer",
+    "learning_rate", "lr_scheduler", "lr_warmup_steps", "use_8bit_adam", "adam_beta1", "adam_beta2", "ema",
+    "adam_weight_decay", "adam_epsilon", "max_grad_norm", "rank", "lora_alpha", "text_encoder_rank", "compile",
+    "precompute_reference", "max_train_steps",
+}
 # fmt: on
 
 
@@ -363,7 +369,7 @@ def optimisation_step(run: Run, step: int) -> Tensor:
                 norm = gradient_norm(run)
                 trusted = total[0] if accelerator.scaler else total[0] + norm  # a scaler mends overflow by itself
                 if any_process(accelerator, ~torch.isfinite(trusted)):
-                    raise UserError(not_finite(step, [row for row, _ in seen], torch.cat(margins)))
+                    raise UserError(not_finite(step, [int(pairs.index[row]) for row, _ in seen], torch.cat(margins)))
             run.optimizer.step()
             run.optimizer.zero_grad()
     run.lr_scheduler.step()
@@ -377,8 +383,8 @@ def not_finite(step: int, rows: list[int], margins: Tensor) -> str:
     guilty = [row for row, finite in zip(rows, margins.isfinite().tolist(), strict=True) if not finite]
     told = ", ".join(map(str, sorted(set(guilty or rows))))
     return (
-        f"loss or gradient not finite in step {step + 1}, pairs {told} (counted without those left out); the weights "
-        "were not touched: carry on from the last checkpoint with a lower --learning_rate, with bf16, or without them"
+        f"loss or gradient not finite in step {step + 1}, rows {told} of the data; the weights were not touched: "
+        "carry on from the last checkpoint with a lower --learning_rate, with bf16, or without these rows"
     )
 
 
@@ -442,16 +448,7 @@ def measure_reference(run: Run, name: str) -> Tensor:
         rows, index = [row for row, _ in visits], [visit for _, visit in visits]
         values[index, rows] = torch.cat([measured.err_w[:, None], measured.err_l[:, None], measured.mu_w], 1).cpu()
 
-    parts = (
-        "seed",
-        "reference",
-        "initial_lora",
-        "initial_unet",
-        "train_batch_size",
-        "timestep_range",
-        "channels_last",
-    )
-    key = hash_of({part: run.identity.get(part) for part in (*parts, "mixed_precision", "data", "model")}, draws)
+    key = hash_of({part: value for part, value in run.identity.items() if part not in NOT_OF_THE_REFERENCE}, draws)
     shape = (draws, len(pairs.bucket), 2 + run.pipe.vae.config.latent_channels)
     path = Path(args.encoded_dir, f"reference-{name}-{key}.bin")
     title = f"measuring the reference on {name}"
@@ -480,9 +477,12 @@ LAYOUTS = (
 
 class Split(NamedTuple):
     """The pairs of one split that are kept: `winner[i]` is 0 or 1, the side of row i that was preferred, `label[i]`
-    the probability that it is the better one; `dropped` counts the others by reason; paths start at `folder`."""
+    the probability that it is the better one; `index[i]` its row in the data set; `dropped` counts the others by
+    reason; paths start at `folder`."""
 
+    name: str
     rows: Dataset
+    index: np.ndarray
     layout: Layout
     winner: np.ndarray
     label: np.ndarray
@@ -494,6 +494,10 @@ class Split(NamedTuple):
         pair = self.rows.select_columns([self.layout.image_0, self.layout.image_1])[row]
         sides = (pair[self.layout.image_0], pair[self.layout.image_1])
         return tuple(image_bytes(sides[side], self.folder) for side in (self.winner[row], 1 - self.winner[row]))
+
+    def where(self, row: int) -> str:
+        """The row's name in messages."""
+        return f"split {self.name!r}, row {self.index[row]}"
 
     @property
     def captions(self) -> list[str]:
@@ -627,7 +631,8 @@ def decide(name: str, rows: Dataset, args: argparse.Namespace) -> Split:
     folder = Path(args.train_data_dir or "")
     folder = folder.parent if folder.is_file() else folder
     winner = (label[keep] == 0).astype(int)
-    return Split(rows.select(keep), layout, winner, sure[keep].astype(np.float32), dropped, folder.absolute())
+    label = sure[keep].astype(np.float32)
+    return Split(name, rows.select(keep), keep, layout, winner, label, dropped, folder.absolute())
 
 
 def read_margins(name: str, rows: Dataset, args: argparse.Namespace) -> np.ndarray:
@@ -649,8 +654,8 @@ def hold_out(split: Split, share: float) -> dict[str, Split]:
 
     def part(keep: np.ndarray, dropped: dict[str, int]) -> Split:
         keep = np.flatnonzero(keep)
-        rows, winner, label = split.rows.select(keep), split.winner[keep], split.label[keep]
-        return split._replace(rows=rows, winner=winner, label=label, dropped=dropped)
+        arrays = {"index": split.index[keep], "winner": split.winner[keep], "label": split.label[keep]}
+        return split._replace(rows=split.rows.select(keep), dropped=dropped, **arrays)
 
     return {"train": part(~held, split.dropped), "validation": part(held, {})}
 
@@ -663,20 +668,21 @@ class Pairs:
     """What training reads of a split, N pairs: scaled latents in fp16, winners first, all of one size in a bucket.
 
     latents: a tensor (n, 2, C, h, w) for each bucket; bucket, place (N,): which of them, and where in it;
-    label (N,); time_ids (N, 6), SDXL: original size, crop and target size in pixels; caption (N,): the row of
-    `captions` and of `embeddings`, (number of captions, ...) each, None where the text encoder is trained;
+    index (N,): the row of the data set; label (N,); time_ids (N, 6), SDXL: original size, crop and target size in
+    pixels; caption (N,): the row of `captions` and of `embeddings`, None where the text encoder is trained;
     reference (K, N, 2 + C): `Measured` at K draws, or None; per_step: the pairs of one update.
     """
 
     latents: list[Tensor]
     bucket: np.ndarray
     place: np.ndarray
+    index: np.ndarray
     label: Tensor
     time_ids: Tensor
-    caption: np.ndarray
-    captions: list[str]
-    embeddings: dict[str, Tensor] | None
     per_step: int
+    caption: np.ndarray | None = None
+    captions: list[str] | None = None
+    embeddings: dict[str, Tensor] | None = None
     reference: Tensor | None = None
 
 
@@ -748,9 +754,9 @@ def open_image(data: bytes, where: str) -> Image.Image:
         raise UserError(f"{where}: not a readable image ({first_line(error)})") from error
 
 
-def measure_images(split: Split, name: str, sizes: Tensor, row: int) -> None:
+def measure_images(split: Split, sizes: Tensor, row: int) -> None:
     """Writes (height, width) of both images of a row to `sizes` (N, 2, 2); they have to differ and to be readable."""
-    where = f"split {name!r}, row {row}"
+    where = split.where(row)
     try:
         images = split.images(row)
     except OSError as error:
@@ -815,22 +821,16 @@ def why_latents_do_not_fit(split: Split, vae_hash: str, shape: tuple[int, ...]) 
 
 @torch.no_grad()
 def encode_latents(
-    split: Split,
-    name: str,
-    rows: np.ndarray,
-    size: tuple[int, int],
-    pipe: DiffusionPipeline,
-    latents: Tensor,
-    item: int,
+    split: Split, rows: np.ndarray, size: tuple[int, int], pipe: DiffusionPipeline, latents: Tensor, item: int
 ) -> None:
     """latents[item] (2, C, h, w) of the pair in rows[item]: the VAE's mean for each image, winner first."""
-    where = f"split {name!r}, row {rows[item]}"
+    where = split.where(rows[item])
     pixels = torch.stack([to_pixels(data, size, where) for data in split.images(int(rows[item]))])
     posterior = pipe.vae.encode(pixels.to(pipe.vae.device)).latent_dist
     latents[item] = (posterior.mode() * pipe.vae.config.scaling_factor).to("cpu", latents.dtype)
 
 
-def copy_latents(split: Split, name: str, rows: np.ndarray, latents: Tensor, item: int) -> None:
+def copy_latents(split: Split, rows: np.ndarray, latents: Tensor, item: int) -> None:
     """latents[item] (2, C, h, w) from the columns latents_0 and latents_1 of the pair in rows[item], winner first."""
     row = int(rows[item])
     pair = split.rows.select_columns(["latents_0", "latents_1"])[row]
@@ -838,7 +838,7 @@ def copy_latents(split: Split, name: str, rows: np.ndarray, latents: Tensor, ite
         values = np.frombuffer(pair[f"latents_{side}"], dtype=np.float16)
         if len(values) != latents[item, position].numel():
             told = f"latents_{side} holds {len(values)} numbers, not {list(latents.shape[2:])}"
-            raise UserError(f"split {name!r}, row {row}: {told}")
+            raise UserError(f"{split.where(row)}: {told}")
         latents[item, position] = torch.from_numpy(values.copy()).view(latents.shape[2:])
 
 
@@ -851,43 +851,52 @@ def data_key(split: Split) -> str:
     return hash_of(*key)
 
 
-def prepare_split(
-    name: str, split: Split, vae_hash: str, pipe: DiffusionPipeline, args: argparse.Namespace, accelerator: Accelerator
-) -> Pairs:
-    """A split's sizes, buckets and latents, each from its cache where there is one; captions are still missing.
+def prepare_latents(
+    split: Split, rows: np.ndarray, size: tuple[int, int], pipe: DiffusionPipeline, vae_hash: str, folder: Path,
+    accelerator: Accelerator,
+) -> Tensor:  # fmt: skip
+    """The latents (n, 2, C, h, w) of a split's rows: the data set's own where they fit, else the VAE's."""
+    shape = (pipe.vae.config.latent_channels, *(side // pipe.vae_scale_factor for side in size))
+    reason = why_latents_do_not_fit(split, vae_hash, shape)
+    path = folder / f"latents-{split.name}-{hash_of(data_key(split), size, vae_hash, reason is None)}.bin"
+    fill = partial(copy_latents, split, rows)
+    if reason is not None:
+        fill = partial(encode_latents, split, rows, size, pipe)
+        if not path.is_file():
+            told = f"{len(rows)} {split.name} pairs of {size[0]} x {size[1]} go through the VAE"
+            accelerator.print(f"latents:   {told} ({reason})")
+    title = f"{'reading' if reason is None else 'encoding'} {split.name}"
+    return cached_tensor(accelerator, path, (len(rows), 2, *shape), torch.float16, len(rows), fill, title)
 
-    Latents are the data set's own where they fit, else the VAE's.
-    """
-    folder, key, count = Path(args.encoded_dir), data_key(split), len(split.rows)
-    sizes = cached_tensor(
-        accelerator, folder / f"sizes-{name}-{key}.bin", (count, 2, 2), torch.int32, count,
-        partial(measure_images, split, name), f"checking {name}",
-    ).numpy()  # fmt: skip
+
+def prepare_split(
+    split: Split, vae_hash: str, pipe: DiffusionPipeline, args: argparse.Namespace, accelerator: Accelerator
+) -> Pairs:
+    """A split's sizes, buckets and latents, each from its cache where there is one; captions are still missing."""
+    folder, count = Path(args.encoded_dir), len(split.rows)
+    path, fill = folder / f"sizes-{split.name}-{data_key(split)}.bin", partial(measure_images, split)
+    title = f"checking {split.name}"
+    sizes = cached_tensor(accelerator, path, (count, 2, 2), torch.int32, count, fill, title)[:, 0].tolist()
     targets = [(args.height, args.width)] * count
     if args.aspect_ratio_buckets:
-        targets = [bucket_size(*winner, args.resolution) for winner in sizes[:, 0].tolist()]
+        targets = [bucket_size(*size, args.resolution) for size in sizes]
     buckets = sorted(set(targets))
     bucket = np.array([buckets.index(target) for target in targets])
     place, latents = np.zeros(count, dtype=int), []
-    for index, size in enumerate(buckets):
-        rows = np.flatnonzero(bucket == index)
+    for number, size in enumerate(buckets):
+        rows = np.flatnonzero(bucket == number)
         place[rows] = np.arange(len(rows))
-        shape = (pipe.vae.config.latent_channels, *(side // pipe.vae_scale_factor for side in size))
-        reason = why_latents_do_not_fit(split, vae_hash, shape)
-        if reason is None:
-            fill, title = partial(copy_latents, split, name, rows), f"reading {name} latents"
-        else:
-            accelerator.print(f"latents: {len(rows)} {name} pairs of {size[0]} x {size[1]} through the VAE ({reason})")
-            fill, title = partial(encode_latents, split, name, rows, size, pipe), f"encoding {name}"
-        path = folder / f"latents-{name}-{hash_of(key, size, vae_hash, reason is None)}.bin"
-        shape = (len(rows), 2, *shape)
-        latents.append(cached_tensor(accelerator, path, shape, torch.float16, len(rows), fill, title))
-    boxes = [crop_box(*winner, target)[1:] for winner, target in zip(sizes[:, 0].tolist(), targets, strict=True)]
-    time_ids = torch.tensor(np.hstack([sizes[:, 0], boxes, targets]))
+        latents.append(prepare_latents(split, rows, size, pipe, vae_hash, folder, accelerator))
+    boxes = [crop_box(*size, target)[1:] for size, target in zip(sizes, targets, strict=True)]
     return Pairs(
-        latents, bucket, place, torch.from_numpy(split.label), time_ids, np.zeros(count, dtype=int), [], None,
-        pairs_per_step(args, accelerator),
-    )  # fmt: skip
+        latents=latents,
+        bucket=bucket,
+        place=place,
+        index=split.index,
+        label=torch.from_numpy(split.label),
+        time_ids=torch.tensor(np.hstack([sizes, boxes, targets])),
+        per_step=pairs_per_step(args, accelerator),
+    )
 
 
 def encode_captions(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
@@ -1707,7 +1716,7 @@ def prepare_data(
 ) -> tuple[dict[str, Pairs], Validation]:
     """Every split as Pairs, and what validation draws; the VAE leaves the device, frozen text encoders the memory."""
     vae_hash = weights_hash(pipe.vae)
-    pairs = {name: prepare_split(name, split, vae_hash, pipe, args, accelerator) for name, split in splits.items()}
+    pairs = {name: prepare_split(split, vae_hash, pipe, args, accelerator) for name, split in splits.items()}
     pipe.vae.to("cpu")
     prompts = validation_prompts(splits, args)
     captions = {name: split.captions for name, split in splits.items()}

@@ -304,7 +304,16 @@ def pairs_in_buckets(counts: list[int], per_step: int) -> trainer.Pairs:
     place = np.concatenate([np.arange(count) for count in counts])
     total = sum(counts)
     return trainer.Pairs(
-        latents, bucket, place, torch.ones(total), torch.zeros(total, 6, dtype=torch.long), place, [], {}, per_step
+        latents,
+        bucket,
+        place,
+        place,
+        torch.ones(total),
+        torch.zeros(total, 6, dtype=torch.long),
+        per_step,
+        place,
+        [],
+        {},
     )
 
 
