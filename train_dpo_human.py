@@ -84,7 +84,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve e
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -513,11 +513,11 @@ def image_bytes(value: Any, folder: Path) -> bytes:
 
 def rows_of_folders(folder: Path) -> list[dict[str, str]]:
     """Pairs written as NAME/w/1.png, NAME/l/1.png and a caption in NAME/1.caption or .txt (beside w, or in it)."""
-    rows = []
-    for winner in sorted(
-        path for path in folder.glob("**/w/*") if path.suffix.lower() in Image.registered_extensions()
-    ):
-        loser = next(iter(sorted(winner.parent.with_name("l").glob(f"{glob.escape(winner.stem)}.*"))), None)
+    rows, suffixes = [], Image.registered_extensions()
+    for winner in sorted(path for path in folder.glob("**/w/*") if path.suffix.lower() in suffixes):
+        losers = winner.parent.with_name("l").glob(f"{glob.escape(winner.stem)}.*")
+        losers = sorted(path for path in losers if path.stem == winner.stem and path.suffix.lower() in suffixes)
+        loser = next(iter(losers), None)
         texts = [place / f"{winner.stem}{end}" for place in winner.parents[:2] for end in (".caption", ".txt")]
         text = next((path for path in texts if path.is_file()), None)
         if loser is None or text is None:
@@ -556,10 +556,13 @@ def read_source(args: argparse.Namespace) -> dict[str, Dataset]:
             }
         if path.is_dir():
             return read_folder(path, args.cache_dir)
-        kind = {".jsonl": "json"}.get(path.suffix, path.suffix[1:])
+        kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
+        if kind is None:
+            raise UserError(f"{path} is no json, jsonl or parquet file")
         return datasets.load_dataset(kind, data_files={"train": str(path)}, cache_dir=args.cache_dir)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(f"{args.dataset_name or path} holds no data set of pairs: {first_line(error)}") from error
+        told = first_line(error.__cause__ or error)
+        raise UserError(f"{args.dataset_name or path} holds no data set of pairs: {told}") from error
 
 
 def find_layout(name: str, rows: Dataset, args: argparse.Namespace) -> Layout:
@@ -605,13 +608,7 @@ def decide(name: str, rows: Dataset, args: argparse.Namespace) -> Split:
     for column in (layout.image_0, layout.image_1):
         if isinstance(rows.features[column], datasets.Image):
             rows = rows.cast_column(column, datasets.Image(decode=False))
-    label = np.ones(len(rows)) if layout.label_0 is None else np.array(rows[layout.label_0][:], dtype=float)
-    other = 1 - label
-    if layout.label_0 == "label_0" and "label_1" in rows.column_names:
-        other = np.array(rows["label_1"][:], dtype=float)
-    for row in np.flatnonzero(~np.isin(label, (0, 0.5, 1)) | (label + other != 1))[:1]:
-        told = f"{layout.label_0} = {label[row]:g}, {layout.label_0.replace('0', '1')} = {other[row]:g}"
-        raise UserError(f"split {name!r}, row {row}: {told}, not (1, 0), (0, 1) or a tie (0.5, 0.5)")
+    label = read_labels(name, rows, layout.label_0)
     for row, caption in enumerate(rows[layout.caption]):
         if not isinstance(caption, str):
             raise UserError(f"split {name!r}, row {row}: the {layout.caption} is {caption!r}, not a text")
@@ -635,13 +632,37 @@ def decide(name: str, rows: Dataset, args: argparse.Namespace) -> Split:
     return Split(name, rows.select(keep), keep, layout, winner, label, dropped, folder.absolute())
 
 
+def read_labels(name: str, rows: Dataset, column: str | None) -> np.ndarray:
+    """1 where the first image won, 0, or 0.5 for a tie (N,); the column for the second image has to agree."""
+    if column is None:
+        return np.ones(len(rows))
+    label, second = read_numbers(name, rows, column), column.replace("0", "1")
+    other = 1 - label
+    if second != column and second in rows.column_names:
+        other = read_numbers(name, rows, second)
+    if column == "prefer_0":  # invoke-training: a vote for neither
+        label, other = (np.where(label + other == 0, 0.5, side) for side in (label, other))
+    for row in np.flatnonzero(~np.isin(label, (0, 0.5, 1)) | (label + other != 1))[:1]:
+        told = f"{column} = {label[row]:g}, {second} = {other[row]:g}"
+        raise UserError(f"split {name!r}, row {row}: {told}, not (1, 0), (0, 1) or a tie (0.5, 0.5)")
+    return label
+
+
+def read_numbers(name: str, rows: Dataset, column: str) -> np.ndarray:
+    """A column of numbers or booleans (N,); None becomes nan."""
+    for row, value in enumerate(rows[column]):
+        if not isinstance(value, (int, float, type(None))):
+            raise UserError(f"split {name!r}, row {row}: {column} is {value!r}, not a number")
+    return np.array(rows[column][:], dtype=float)
+
+
 def read_margins(name: str, rows: Dataset, args: argparse.Namespace) -> np.ndarray:
     """The score margins (N,) of a split."""
     if args.margin_column not in rows.column_names:
         raise UserError(
             f"split {name!r} has no column {args.margin_column} for --min_margin or --soft_labels: set --margin_column"
         )
-    margin = np.array(rows[args.margin_column][:], dtype=float)
+    margin = read_numbers(name, rows, args.margin_column)
     for row in np.flatnonzero(~np.isfinite(margin))[:1]:
         raise UserError(f"split {name!r}, row {row}: {args.margin_column} is {margin[row]}, not a number")
     return margin
@@ -709,10 +730,13 @@ def cached_tensor(
 ) -> Tensor:
     """The memory-mapped tensor in the file `path`. Where it is not there yet, the processes share its items out,
     `fill(tensor, item)` each; a start after an interruption goes on with the items that are missing."""
-    if not path.is_file():
+    if not path.is_file() or path.stat().st_size != math.prod(shape) * dtype.itemsize:
         unfinished, done = path.with_suffix(".partial"), path.with_suffix(".done")
         if accelerator.is_main_process:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot write to --encoded_dir {path.parent}: {error.strerror}") from error
             for file, size in ((unfinished, math.prod(shape) * dtype.itemsize), (done, num_items)):
                 reserve(file, size)
         accelerator.wait_for_everyone()
@@ -735,23 +759,26 @@ def cached_tensor(
 
 def reserve(file: Path, size: int) -> None:
     """Makes sure that a file has its full size on the disk: writing to a memory map of a full disk would crash."""
-    with file.open("ab") as handle:
-        try:
+    try:
+        with file.open("ab") as handle:
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(handle.fileno(), 0, size)
             else:
                 handle.truncate(size)
-        except OSError as error:
-            file.unlink()
-            raise UserError(f"{file} needs {size / 2**30:.1f} GiB: {error.strerror}; see --encoded_dir") from error
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        raise UserError(f"{file} needs {size / 2**30:.1f} GiB: {error.strerror}; see --encoded_dir") from error
 
 
 def open_image(data: bytes, where: str) -> Image.Image:
-    """Reads the header alone; the pixels come with the first use."""
+    """Reads the header; the pixels come with the first use."""
     try:
-        return Image.open(io.BytesIO(data))
-    except (OSError, TypeError) as error:
-        raise UserError(f"{where}: not a readable image ({first_line(error)})") from error
+        image = Image.open(io.BytesIO(data))
+        image.getexif()
+    except Exception as error:  # Pillow's plugins raise all kinds
+        told = "no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
+        raise UserError(f"{where}: not a readable image ({told})") from error
+    return image
 
 
 def measure_images(split: Split, sizes: Tensor, row: int) -> None:
@@ -788,9 +815,10 @@ def crop_box(height: int, width: int, size: tuple[int, int]) -> tuple[float, int
 
 def to_pixels(data: bytes, size: tuple[int, int], where: str) -> Tensor:
     """An image resized and centre-cropped to (height, width): (3, height, width) in [-1, 1]."""
+    image = open_image(data, where)
     try:
-        image = ImageOps.exif_transpose(open_image(data, where)).convert("RGB")
-    except OSError as error:  # cut short
+        image = ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # cut short
         raise UserError(f"{where}: not a readable image ({first_line(error)})") from error
     image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
@@ -811,7 +839,10 @@ def why_latents_do_not_fit(split: Split, vae_hash: str, shape: tuple[int, ...]) 
     metadata = split.folder / "preference_data.json"
     if "latents_0" not in split.rows.column_names or not metadata.is_file():
         return "the data set has none"
-    made = json.loads(metadata.read_text()).get("latents") or {}
+    try:
+        made = json.loads(metadata.read_text()).get("latents") or {}
+    except ValueError as error:
+        raise UserError(f"{metadata} cannot be read: {first_line(error)}") from error
     if made.get("vae_hash") != vae_hash:
         return "the data set's come from another VAE"
     if tuple(made.get("shape", ())) != shape:
@@ -835,18 +866,18 @@ def copy_latents(split: Split, rows: np.ndarray, latents: Tensor, item: int) -> 
     row = int(rows[item])
     pair = split.rows.select_columns(["latents_0", "latents_1"])[row]
     for position, side in enumerate((split.winner[row], 1 - split.winner[row])):
-        values = np.frombuffer(pair[f"latents_{side}"], dtype=np.float16)
-        if len(values) != latents[item, position].numel():
-            told = f"latents_{side} holds {len(values)} numbers, not {list(latents.shape[2:])}"
+        values = pair[f"latents_{side}"] or b""
+        if len(values) != 2 * latents[item, position].numel():
+            told = f"latents_{side} holds {len(values) / 2:g} numbers, not {list(latents.shape[2:])}"
             raise UserError(f"{split.where(row)}: {told}")
-        latents[item, position] = torch.from_numpy(values.copy()).view(latents.shape[2:])
+        latents[item, position] = torch.frombuffer(bytearray(values), dtype=torch.float16).view(latents.shape[2:])
 
 
 def data_key(split: Split) -> str:
     """Changes with the rows, their order and winners, and with the files of a data set that holds paths."""
     key = [split.rows._fingerprint, split.winner.tolist()]
-    if str(split.rows.features[split.layout.image_0].dtype) == "string":
-        paths = (split.folder / value for name in split.layout[:2] for value in split.rows[name])
+    if getattr(split.rows.features[split.layout.image_0], "dtype", None) in ("string", "large_string"):
+        paths = (split.folder / value for name in split.layout[:2] for value in split.rows[name] if value)
         key += [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
     return hash_of(*key)
 
@@ -1043,6 +1074,12 @@ def check_model(name: str, needs: str) -> None:
         raise UserError(f"no such model folder: {name}")
 
 
+def check_stage(flag: str, name: str) -> None:
+    """Refuses an earlier stage that is neither there nor named like one on the hub."""
+    if not (Path(name).exists() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
+        raise UserError(f"{flag} {name}: no such file or folder")
+
+
 def load_model(args: argparse.Namespace, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline in `dtype`, but for the VAE, and with --full_unet the U-Net, which are fp32; no safety checker."""
     from diffusers import DiffusionPipeline
@@ -1056,10 +1093,15 @@ def load_model(args: argparse.Namespace, dtype: torch.dtype) -> DiffusionPipelin
         pipe = DiffusionPipeline.from_pretrained(
             args.pretrained_model_name_or_path, variant=args.variant, torch_dtype=dtypes, **source, **unchecked
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of diffusers, transformers, safetensors
         raise UserError(f"cannot load {args.pretrained_model_name_or_path}: {first_line(error)}") from error
-    if not hasattr(pipe, "unet"):
-        raise UserError(f"{type(pipe).__name__} has no U-Net: SD 1.x, SD 2.x and SDXL can be trained")
+    missing = [part for part in ("unet", "vae", "text_encoder") if getattr(pipe, part, None) is None]
+    if missing:
+        raise UserError(f"{type(pipe).__name__} has no {', '.join(missing)}: SD 1.x, SD 2.x and SDXL can be trained")
+    channels = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if channels[0] != channels[1]:
+        told = f"the U-Net reads {channels[0]} channels, the VAE writes {channels[1]}"
+        raise UserError(f"{told}: models for inpainting and the like cannot be trained")
     if args.height % pipe.vae_scale_factor or args.width % pipe.vae_scale_factor:
         raise UserError(f"{args.height} x {args.width} are not multiples of the VAE's {pipe.vae_scale_factor}")
     freeze(*(module for module in pipe.components.values() if isinstance(module, torch.nn.Module)))
@@ -1146,23 +1188,25 @@ def train_lora(module: torch.nn.Module, rank: int, alpha: float, layers: list[st
 
 def load_initial_unet(pipe: DiffusionPipeline, args: argparse.Namespace) -> None:
     """The U-Net of an earlier stage, in diffusers' layout, takes the base model's place."""
+    check_stage("--initial_unet", args.initial_unet)
     folder = Path(args.initial_unet)
     folder = folder / "unet" if (folder / "unet").is_dir() else folder
     try:
         unet = type(pipe.unet).from_pretrained(folder, torch_dtype=pipe.unet.dtype)
         pipe.unet.load_state_dict(unet.state_dict())
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:
         raise UserError(f"--initial_unet {args.initial_unet} does not fit: {first_line(error)}") from error
 
 
 def load_initial_lora(pipe: DiffusionPipeline, args: argparse.Namespace) -> None:
     """The LoRA of an earlier stage: where training starts ("default") and, with --reference initial, a frozen second
     copy that the policy is measured against ("reference"). For --full_unet it is merged into the weights."""
+    check_stage("--initial_lora", args.initial_lora)
     names = ["default", "reference"] if args.reference == "initial" and not args.full_unet else ["default"]
     try:
         for name in names:
             pipe.load_lora_weights(args.initial_lora, adapter_name=name)
-    except (OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
+    except Exception as error:
         raise UserError(f"--initial_lora {args.initial_lora} does not fit: {first_line(error)}") from error
     if not adapted(pipe):
         raise UserError(f"--initial_lora {args.initial_lora} holds no LoRA for this model")
@@ -1244,6 +1288,7 @@ def draw_images(run: Run, unet: torch.nn.Module) -> list[Image.Image]:
     """One image for each validation prompt by `unet`; prompt and seed decide the noise, so that models compare."""
     args, pipe, prompts = run.args, run.pipe, run.validation.prompts
     own, pipe.unet = pipe.unet, unet
+    pipe.vae.to(unet.device)
     text = run.validation.text or {"prompt": prompts}
     with run.accelerator.autocast():
         latents = pipe(
@@ -1257,7 +1302,6 @@ def draw_images(run: Run, unet: torch.nn.Module) -> list[Image.Image]:
         ).images
     pipe.unet = own
     # one by one and in fp32: SDXL's VAE overflows in fp16
-    pipe.vae.to(latents.device)
     decoded = [pipe.vae.decode(x_0[None].float() / pipe.vae.config.scaling_factor).sample for x_0 in latents]
     pipe.vae.to("cpu")
     return [pipe.image_processor.postprocess(pixels)[0] for pixels in decoded]
@@ -1324,7 +1368,8 @@ def draw_validation(run: Run, step: int) -> None:
 
 def first_line(error: BaseException) -> str:
     """What a library's error says, without its stack of advice."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
 
 def hash_of(*parts: Any) -> str:
@@ -1467,6 +1512,8 @@ def load_checkpoint(run: Run, folder: Path) -> int:
         weights = {} if sharded(run.accelerator) else load_file(folder / "model.safetensors")
     except Exception as error:
         raise UserError(f"{folder} cannot be read ({first_line(error)}): name an earlier checkpoint") from error
+    if saved["step"] > run.args.max_train_steps:
+        raise UserError(f"{folder} is of step {saved['step']}, past --max_train_steps {run.args.max_train_steps}")
     if sharded(run.accelerator):
         run.accelerator.load_state(str(folder / "sharded"))
     else:
@@ -1685,6 +1732,7 @@ def closing_lines(args: argparse.Namespace, latest: dict[str, float]) -> str:
 def start_accelerator(args: argparse.Namespace) -> Accelerator:
     """accelerate's Accelerator with the precision, accumulation and tracker asked for."""
     from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
     from accelerate.utils import (
         DistributedDataParallelKwargs,
         GradientAccumulationPlugin,
@@ -1695,6 +1743,9 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     tracker = args.report_to
     if tracker == "auto":
         tracker = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
+    installed = ["none", *(str(name) for name in get_available_trackers())]
+    if tracker not in installed:
+        raise UserError(f"--report_to {tracker} is not installed: there are {', '.join(installed)}")
     set_seed(args.seed)  # the adapters start the same on every process; all other draws have their own seeds
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
@@ -1739,7 +1790,11 @@ def prepare_data(
 def make_optimizer(parameters: list[Tensor], args: argparse.Namespace) -> torch.optim.Optimizer:
     """The optimiser of OPTIMIZERS; beta 1 and 2, epsilon and torch's fused kernel where it has them."""
     module, _, name = OPTIMIZERS[args.optimizer].rpartition(".")
-    maker = getattr(importlib.import_module(module), name)
+    try:
+        maker = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        told = f"--optimizer {args.optimizer} needs {module.partition('.')[0]}"
+        raise UserError(f"{told}: {first_line(error)}") from error
     known = inspect.signature(maker).parameters
     settings = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
     if "betas" in known and len(known["betas"].default) == 2:
@@ -1968,7 +2023,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--caption_column", help="column of the captions; known: caption, prompt")
     flag("--margin_column", default="margin", help="column of the winner's lead in score")
     flag("--max_train_samples", type=count, help="use the first so many rows")
-    flag("--min_margin", type=float, help="leave out pairs whose lead in score is smaller")
+    flag("--min_margin", type=at_least(-math.inf, float), help="leave out pairs whose lead in score is smaller")
     flag("--validation_share", type=at_least(0, float), default=0.0, help="hold out so many captions, without a split")
     flag("--resolution", type=count, default=512, help="height and width; images are resized and cropped to it")
     flag("--height", type=count, help="height, where it is not --resolution")
@@ -1998,11 +2053,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
     flag("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
     flag("--adam_weight_decay", type=at_least(0, float), default=1e-2, help="weight decay")
-    flag("--adam_epsilon", type=float, default=1e-8, help="epsilon of Adam")
+    flag("--adam_epsilon", type=at_least(0, float), default=1e-8, help="epsilon of Adam")
     flag("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to this norm")
     flag("--ema", type=positive, nargs="?", const=0.9999, metavar="DECAY", help="write averaged weights")
     flag("--early_stopping_patience", type=count, metavar="N", help="stop after N validations without a new best")
-    flag("--seed", type=int, default=0, help="decides order, noise, timesteps and the LoRA's start")
+    flag("--seed", type=at_least(0, int), default=0, help="decides order, noise, timesteps and the LoRA's start")
 
     flag = parser.add_argument_group("memory and precision").add_argument
     flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="none: what `accelerate config` says")
@@ -2053,6 +2108,10 @@ def refuse_impossible(parser: argparse.ArgumentParser, args: argparse.Namespace)
         "--winner_safeguard must lie in [0, 1]": (args.winner_safeguard or 0) > 1,
         "--validation_share must be below 1": args.validation_share >= 1,
         "--ema must be below 1": (args.ema or 0) >= 1,
+        "--adam_beta1 and --adam_beta2 must lie in [0, 1)": not all(
+            0 <= beta < 1 for beta in (args.adam_beta1, args.adam_beta2)
+        ),
+        "--seed must be below 2**32": args.seed >= 2**32,
         "--timestep_range needs 0 <= LOW < HIGH": not 0 <= low_high[0] < low_high[1],
         "--resolution, --height and --width must be multiples of 8": args.height % 8 or args.width % 8,
         "--freeze_unet needs --train_text_encoder": args.freeze_unet and not args.train_text_encoder,
@@ -2076,6 +2135,8 @@ def cli(argv: list[str] | None = None) -> None:
         main(parse_args(argv))
     except UserError as error:
         sys.exit(f"train_dpo_human.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":
