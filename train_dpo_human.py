@@ -374,7 +374,7 @@ def optimisation_step(run: Run, step: int) -> Tensor:
             run.optimizer.zero_grad()
     run.lr_scheduler.step()
     if run.ema:
-        run.ema.step(trainable(run.plain).values())
+        run.ema.step(trained_weights(run))
     return torch.cat([total / args.gradient_accumulation_steps, norm.reshape(1)])
 
 
@@ -390,10 +390,17 @@ def not_finite(step: int, rows: list[int], margins: Tensor) -> str:
 
 def gradient_norm(run: Run) -> Tensor:
     """The gradient's norm (), before it is clipped to --max_grad_norm."""
-    norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), run.args.max_grad_norm)
-    if norm is None:  # DeepSpeed clips by itself
-        return torch.zeros((), device=run.accelerator.device)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).to(run.accelerator.device)
+    norm = run.accelerator.clip_grad_norm_(trained_weights(run), run.args.max_grad_norm)
+    if hasattr(norm, "full_tensor"):  # FSDP
+        norm = norm.full_tensor()
+    return torch.as_tensor(
+        norm or 0.0, device=run.accelerator.device
+    )  # DeepSpeed, which clips by itself, may not know
+
+
+def trained_weights(run: Run) -> list[Tensor]:
+    """The tensors that the optimiser updates: with FSDP this process's shards."""
+    return [weight for group in run.optimizer.param_groups for weight in group["params"]]
 
 
 def draw_batch(run: Run, pairs: Pairs, visits: list[tuple[int, int]]) -> Batch:
@@ -1020,11 +1027,20 @@ class Policy(torch.nn.Module):
         if isinstance(text, list):
             text = encode_captions(self.pipe, text)
         text = {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in text.items()}
+        x_t = x_t.to(self.unet.conv_in.weight.dtype)
         added = None
         if "pooled_prompt_embeds" in text:  # SDXL
             added = {"text_embeds": text["pooled_prompt_embeds"], "time_ids": time_ids.repeat(2, 1)}
         embeddings = text["prompt_embeds"]
         return self.predict(x_t, t, encoder_hidden_states=embeddings, added_cond_kwargs=added, return_dict=False)[0]
+
+    def draw(self, **options: Any) -> Tensor:
+        """Latents by the pipeline's own call, with this U-Net."""
+        own, self.pipe.unet = self.pipe.unet, self.unet
+        try:
+            return self.pipe(**options, output_type="latent").images
+        finally:
+            self.pipe.unet = own
 
 
 class Validation(NamedTuple):
@@ -1147,13 +1163,15 @@ def adapted(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
     return {name: module for name, module in modules.items() if getattr(module, "peft_config", None)}
 
 
-def prepare_models(pipe: DiffusionPipeline, args: argparse.Namespace, dtype: torch.dtype) -> torch.nn.Module | None:
+def prepare_models(
+    pipe: DiffusionPipeline, args: argparse.Namespace, dtype: torch.dtype, accelerator: Accelerator
+) -> torch.nn.Module | None:
     """Makes the policy trainable, in fp32 under every precision; returns the frozen U-Net that --full_unet needs."""
     base = copy.deepcopy(pipe.unet) if args.full_unet and args.reference == "base" else None
     if args.initial_unet:
         load_initial_unet(pipe, args)
     if args.initial_lora:
-        load_initial_lora(pipe, args)
+        load_initial_lora(pipe, args, accelerator)
     frozen = None
     if args.full_unet:
         frozen = (base or copy.deepcopy(pipe.unet)).to(dtype)
@@ -1198,25 +1216,72 @@ def load_initial_unet(pipe: DiffusionPipeline, args: argparse.Namespace) -> None
         raise UserError(f"--initial_unet {args.initial_unet} does not fit: {first_line(error)}") from error
 
 
-def load_initial_lora(pipe: DiffusionPipeline, args: argparse.Namespace) -> None:
+def load_initial_lora(pipe: DiffusionPipeline, args: argparse.Namespace, accelerator: Accelerator) -> None:
     """The LoRA of an earlier stage: where training starts ("default") and, with --reference initial, a frozen second
     copy that the policy is measured against ("reference"). For --full_unet it is merged into the weights."""
     check_stage("--initial_lora", args.initial_lora)
-    names = ["default", "reference"] if args.reference == "initial" and not args.full_unet else ["default"]
     try:
-        for name in names:
-            pipe.load_lora_weights(args.initial_lora, adapter_name=name)
+        state, *others = pipe.lora_state_dict(
+            args.initial_lora, unet_config=pipe.unet.config, return_lora_metadata=True
+        )
+        for name, module in {"unet": pipe.unet, **text_encoders(pipe)}.items():
+            part = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
+            state = {key: value for key, value in state.items() if key not in part}
+            if part:
+                load_adapter(pipe, name, module, part, *others)
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"--initial_lora {args.initial_lora} does not fit: {first_line(error)}") from error
     if not adapted(pipe):
         raise UserError(f"--initial_lora {args.initial_lora} holds no LoRA for this model")
+    if state:
+        accelerator.print(
+            "lora:      its part for the text encoder is left out; --train_text_encoder would go on with it"
+        )
     if args.full_unet:
         pipe.fuse_lora(components=["unet"])
         pipe.unload_lora_weights()
-        return
+    elif args.reference == "initial":
+        for module in adapted(pipe).values():
+            add_reference(module)
     freeze(*adapted(pipe).values())
-    for module in adapted(pipe).values():
-        module.set_adapter("default")
+
+
+def load_adapter(
+    pipe: DiffusionPipeline, name: str, module: torch.nn.Module, state: dict[str, Tensor],
+    alphas: dict[str, float] | None, metadata: dict[str, Any] | None,
+) -> None:  # fmt: skip
+    """Loads the adapter "default" of one module, in fp32 whatever its weights are; every layer must find its place."""
+    from peft.tuners.lora import LoraLayer
+
+    dtype = module.dtype
+    module.float()  # diffusers would round the adapter to the module's precision
+    options = {"adapter_name": "default", "network_alphas": alphas, "metadata": metadata}
+    if name == "unet":
+        pipe.load_lora_into_unet(state, unet=module, **options)
+    else:
+        pipe.load_lora_into_text_encoder(state, text_encoder=module, prefix=name, **options)
+    for key, weight in module.named_parameters():
+        if "lora_" not in key:
+            weight.data = weight.data.to(dtype)
+    wanted = sum(key.endswith(("down.weight", "lora_A.weight")) for key in state)
+    found = sum(isinstance(layer, LoraLayer) for layer in module.modules())
+    if wanted != found:
+        raise UserError(f"only {found} of the {wanted} layers of --initial_lora's {name} are in this model")
+
+
+def add_reference(module: torch.nn.Module) -> None:
+    """Copies the adapter "default" to "reference"; "default" stays the active one."""
+    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+
+    module.add_adapter(copy.deepcopy(module.peft_config["default"]), "reference")
+    for key, weight in module.named_parameters():
+        if "lora_" in key:
+            weight.data = weight.data.float()
+    weights = get_peft_model_state_dict(module, adapter_name="default")
+    set_peft_model_state_dict(module, weights, adapter_name="reference")
+    module.set_adapter("default")
 
 
 def trainable(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -1228,18 +1293,21 @@ def trainable(module: torch.nn.Module) -> dict[str, Tensor]:
 def reference(run: Run) -> Iterator[torch.nn.Module]:
     """The frozen model that the policy is measured against: the copy of the U-Net, or the policy itself with the
     adapter of --initial_lora, or with its adapters off."""
-    modules = adapted(run.pipe).values()
-    for module in modules:
-        if "reference" in module.peft_config:
-            module.set_adapter("reference")
-        else:
-            module.disable_adapters()
-    try:
+    from peft.helpers import rescale_adapter_scale
+
+    with contextlib.ExitStack() as undo:
+        for module in adapted(run.pipe).values():
+            if "reference" in module.peft_config:
+                module.set_adapter("reference")
+                undo.callback(module.set_adapter, "default")
+            elif sharded(
+                run.accelerator
+            ):  # disable_adapters would switch off the gradients of sharded weights for good
+                undo.enter_context(rescale_adapter_scale(module, 0.0))
+            else:
+                module.disable_adapters()
+                undo.callback(module.enable_adapters)
         yield run.frozen or run.policy
-    finally:
-        for module in modules:
-            module.enable_adapters()
-            module.set_adapter("default")
 
 
 # ---- Validation -----------------------------------------------------------------------------------------------------
@@ -1248,7 +1316,7 @@ def reference(run: Run) -> Iterator[torch.nn.Module]:
 @contextlib.contextmanager
 def averaged(run: Run) -> Iterator[None]:
     """With --ema, the averaged weights instead of the latest."""
-    weights = list(trainable(run.plain).values())
+    weights = trained_weights(run)
     if run.ema:
         run.ema.store(weights)
         run.ema.copy_to(weights)
@@ -1284,23 +1352,19 @@ def validation_prompts(splits: dict[str, Split], args: argparse.Namespace) -> li
 
 
 @torch.no_grad()
-def draw_images(run: Run, unet: torch.nn.Module) -> list[Image.Image]:
-    """One image for each validation prompt by `unet`; prompt and seed decide the noise, so that models compare."""
+def draw_images(run: Run, model: Policy) -> list[Image.Image]:
+    """One image for each validation prompt by `model`; prompt and seed decide the noise, so that models compare."""
     args, pipe, prompts = run.args, run.pipe, run.validation.prompts
-    own, pipe.unet = pipe.unet, unet
-    pipe.vae.to(unet.device)
-    text = run.validation.text or {"prompt": prompts}
+    pipe.vae.to(run.accelerator.device)
     with run.accelerator.autocast():
-        latents = pipe(
-            **text,
+        latents = model.draw(
+            **(run.validation.text or {"prompt": prompts}),
             generator=[torch.Generator().manual_seed(image_seed(args.seed, prompt, 0)) for prompt in prompts],
             height=args.height,
             width=args.width,
             num_inference_steps=args.validation_inference_steps,
             guidance_scale=args.validation_guidance_scale,
-            output_type="latent",
-        ).images
-    pipe.unet = own
+        )
     # one by one and in fp32: SDXL's VAE overflows in fp16
     decoded = [pipe.vae.decode(x_0[None].float() / pipe.vae.config.scaling_factor).sample for x_0 in latents]
     pipe.vae.to("cpu")
@@ -1348,7 +1412,7 @@ def draw_validation(run: Run, step: int) -> None:
     """Writes validation/step-STEP.png and, the same, validation.png; and to the tracker."""
     if not (run.accelerator.is_main_process or sharded(run.accelerator)):
         return
-    images = draw_images(run, run.plain.unet)
+    images = draw_images(run, run.plain)
     if not run.accelerator.is_main_process:
         return
     picture = validation_picture(run.validation.images, images, run.validation.prompts)
@@ -1448,78 +1512,110 @@ def discard(folder: Path) -> None:
         shutil.rmtree(doomed)
 
 
+def fsdp(accelerator: Accelerator) -> bool:
+    """Each process holds a shard of every weight."""
+    return accelerator.distributed_type.value == "FSDP"
+
+
+def deepspeed(accelerator: Accelerator) -> bool:
+    """DeepSpeed's engine holds the optimiser, and what it updates."""
+    return accelerator.distributed_type.value == "DEEPSPEED"
+
+
 def sharded(accelerator: Accelerator) -> bool:
-    """FSDP and DeepSpeed keep a part of the weights or of the optimiser's state on each process."""
-    return accelerator.distributed_type.value in ("FSDP", "DEEPSPEED")
+    """Whether every process has to take part where a model is used or saved."""
+    return fsdp(accelerator) or deepspeed(accelerator)
+
+
+def collect_state(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The trainable weights and the optimiser's state, whole, on the CPU; with FSDP on the main process alone."""
+    if not fsdp(run.accelerator):
+        weights = {name: weight.detach().cpu().contiguous() for name, weight in trainable(run.plain).items()}
+        return weights, run.optimizer.state_dict()
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    run.policy.reshard()  # its root stays whole after a forward pass without gradients
+    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    weights = dcp.get_model_state_dict(run.policy, options=options)
+    return weights, dcp.get_optimizer_state_dict(run.policy, run.optimizer.optimizer, options=options)
+
+
+@torch.no_grad()
+def restore_state(run: Run, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
+    """Puts both back into the very tensors that the optimiser holds."""
+    if not fsdp(run.accelerator):
+        for name, weight in trainable(run.plain).items():
+            weight.copy_(weights[name])
+        run.optimizer.load_state_dict(optimizer)
+        return
+    from torch.distributed.checkpoint import state_dict as dcp
+
+    run.policy.reshard()
+    options = dcp.StateDictOptions(full_state_dict=True, strict=False)
+    dcp.set_model_state_dict(run.policy, dict(weights), options=options)
+    options = dcp.StateDictOptions(full_state_dict=True)
+    dcp.set_optimizer_state_dict(run.policy, run.optimizer.optimizer, optimizer, options=options)
 
 
 def state_of(run: Run) -> dict[str, Any]:
-    """What a checkpoint keeps beside the weights; accelerate keeps the optimiser of FSDP and DeepSpeed."""
-    optimizer = None if sharded(run.accelerator) else run.optimizer
-    parts = {
-        "lr_scheduler": run.lr_scheduler,
-        "scaler": run.accelerator.scaler,
-        "ema": run.ema,
-        "optimizer": optimizer,
-    }
+    """What else a checkpoint keeps."""
+    parts = {"lr_scheduler": run.lr_scheduler, "scaler": run.accelerator.scaler, "ema": run.ema}
     return {name: part for name, part in parts.items() if part is not None}
 
 
 def save_checkpoint(run: Run, step: int) -> None:
     """Writes checkpoint-STEP under a temporary name, renames it, and keeps the newest --checkpoints_total_limit."""
-    folder = Path(run.args.output_dir, f"checkpoint-{step}")
+    args, accelerator = run.args, run.accelerator
+    folder = Path(args.output_dir, f"checkpoint-{step}")
     unfinished = folder.with_name(f"{folder.name}.partial")
     try:
-        if run.accelerator.is_main_process:
+        if accelerator.is_main_process:
             discard(folder)
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-        run.accelerator.wait_for_everyone()
-        if sharded(run.accelerator):
-            run.accelerator.save_state(str(unfinished / "sharded"))
-        if run.accelerator.is_main_process:
-            write_checkpoint(run, step, unfinished)
+        accelerator.wait_for_everyone()
+        if deepspeed(accelerator):
+            accelerator.save_state(str(unfinished / "deepspeed"), exclude_frozen_parameters=True)
+        weights, optimizer = ({}, {}) if deepspeed(accelerator) else collect_state(run)
+        if accelerator.is_main_process:
+            write_checkpoint(run, step, unfinished, weights, optimizer)
             unfinished.rename(folder)
     except Exception as error:  # a full disk: safetensors, torch.save and open() each have their own
         shutil.rmtree(unfinished, ignore_errors=True)
-        kept = next((path.name for path in reversed(checkpoints(run.args.output_dir))), "none")
+        kept = next((path.name for path in reversed(checkpoints(args.output_dir))), "none")
         raise UserError(f"cannot write {folder}: {first_line(error)} (last complete checkpoint: {kept})") from error
-    if run.accelerator.is_main_process and run.args.checkpoints_total_limit is not None:
-        others = [path for path in checkpoints(run.args.output_dir) if path != folder]
-        for path in others[: max(0, len(others) + 1 - run.args.checkpoints_total_limit)]:
+    if accelerator.is_main_process and args.checkpoints_total_limit is not None:
+        others = [path for path in checkpoints(args.output_dir) if path != folder]
+        for path in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
             discard(path)
-    run.accelerator.wait_for_everyone()
+    accelerator.wait_for_everyone()
 
 
-def write_checkpoint(run: Run, step: int, folder: Path) -> None:
+def write_checkpoint(run: Run, step: int, folder: Path, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
     """The trainable weights, all state, and what the run is."""
     from safetensors.torch import save_file
 
-    if not sharded(run.accelerator):
-        weights = {name: weight.detach().cpu().contiguous() for name, weight in trainable(run.plain).items()}
-        save_file(weights, folder / "model.safetensors")
+    save_file(weights, folder / "model.safetensors")
     states = {name: part.state_dict() for name, part in state_of(run).items()}
-    torch.save({"step": step, **states}, folder / "state.pt")
+    torch.save({"step": step, "optimizer": optimizer, **states}, folder / "state.pt")
     (folder / "run.json").write_text(json.dumps(run.identity, indent=2))
 
 
 def load_checkpoint(run: Run, folder: Path) -> int:
-    """Puts weights and state back into the very tensors that the optimiser holds; returns the number of steps done."""
+    """Goes back to a checkpoint; returns the number of steps done."""
     from safetensors.torch import load_file
 
     try:
         saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-        weights = {} if sharded(run.accelerator) else load_file(folder / "model.safetensors")
+        weights = load_file(folder / "model.safetensors")
     except Exception as error:
         raise UserError(f"{folder} cannot be read ({first_line(error)}): name an earlier checkpoint") from error
     if saved["step"] > run.args.max_train_steps:
         raise UserError(f"{folder} is of step {saved['step']}, past --max_train_steps {run.args.max_train_steps}")
-    if sharded(run.accelerator):
-        run.accelerator.load_state(str(folder / "sharded"))
+    if deepspeed(run.accelerator):
+        run.accelerator.load_state(str(folder / "deepspeed"), load_module_strict=False)
     else:
-        with torch.no_grad():
-            for name, weight in trainable(run.plain).items():
-                weight.copy_(weights[name])
+        restore_state(run, weights, saved["optimizer"])
     for name, part in state_of(run).items():
         part.load_state_dict(saved[name])
     if run.ema:
@@ -1533,6 +1629,7 @@ def load_checkpoint(run: Run, folder: Path) -> int:
 def save_weights(run: Run) -> None:
     """Writes what `pipeline.load_lora_weights` or, in unet/, `UNet2DConditionModel.from_pretrained` loads; with
     --export_kohya also what ComfyUI and A1111 load."""
+    from diffusers import UNet2DConditionModel
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
@@ -1542,8 +1639,11 @@ def save_weights(run: Run) -> None:
     if not run.accelerator.is_main_process:
         return
     if args.full_unet:
-        own = whole and {name[5:]: value for name, value in whole.items() if name.startswith("unet.")}
-        run.plain.unet.save_pretrained(Path(args.output_dir, "unet"), state_dict=own)
+        unet = run.plain.unet
+        if whole:
+            unet = UNet2DConditionModel.from_config(unet.config)
+            unet.load_state_dict({name[5:]: value for name, value in whole.items() if name.startswith("unet.")})
+        unet.save_pretrained(Path(args.output_dir, "unet"))
     layers, kohya = {}, {}
     for name, module in adapted(run.pipe).items():
         prefix = "unet." if name == "unet" else f"text_encoders.{name}."
@@ -1560,7 +1660,10 @@ def save_weights(run: Run) -> None:
         from safetensors.torch import save_file
 
         name = Path(args.output_dir).resolve().name
-        save_file(kohya, Path(args.output_dir, f"{name}.kohya.safetensors"), {"modelspec.title": name})
+        kind = {"ss_base_model_version": "sdxl_base_v1-0"} if hasattr(run.pipe, "text_encoder_2") else {}
+        if run.plain.unet.config.cross_attention_dim == 1024:
+            kind = {"ss_v2": "True"}  # A1111 shows what it takes for SD 1 by default to SD 1 models alone
+        save_file(kohya, Path(args.output_dir, f"{name}.kohya.safetensors"), {"format": "pt", **kind})
 
 
 def kohya_weights(name: str, state: dict[str, Tensor], alpha: float, two_encoders: bool) -> dict[str, Tensor]:
@@ -1757,9 +1860,32 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         # SDXL does not read the last layer of its first text encoder
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)],
     )
-    if accelerator.state.deepspeed_plugin:  # it would look for the batch size in a data loader
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = args.train_batch_size
+    if deepspeed(accelerator):  # it reads all this from its own configuration
+        accelerator.state.deepspeed_plugin.deepspeed_config |= {
+            "train_micro_batch_size_per_gpu": args.train_batch_size,
+            "gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "gradient_clipping": args.max_grad_norm,
+        }
+    if fsdp(accelerator):
+        prepare_fsdp(accelerator, args)
     return accelerator
+
+
+def prepare_fsdp(accelerator: Accelerator, args: argparse.Namespace) -> None:
+    """FSDP 2 with sums and outputs in fp32; refuses what does not know it."""
+    if not accelerator.is_fsdp2:
+        raise UserError("FSDP needs fsdp_version: 2 in accelerate's configuration")
+    if "bit" in args.optimizer:
+        raise UserError(f"--optimizer {args.optimizer} does not work with FSDP: leave it out")
+    if args.ema is not None:
+        raise UserError("--ema does not work with FSDP: leave it out")
+    args.channels_last = False  # FSDP takes no other layout
+    if accelerator.mixed_precision == "bf16":
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
+        )
 
 
 def prepare_data(
@@ -1835,8 +1961,8 @@ def measure_beforehand(run: Run) -> Run:
     if "validation" in run.pairs:
         run.pairs["validation"].reference = measure_reference(run, "validation")
     if run.accelerator.is_main_process or sharded(run.accelerator):
-        with reference(run) as model:
-            run.validation.images.extend(draw_images(run, run.accelerator.unwrap_model(model).unet))
+        with reference(run):
+            run.validation.images.extend(draw_images(run, run.frozen or run.plain))
     if not run.args.precompute_reference:
         return run
     run.pairs["train"].reference = measure_reference(run, "train")
@@ -1927,13 +2053,15 @@ def main(args: argparse.Namespace) -> None:
 
     pipe.to(accelerator.device)
     pairs, validation = prepare_data(splits, pipe, args, accelerator)
-    frozen_unet = prepare_models(pipe, args, dtype)
+    frozen_unet = prepare_models(pipe, args, dtype, accelerator)
     plain = Policy(pipe, pipe.unet, args.train_text_encoder, args.compile)
     frozen = frozen_unet and Policy(pipe, frozen_unet, args.train_text_encoder, args.compile)
     weights = list(trainable(plain).values())
     optimizer = make_optimizer(weights, args)
     lr_scheduler = make_lr_scheduler(optimizer, args)
     policy, optimizer = accelerator.prepare(plain, optimizer)
+    if fsdp(accelerator):
+        torch.distributed.fsdp.register_fsdp_forward_method(policy, "draw")
     run = Run(
         args, accelerator, pipe, policy, plain, frozen, schedule, pairs, optimizer, lr_scheduler,
         make_ema(weights, args), validation, identity,

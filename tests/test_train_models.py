@@ -6,8 +6,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers import UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file
 from test_train_dpo_human import PIPELINE, assert_equal, data, make_rows, read_metrics, train, write_data  # noqa: F401
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -203,9 +208,7 @@ def test_every_optimiser_takes_a_step(optimizer, tmp_path):
     weight = torch.nn.Parameter(torch.ones(64, 128))
     args = trainer.parse_args(["--optimizer", optimizer, "--learning_rate", "0.01"])
     chosen = trainer.make_optimizer([weight], args)
-    assert f"{type(chosen).__module__}.{type(chosen).__name__}".startswith(
-        trainer.OPTIMIZERS[optimizer].split(".")[0]
-    )
+    assert f"{type(chosen).__module__}.{type(chosen).__name__}".startswith(trainer.OPTIMIZERS[optimizer].split(".")[0])
     if "paged" in optimizer:
         pytest.skip("paged memory needs a GPU")
     weight.grad = torch.ones_like(weight)
