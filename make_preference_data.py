@@ -406,7 +406,7 @@ def count_long_prompts(pipe: DiffusionPipeline, prompts: list[str]) -> int:
 
 
 def weights_hash(*modules: torch.nn.Module) -> str:
-    """sha256 over the weights as fp16, so that it is the same in whichever precision they were loaded."""
+    """sha256 over the weights as fp16, so that it is the same whether they were loaded in fp16 or fp32."""
     digest = hashlib.sha256()
     for module in modules:
         for name, value in sorted(module.state_dict().items()):

@@ -54,11 +54,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import copy
+import datetime
 import glob
 import hashlib
 import importlib
 import importlib.metadata
-import inspect
 import io
 import json
 import logging
@@ -72,6 +72,7 @@ import tempfile
 import textwrap
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -256,14 +257,14 @@ def positions(step: int, micro_step: int, rank: int, args: argparse.Namespace, n
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, pairs: Pairs) -> np.ndarray:
     """The order of the pairs in one epoch, which the seed decides. With several buckets every step's pairs come from
-    one of them, and the last step of a bucket is filled up from its start."""
+    one of them: what is left over waits for another epoch's order, and a bucket of less than a step is repeated."""
     generator = np.random.default_rng((seed, epoch))
     if len(pairs.latents) == 1:
         return generator.permutation(len(pairs.bucket))
     steps = []
     for bucket in range(len(pairs.latents)):
         rows = generator.permutation(np.flatnonzero(pairs.bucket == bucket))
-        steps += list(np.resize(rows, (-(-len(rows) // pairs.per_step), pairs.per_step)))
+        steps += list(np.resize(rows, (max(1, len(rows) // pairs.per_step), pairs.per_step)))
     return np.concatenate([steps[i] for i in generator.permutation(len(steps))])
 
 
@@ -273,7 +274,7 @@ def visits_at(seed: int, positions: range, pairs: Pairs) -> list[tuple[int, int]
     return [(int(epoch_order(seed, p // length, pairs)[p % length]), p // length) for p in positions]
 
 
-def draw(
+def draw_noise(
     seed: int, stream: str, visits: list[tuple[int, int]], shape: tuple[int, ...], timesteps: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """The noise (B, *shape) and the timesteps (B,), uniform in [low, high), of each (pair, visit); on the CPU."""
@@ -352,7 +353,7 @@ def any_process(accelerator: Accelerator, flag: bool | Tensor) -> bool:
 def optimisation_step(run: Run, step: int) -> Tensor:
     """Updates the weights from --gradient_accumulation_steps micro-batches; METRICS and the gradient's norm.
 
-    Waits for the device once, to see that loss and gradient are finite before they reach the weights.
+    Waits for the device once an update, to see that loss and gradient are finite before they reach the weights.
     """
     args, accelerator, pairs = run.args, run.accelerator, run.pairs["train"]
     total, seen, margins = torch.zeros(len(METRICS), device=accelerator.device), [], []
@@ -366,8 +367,9 @@ def optimisation_step(run: Run, step: int) -> Tensor:
             total, seen, margins = total + torch.stack(list(metrics.values())), seen + visits, [*margins, margin]
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = gradient_norm(run)
-                trusted = total[0] if accelerator.scaler else total[0] + norm  # a scaler mends overflow by itself
+                norm = clip_gradients(run)
+                # fp16 has a scaler, which mends overflow in the gradient by itself
+                trusted = total[0] if accelerator.mixed_precision == "fp16" else total[0] + norm
                 if any_process(accelerator, ~torch.isfinite(trusted)):
                     raise UserError(not_finite(step, [int(pairs.index[row]) for row, _ in seen], torch.cat(margins)))
             run.optimizer.step()
@@ -388,14 +390,13 @@ def not_finite(step: int, rows: list[int], margins: Tensor) -> str:
     )
 
 
-def gradient_norm(run: Run) -> Tensor:
-    """The gradient's norm (), before it is clipped to --max_grad_norm."""
+def clip_gradients(run: Run) -> Tensor:
+    """Clips the gradient to --max_grad_norm; returns its norm () before that."""
     norm = run.accelerator.clip_grad_norm_(trained_weights(run), run.args.max_grad_norm)
     if hasattr(norm, "full_tensor"):  # FSDP
         norm = norm.full_tensor()
-    return torch.as_tensor(
-        norm or 0.0, device=run.accelerator.device
-    )  # DeepSpeed, which clips by itself, may not know
+    # DeepSpeed clips by itself, and may not know
+    return torch.as_tensor(0.0 if norm is None else norm, device=run.accelerator.device)
 
 
 def trained_weights(run: Run) -> list[Tensor]:
@@ -410,7 +411,7 @@ def draw_batch(run: Run, pairs: Pairs, visits: list[tuple[int, int]]) -> Batch:
         visits = [(row, epoch % args.precompute_reference) for row, epoch in visits]
     timesteps = args.timestep_range or (0, num_timesteps)
     shape = pairs.latents[pairs.bucket[visits[0][0]]].shape[2:]
-    noise, t = draw(args.seed, "train", visits, shape, timesteps)
+    noise, t = draw_noise(args.seed, "train", visits, shape, timesteps)
     return make_batch(pairs, visits, noise, t, run.accelerator.device)
 
 
@@ -419,7 +420,7 @@ def held_out_batch(run: Run, visits: list[tuple[int, int]]) -> Batch:
     args, pairs = run.args, run.pairs["validation"]
     low, high = args.timestep_range or (0, len(run.schedule.alpha_bar))
     shape = pairs.latents[pairs.bucket[visits[0][0]]].shape[2:]
-    noise, _ = draw(args.seed, "validation", visits, shape, (low, high))
+    noise, _ = draw_noise(args.seed, "validation", visits, shape, (low, high))
     t = torch.tensor([low + (2 * i + 1) * (high - low) // (2 * args.validation_draws) for _, i in visits])
     return make_batch(pairs, visits, noise, t, run.accelerator.device)
 
@@ -438,28 +439,34 @@ def held_out_visits(run: Run) -> list[list[tuple[int, int]]]:
 @torch.no_grad()
 def measure_reference(run: Run, name: str) -> Tensor:
     """The reference's `Measured` (draws, N, 2 + C) of a split, kept in a cache: on training draws for
-    --precompute_reference, in training's own micro-batches, so that not a bit differs from measuring in the step."""
+    --precompute_reference, in the micro-batches of training's first K epochs, so that not a bit differs there."""
     args, accelerator, pairs = run.args, run.accelerator, run.pairs[name]
+    size = args.train_batch_size
     if name == "validation":
         draws, batches, make = args.validation_draws, held_out_visits(run), held_out_batch
+        num_items, visits_of = len(batches), batches.__getitem__
     else:
-        draws, size, length = args.precompute_reference, args.train_batch_size, len(epoch_order(args.seed, 0, pairs))
-        starts = range(0, draws * length, size)
-        batches = [visits_at(args.seed, range(i, min(i + size, draws * length)), pairs) for i in starts]
-        make = partial(draw_batch, pairs=pairs)
+        draws, make = args.precompute_reference, partial(draw_batch, pairs=pairs)
+        length = draws * len(epoch_order(args.seed, 0, pairs))
+        num_items = -(-length // size)
+
+        def visits_of(item: int) -> list[tuple[int, int]]:
+            return visits_at(args.seed, range(item * size, min((item + 1) * size, length)), pairs)
 
     def fill(values: Tensor, item: int) -> None:
         with accelerator.autocast(), reference(run) as model:
-            visits = batches[item]
+            visits = visits_of(item)
             measured, _ = measure_errors(run, model, make(run, visits=visits))
         rows, index = [row for row, _ in visits], [visit for _, visit in visits]
         values[index, rows] = torch.cat([measured.err_w[:, None], measured.err_l[:, None], measured.mu_w], 1).cpu()
 
-    key = hash_of({part: value for part, value in run.identity.items() if part not in NOT_OF_THE_REFERENCE}, draws)
+    key = hash_of(
+        {part: value for part, value in run.identity.items() if part not in NOT_OF_THE_REFERENCE}, draws, size
+    )
     shape = (draws, len(pairs.bucket), 2 + run.pipe.vae.config.latent_channels)
     path = Path(args.encoded_dir, f"reference-{name}-{key}.bin")
     title = f"measuring the reference on {name}"
-    return cached_tensor(accelerator, path, shape, torch.float32, len(batches), fill, title)
+    return cached_tensor(accelerator, path, shape, torch.float32, num_items, fill, title)
 
 
 # ---- Data: where pairs come from ------------------------------------------------------------------------------------
@@ -484,11 +491,12 @@ LAYOUTS = (
 
 class Split(NamedTuple):
     """The pairs of one split that are kept: `winner[i]` is 0 or 1, the side of row i that was preferred, `label[i]`
-    the probability that it is the better one; `index[i]` its row in the data set; `dropped` counts the others by
-    reason; paths start at `folder`."""
+    the probability that it is the better one, `index[i]` its row in the data set; `sides` are its two image columns
+    alone, `dropped` counts the other rows by reason; paths start at `folder`."""
 
     name: str
     rows: Dataset
+    sides: Dataset
     index: np.ndarray
     layout: Layout
     winner: np.ndarray
@@ -498,7 +506,7 @@ class Split(NamedTuple):
 
     def images(self, row: int) -> tuple[bytes, bytes]:
         """The encoded images of a row, winner first."""
-        pair = self.rows.select_columns([self.layout.image_0, self.layout.image_1])[row]
+        pair = self.sides[row]
         sides = (pair[self.layout.image_0], pair[self.layout.image_1])
         return tuple(image_bytes(sides[side], self.folder) for side in (self.winner[row], 1 - self.winner[row]))
 
@@ -601,6 +609,8 @@ def load_splits(args: argparse.Namespace) -> dict[str, Split]:
         splits["validation"] = decide("validation", loaded["validation"], args)
     elif args.validation_share:
         splits = hold_out(splits["train"], args.validation_share)
+    if args.early_stopping_patience is not None and not ("validation" in splits and len(splits["validation"].rows)):
+        raise UserError("--early_stopping_patience needs held-out pairs: set --validation_share")
     if len(splits["train"].rows) == 0:
         told = ", ".join(f"{count} {reason}" for reason, count in splits["train"].dropped.items())
         raise UserError(f"no pairs to train on ({told or 'the split is empty'})")
@@ -616,7 +626,7 @@ def decide(name: str, rows: Dataset, args: argparse.Namespace) -> Split:
         if isinstance(rows.features[column], datasets.Image):
             rows = rows.cast_column(column, datasets.Image(decode=False))
     label = read_labels(name, rows, layout.label_0)
-    for row, caption in enumerate(rows[layout.caption]):
+    for row, caption in enumerate(rows[layout.caption][:]):
         if not isinstance(caption, str):
             raise UserError(f"split {name!r}, row {row}: the {layout.caption} is {caption!r}, not a text")
 
@@ -636,7 +646,10 @@ def decide(name: str, rows: Dataset, args: argparse.Namespace) -> Split:
     folder = folder.parent if folder.is_file() else folder
     winner = (label[keep] == 0).astype(int)
     label = sure[keep].astype(np.float32)
-    return Split(name, rows.select(keep), keep, layout, winner, label, dropped, folder.absolute())
+    rows = rows.select(keep)
+    return Split(
+        name, rows, rows.select_columns(list(layout[:2])), keep, layout, winner, label, dropped, folder.absolute()
+    )
 
 
 def read_labels(name: str, rows: Dataset, column: str | None) -> np.ndarray:
@@ -657,7 +670,7 @@ def read_labels(name: str, rows: Dataset, column: str | None) -> np.ndarray:
 
 def read_numbers(name: str, rows: Dataset, column: str) -> np.ndarray:
     """A column of numbers or booleans (N,); None becomes nan."""
-    for row, value in enumerate(rows[column]):
+    for row, value in enumerate(rows[column][:]):
         if not isinstance(value, (int, float, type(None))):
             raise UserError(f"split {name!r}, row {row}: {column} is {value!r}, not a number")
     return np.array(rows[column][:], dtype=float)
@@ -683,7 +696,8 @@ def hold_out(split: Split, share: float) -> dict[str, Split]:
     def part(keep: np.ndarray, dropped: dict[str, int]) -> Split:
         keep = np.flatnonzero(keep)
         arrays = {"index": split.index[keep], "winner": split.winner[keep], "label": split.label[keep]}
-        return split._replace(rows=split.rows.select(keep), dropped=dropped, **arrays)
+        arrays |= {"rows": split.rows.select(keep), "sides": split.sides.select(keep)}
+        return split._replace(dropped=dropped, **arrays)
 
     return {"train": part(~held, split.dropped), "validation": part(held, {})}
 
@@ -737,7 +751,8 @@ def cached_tensor(
 ) -> Tensor:
     """The memory-mapped tensor in the file `path`. Where it is not there yet, the processes share its items out,
     `fill(tensor, item)` each; a start after an interruption goes on with the items that are missing."""
-    if not path.is_file() or path.stat().st_size != math.prod(shape) * dtype.itemsize:
+    ready = path.is_file() and path.stat().st_size == math.prod(shape) * dtype.itemsize
+    if any_process(accelerator, not ready):
         unfinished, done = path.with_suffix(".partial"), path.with_suffix(".done")
         if accelerator.is_main_process:
             try:
@@ -758,8 +773,8 @@ def cached_tensor(
             finished[item] = 1
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            unfinished.replace(path)
             done.unlink()
+            unfinished.replace(path)
         accelerator.wait_for_everyone()
     return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=dtype).view(shape)
 
@@ -832,7 +847,7 @@ def to_pixels(data: bytes, size: tuple[int, int], where: str) -> Tensor:
 
 
 def weights_hash(*modules: torch.nn.Module) -> str:
-    """sha256 over the weights as fp16, so that it is the same in whichever precision they were loaded."""
+    """sha256 over the weights as fp16, so that it is the same whether they were loaded in fp16 or fp32."""
     digest = hashlib.sha256()
     for module in modules:
         for name, value in sorted(module.state_dict().items()):
@@ -868,10 +883,10 @@ def encode_latents(
     latents[item] = (posterior.mode() * pipe.vae.config.scaling_factor).to("cpu", latents.dtype)
 
 
-def copy_latents(split: Split, rows: np.ndarray, latents: Tensor, item: int) -> None:
+def copy_latents(split: Split, columns: Dataset, rows: np.ndarray, latents: Tensor, item: int) -> None:
     """latents[item] (2, C, h, w) from the columns latents_0 and latents_1 of the pair in rows[item], winner first."""
     row = int(rows[item])
-    pair = split.rows.select_columns(["latents_0", "latents_1"])[row]
+    pair = columns[row]
     for position, side in enumerate((split.winner[row], 1 - split.winner[row])):
         values = pair[f"latents_{side}"] or b""
         if len(values) != 2 * latents[item, position].numel():
@@ -884,21 +899,24 @@ def data_key(split: Split) -> str:
     """Changes with the rows, their order and winners, and with the files of a data set that holds paths."""
     key = [split.rows._fingerprint, split.winner.tolist()]
     if getattr(split.rows.features[split.layout.image_0], "dtype", None) in ("string", "large_string"):
-        paths = (split.folder / value for name in split.layout[:2] for value in split.rows[name] if value)
+        paths = (split.folder / value for name in split.layout[:2] for value in split.rows[name][:] if value)
         key += [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
     return hash_of(*key)
 
 
 def prepare_latents(
-    split: Split, rows: np.ndarray, size: tuple[int, int], pipe: DiffusionPipeline, vae_hash: str, folder: Path,
-    accelerator: Accelerator,
+    split: Split, rows: np.ndarray, size: tuple[int, int], pipe: DiffusionPipeline, vae_hash: str, key: str,
+    folder: Path, accelerator: Accelerator,
 ) -> Tensor:  # fmt: skip
     """The latents (n, 2, C, h, w) of a split's rows: the data set's own where they fit, else the VAE's."""
     shape = (pipe.vae.config.latent_channels, *(side // pipe.vae_scale_factor for side in size))
     reason = why_latents_do_not_fit(split, vae_hash, shape)
-    path = folder / f"latents-{split.name}-{hash_of(data_key(split), size, vae_hash, reason is None)}.bin"
-    fill = partial(copy_latents, split, rows)
-    if reason is not None:
+    scale = float(pipe.vae.config.scaling_factor)
+    key = hash_of(key, rows.tolist(), size, vae_hash, scale, reason is None)
+    path = folder / f"latents-{split.name}-{key}.bin"
+    if reason is None:
+        fill = partial(copy_latents, split, split.rows.select_columns(["latents_0", "latents_1"]), rows)
+    else:
         fill = partial(encode_latents, split, rows, size, pipe)
         if not path.is_file():
             told = f"{len(rows)} {split.name} pairs of {size[0]} x {size[1]} go through the VAE"
@@ -911,8 +929,8 @@ def prepare_split(
     split: Split, vae_hash: str, pipe: DiffusionPipeline, args: argparse.Namespace, accelerator: Accelerator
 ) -> Pairs:
     """A split's sizes, buckets and latents, each from its cache where there is one; captions are still missing."""
-    folder, count = Path(args.encoded_dir), len(split.rows)
-    path, fill = folder / f"sizes-{split.name}-{data_key(split)}.bin", partial(measure_images, split)
+    folder, count, key = Path(args.encoded_dir), len(split.rows), data_key(split)
+    path, fill = folder / f"sizes-{split.name}-{key}.bin", partial(measure_images, split)
     title = f"checking {split.name}"
     sizes = cached_tensor(accelerator, path, (count, 2, 2), torch.int32, count, fill, title)[:, 0].tolist()
     targets = [(args.height, args.width)] * count
@@ -924,7 +942,7 @@ def prepare_split(
     for number, size in enumerate(buckets):
         rows = np.flatnonzero(bucket == number)
         place[rows] = np.arange(len(rows))
-        latents.append(prepare_latents(split, rows, size, pipe, vae_hash, folder, accelerator))
+        latents.append(prepare_latents(split, rows, size, pipe, vae_hash, key, folder, accelerator))
     boxes = [crop_box(*size, target)[1:] for size, target in zip(sizes, targets, strict=True)]
     return Pairs(
         latents=latents,
@@ -966,6 +984,8 @@ def prepare_captions(
             tensor[rows] = encode_captions(pipe, captions[rows])[name].cpu()
 
         path, shape = Path(args.encoded_dir, f"{name}-{key}.bin"), (len(captions), *example.shape[1:])
+        if name == "prompt_embeds" and not path.is_file():
+            tell_cut_captions(pipe, captions, accelerator)
         items = -(-len(captions) // chunk)
         embeddings[name] = cached_tensor(accelerator, path, shape, example.dtype, items, fill, f"encoding {name}")
     for name in encoders:
@@ -973,10 +993,11 @@ def prepare_captions(
     return embeddings
 
 
-def count_cut_captions(pipe: DiffusionPipeline, captions: list[str]) -> int:
-    """How many captions have more tokens than the text encoder reads."""
-    lengths = map(len, pipe.tokenizer(captions).input_ids)
-    return sum(length > pipe.tokenizer.model_max_length for length in lengths)
+def tell_cut_captions(pipe: DiffusionPipeline, captions: list[str], accelerator: Accelerator) -> None:
+    """Says how many captions have more tokens than the text encoder reads."""
+    longest = pipe.tokenizer.model_max_length
+    if cut := sum(len(tokens) > longest for tokens in pipe.tokenizer(captions).input_ids):
+        accelerator.print(f"captions:  {cut} of {len(captions)} have more than {longest} tokens and are cut there")
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
@@ -1034,7 +1055,7 @@ class Policy(torch.nn.Module):
         embeddings = text["prompt_embeds"]
         return self.predict(x_t, t, encoder_hidden_states=embeddings, added_cond_kwargs=added, return_dict=False)[0]
 
-    def draw(self, **options: Any) -> Tensor:
+    def sample(self, **options: Any) -> Tensor:
         """Latents by the pipeline's own call, with this U-Net."""
         own, self.pipe.unet = self.pipe.unet, self.unet
         try:
@@ -1052,7 +1073,7 @@ class Validation(NamedTuple):
 
 
 class Run(NamedTuple):
-    """What stays the same from the first step to the last."""
+    """All that a step and what comes after it need."""
 
     args: argparse.Namespace
     accelerator: Accelerator
@@ -1174,21 +1195,36 @@ def prepare_models(
         load_initial_lora(pipe, args, accelerator)
     frozen = None
     if args.full_unet:
-        frozen = (base or copy.deepcopy(pipe.unet)).to(dtype)
+        frozen = base or copy.deepcopy(pipe.unet)
+        round_as_policy(frozen, dtype, accelerator)
         pipe.unet.requires_grad_(True)
     elif not args.freeze_unet:
         train_lora(pipe.unet, args.rank, args.lora_alpha, UNET_LAYERS)
     for encoder in text_encoders(pipe).values() if args.train_text_encoder else ():
         train_lora(encoder, args.text_encoder_rank, args.text_encoder_rank, TEXT_ENCODER_LAYERS)
     for unet in filter(None, (pipe.unet, frozen)):
-        if args.channels_last:
-            unet.to(memory_format=torch.channels_last)
-        if args.enable_xformers_memory_efficient_attention:
-            unet.enable_xformers_memory_efficient_attention()
+        set_memory_options(unet, args)
     if args.gradient_checkpointing:
         pipe.unet.enable_gradient_checkpointing()
     pipe.unet.train()
     return frozen
+
+
+def round_as_policy(frozen: torch.nn.Module, dtype: torch.dtype, accelerator: Accelerator) -> None:
+    """Gives the copy the precision that the policy computes in: autocast rounds matrices and leaves norms in fp32."""
+    if sharded(accelerator):
+        frozen.to(dtype)
+    for layer in frozen.modules():
+        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+            layer.to(dtype)
+
+
+def set_memory_options(unet: torch.nn.Module, args: argparse.Namespace) -> None:
+    """Memory layout and attention kernel of a U-Net."""
+    if args.channels_last:
+        unet.to(memory_format=torch.channels_last)
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
 
 
 def train_lora(module: torch.nn.Module, rank: int, alpha: float, layers: list[str]) -> None:
@@ -1239,10 +1275,10 @@ def load_initial_lora(pipe: DiffusionPipeline, args: argparse.Namespace, acceler
         accelerator.print(
             "lora:      its part for the text encoder is left out; --train_text_encoder would go on with it"
         )
-    if args.full_unet:
+    if args.full_unet and "unet" in adapted(pipe):
         pipe.fuse_lora(components=["unet"])
-        pipe.unload_lora_weights()
-    elif args.reference == "initial":
+        pipe.unet.unload_lora()
+    if args.reference == "initial":
         for module in adapted(pipe).values():
             add_reference(module)
     freeze(*adapted(pipe).values())
@@ -1289,24 +1325,26 @@ def trainable(module: torch.nn.Module) -> dict[str, Tensor]:
     return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
 
 
+def switch(module: torch.nn.Module, change: Callable, *names: str) -> None:
+    """Calls one of peft's switches, which also turn gradients on and off: frozen and sharded weights keep theirs."""
+    before = [(weight, weight.requires_grad) for weight in module.parameters()]
+    change(*names)
+    for weight, required in before:
+        weight.requires_grad_(required)
+
+
 @contextlib.contextmanager
 def reference(run: Run) -> Iterator[torch.nn.Module]:
     """The frozen model that the policy is measured against: the copy of the U-Net, or the policy itself with the
     adapter of --initial_lora, or with its adapters off."""
-    from peft.helpers import rescale_adapter_scale
-
     with contextlib.ExitStack() as undo:
         for module in adapted(run.pipe).values():
             if "reference" in module.peft_config:
-                module.set_adapter("reference")
-                undo.callback(module.set_adapter, "default")
-            elif sharded(
-                run.accelerator
-            ):  # disable_adapters would switch off the gradients of sharded weights for good
-                undo.enter_context(rescale_adapter_scale(module, 0.0))
+                switch(module, module.set_adapter, "reference")
+                undo.callback(switch, module, module.set_adapter, "default")
             else:
-                module.disable_adapters()
-                undo.callback(module.enable_adapters)
+                switch(module, module.disable_adapters)
+                undo.callback(switch, module, module.enable_adapters)
         yield run.frozen or run.policy
 
 
@@ -1320,9 +1358,11 @@ def averaged(run: Run) -> Iterator[None]:
     if run.ema:
         run.ema.store(weights)
         run.ema.copy_to(weights)
-    yield
-    if run.ema:
-        run.ema.restore(weights)
+    try:
+        yield
+    finally:
+        if run.ema:
+            run.ema.restore(weights)
 
 
 @torch.no_grad()
@@ -1357,7 +1397,7 @@ def draw_images(run: Run, model: Policy) -> list[Image.Image]:
     args, pipe, prompts = run.args, run.pipe, run.validation.prompts
     pipe.vae.to(run.accelerator.device)
     with run.accelerator.autocast():
-        latents = model.draw(
+        latents = model.sample(
             **(run.validation.text or {"prompt": prompts}),
             generator=[torch.Generator().manual_seed(image_seed(args.seed, prompt, 0)) for prompt in prompts],
             height=args.height,
@@ -1371,16 +1411,15 @@ def draw_images(run: Run, model: Policy) -> list[Image.Image]:
     return [pipe.image_processor.postprocess(pixels)[0] for pixels in decoded]
 
 
-def sampling_text(
-    pipe: DiffusionPipeline, rows: list[int], empty: int, embeddings: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """The pipeline's arguments for the captions in `rows` against the empty caption in row `empty`."""
+@torch.no_grad()
+def sampling_text(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
+    """The pipeline's arguments for the prompts against the empty caption."""
     text = {}
-    for name, value in embeddings.items():
-        negative = value[[empty] * len(rows)]
+    for name, value in encode_captions(pipe, ["", *prompts]).items():
+        negative = value[[0] * len(prompts)]
         if pipe.config.get("force_zeros_for_empty_prompt"):
             negative = torch.zeros_like(negative)
-        text |= {name: value[rows].to(pipe.unet.device), f"negative_{name}": negative.to(pipe.unet.device)}
+        text |= {name: value[1:], f"negative_{name}": negative}
     return text
 
 
@@ -1442,8 +1481,9 @@ def hash_of(*parts: Any) -> str:
 
 
 def run_identity(
-    args: argparse.Namespace, splits: dict[str, Split], pipe: DiffusionPipeline, accelerator: Accelerator
-) -> dict[str, Any]:
+    args: argparse.Namespace, splits: dict[str, Split], pipe: DiffusionPipeline, schedule: Schedule,
+    accelerator: Accelerator,
+) -> dict[str, Any]:  # fmt: skip
     """The settings that decide the weights of each step; two runs with equal ones may carry on from one another."""
     identity = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
     if not args.lr_scheduler.startswith("constant"):
@@ -1451,9 +1491,10 @@ def run_identity(
     identity["pairs_per_step"] = pairs_per_step(args, accelerator)
     identity["mixed_precision"] = accelerator.mixed_precision
     identity["data"] = {name: data_key(split) for name, split in splits.items()}
-    identity["model"] = weights_hash(pipe.unet, *text_encoders(pipe).values())
+    modules = (pipe.unet, pipe.vae, *text_encoders(pipe).values())
+    identity["model"] = hash_of(weights_hash(*modules), schedule.prediction_type, schedule.alpha_bar.tolist())
     for name in filter(None, (args.initial_lora, args.initial_unet)):
-        files = sorted(Path(name).rglob("*.safetensors")) if Path(name).is_dir() else [Path(name)]
+        files = sorted([*Path(name).glob("*.safetensors"), *Path(name, "unet").glob("*.safetensors"), Path(name)])
         identity[f"hash of {name}"] = [
             hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
         ]
@@ -1506,7 +1547,7 @@ def find_checkpoint(args: argparse.Namespace, identity: dict[str, Any]) -> Path 
 def discard(folder: Path) -> None:
     """Removes a folder so that a kill in the middle leaves no half of it under its name."""
     if folder.exists():
-        doomed = folder.with_name(f"{folder.name}.partial")
+        doomed = folder.with_name(f"{folder.name}.discarded.partial")
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
@@ -1528,7 +1569,9 @@ def sharded(accelerator: Accelerator) -> bool:
 
 
 def collect_state(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The trainable weights and the optimiser's state, whole, on the CPU; with FSDP on the main process alone."""
+    """The trainable weights, on the CPU, and the optimiser's state, both whole; on the main process alone."""
+    if not (fsdp(run.accelerator) or run.accelerator.is_main_process):
+        return {}, {}
     if not fsdp(run.accelerator):
         weights = {name: weight.detach().cpu().contiguous() for name, weight in trainable(run.plain).items()}
         return weights, run.optimizer.state_dict()
@@ -1570,7 +1613,6 @@ def save_checkpoint(run: Run, step: int) -> None:
     unfinished = folder.with_name(f"{folder.name}.partial")
     try:
         if accelerator.is_main_process:
-            discard(folder)
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
         accelerator.wait_for_everyone()
@@ -1579,6 +1621,7 @@ def save_checkpoint(run: Run, step: int) -> None:
         weights, optimizer = ({}, {}) if deepspeed(accelerator) else collect_state(run)
         if accelerator.is_main_process:
             write_checkpoint(run, step, unfinished, weights, optimizer)
+            discard(folder)
             unfinished.rename(folder)
     except Exception as error:  # a full disk: safetensors, torch.save and open() each have their own
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -1606,7 +1649,7 @@ def load_checkpoint(run: Run, folder: Path) -> int:
     from safetensors.torch import load_file
 
     try:
-        saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+        saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
         weights = load_file(folder / "model.safetensors")
     except Exception as error:
         raise UserError(f"{folder} cannot be read ({first_line(error)}): name an earlier checkpoint") from error
@@ -1741,9 +1784,9 @@ def start_output(args: argparse.Namespace, first_step: int) -> None:
     if args.overwrite:
         for path in (*checkpoints(args.output_dir), *(output / name for name in ("unet", "logs", "validation"))):
             discard(path)
-        for name in ("pytorch_lora_weights.safetensors", "README.md", "validation.png"):
-            (output / name).unlink(missing_ok=True)
-    for unfinished in output.glob("*.partial"):
+        for path in (output / "README.md", output / "validation.png", *output.glob("*.safetensors")):
+            path.unlink(missing_ok=True)
+    for unfinished in output.glob("checkpoint-*.partial"):
         shutil.rmtree(unfinished)
     kept = [line for line in read_log(args.output_dir) if line["step"] <= first_step]
     (output / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in kept))
@@ -1775,7 +1818,8 @@ def summarise(run: Run, splits: dict[str, Split], first_step: int) -> dict[str, 
     dropped = [
         f"{count} {reason} ({name})" for name, split in splits.items() for reason, count in split.dropped.items()
     ]
-    sizes = sorted({f"{height} x {width}" for height, width in pairs.time_ids[:, 4:].tolist()})
+    sizes = Counter(f"{height} x {width}" for height, width in pairs.time_ids[:, 4:].tolist())
+    sizes = [f"{size} ({count} pairs)" for size, count in sorted(sizes.items())]
     trained = ["whole U-Net"] * args.full_unet
     trained += [
         f"LoRA of rank {module.peft_config['default'].r} on {name}" for name, module in adapted(run.pipe).items()
@@ -1839,6 +1883,7 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
     from accelerate.utils import (
         DistributedDataParallelKwargs,
         GradientAccumulationPlugin,
+        InitProcessGroupKwargs,
         ProjectConfiguration,
         set_seed,
     )
@@ -1857,9 +1902,16 @@ def start_accelerator(args: argparse.Namespace) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
         ),
-        # SDXL does not read the last layer of its first text encoder
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)],
+        kwargs_handlers=[
+            # SDXL does not read the last layer of its first text encoder
+            DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder),
+            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),  # others wait while one downloads
+        ],
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("mixed precision fp16, which accelerate's configuration asks for, needs a GPU")
+    if args.ema is not None and sharded(accelerator):
+        raise UserError("--ema does not work with FSDP and DeepSpeed: leave it out")
     if deepspeed(accelerator):  # it reads all this from its own configuration
         accelerator.state.deepspeed_plugin.deepspeed_config |= {
             "train_micro_batch_size_per_gpu": args.train_batch_size,
@@ -1877,8 +1929,6 @@ def prepare_fsdp(accelerator: Accelerator, args: argparse.Namespace) -> None:
         raise UserError("FSDP needs fsdp_version: 2 in accelerate's configuration")
     if "bit" in args.optimizer:
         raise UserError(f"--optimizer {args.optimizer} does not work with FSDP: leave it out")
-    if args.ema is not None:
-        raise UserError("--ema does not work with FSDP: leave it out")
     args.channels_last = False  # FSDP takes no other layout
     if accelerator.mixed_precision == "bf16":
         from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -1897,16 +1947,14 @@ def prepare_data(
     pipe.vae.to("cpu")
     prompts = validation_prompts(splits, args)
     captions = {name: split.captions for name, split in splits.items()}
-    distinct = sorted({"", *prompts, *(caption for column in captions.values() for caption in column)})
+    distinct = sorted({caption for column in captions.values() for caption in column})
     row_of = {caption: row for row, caption in enumerate(distinct)}
-    if cut := count_cut_captions(pipe, distinct):
-        accelerator.print(
-            f"captions:  {cut} of {len(distinct)} have more than {pipe.tokenizer.model_max_length} tokens: cut"
-        )
     embeddings, text = None, None
-    if not args.train_text_encoder:
+    if args.train_text_encoder:
+        tell_cut_captions(pipe, distinct, accelerator)
+    else:
+        text = sampling_text(pipe, prompts)
         embeddings = prepare_captions(distinct, pipe, args, accelerator)
-        text = sampling_text(pipe, [row_of[prompt] for prompt in prompts], row_of[""], embeddings)
     for name, part in pairs.items():
         part.captions, part.embeddings = distinct, embeddings
         part.caption = np.array([row_of[caption] for caption in captions[name]])
@@ -1914,20 +1962,17 @@ def prepare_data(
 
 
 def make_optimizer(parameters: list[Tensor], args: argparse.Namespace) -> torch.optim.Optimizer:
-    """The optimiser of OPTIMIZERS; beta 1 and 2, epsilon and torch's fused kernel where it has them."""
+    """The optimiser of OPTIMIZERS; the flags of Adam are for the AdamWs, the others keep their own defaults."""
     module, _, name = OPTIMIZERS[args.optimizer].rpartition(".")
     try:
         maker = getattr(importlib.import_module(module), name)
     except ImportError as error:
         told = f"--optimizer {args.optimizer} needs {module.partition('.')[0]}"
         raise UserError(f"{told}: {first_line(error)}") from error
-    known = inspect.signature(maker).parameters
     settings = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
-    if "betas" in known and len(known["betas"].default) == 2:
-        settings["betas"] = (args.adam_beta1, args.adam_beta2)
-    if isinstance(known.get("eps") and known["eps"].default, float):
-        settings["eps"] = args.adam_epsilon
-    if "fused" in known:
+    if "adamw" in args.optimizer:
+        settings |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.optimizer == "adamw":
         settings["fused"] = True
     return maker(parameters, **settings)
 
@@ -1971,12 +2016,13 @@ def measure_beforehand(run: Run) -> Run:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGTERM and SIGINT, so that the step can be finished; a second one ends the program at once."""
+    """Collects SIGTERM and SIGINT, so that the step can be finished; a second Ctrl-C ends the program at once."""
     caught: list[signal.Signals] = []
 
     def catch(number: int, _frame: Any) -> None:
         caught.append(signal.Signals(number))
-        signal.signal(number, previous[number])
+        if number == signal.SIGINT:  # schedulers send SIGTERM twice
+            signal.signal(number, previous[number])
 
     previous = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -2030,6 +2076,7 @@ def train(run: Run, first_step: int) -> dict[str, float]:
                 number = signals[0] if signals else signal.SIGTERM  # another process caught it
                 told = "it is saved: the same command with --resume_from_checkpoint latest carries on"
                 accelerator.print(f"\nstopped by {number.name} after step {step}; {told}")
+                accelerator.end_training()
                 sys.exit(128 + number)
             if validate_now and any_process(accelerator, accelerator.is_main_process and no_longer_improves(args)):
                 accelerator.print(f"\nheld-out accuracy no longer improves: stopped early, after step {step}")
@@ -2048,7 +2095,7 @@ def main(args: argparse.Namespace) -> None:
     pipe = load_model(args, dtype)
     schedule = noise_schedule(pipe, args.timestep_range, accelerator.device)
     pipe.scheduler = sampler_of(pipe)
-    identity = run_identity(args, splits, pipe, accelerator)
+    identity = run_identity(args, splits, pipe, schedule, accelerator)
     checkpoint = find_checkpoint(args, identity)
 
     pipe.to(accelerator.device)
@@ -2061,12 +2108,13 @@ def main(args: argparse.Namespace) -> None:
     lr_scheduler = make_lr_scheduler(optimizer, args)
     policy, optimizer = accelerator.prepare(plain, optimizer)
     if fsdp(accelerator):
-        torch.distributed.fsdp.register_fsdp_forward_method(policy, "draw")
+        torch.distributed.fsdp.register_fsdp_forward_method(policy, "sample")
     run = Run(
         args, accelerator, pipe, policy, plain, frozen, schedule, pairs, optimizer, lr_scheduler,
         make_ema(weights, args), validation, identity,
     )  # fmt: skip
     run = measure_beforehand(run)
+    del frozen, frozen_unet  # `run` holds them as long as they are needed
     first_step = load_checkpoint(run, checkpoint) if checkpoint else 0
 
     summary = summarise(run, splits, first_step)
@@ -2137,7 +2185,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--freeze_unet", action="store_true", help="with --train_text_encoder: train that alone, as the paper does")
     flag("--initial_lora", help="LoRA of an earlier stage to start from (with its rank)")
     flag("--initial_unet", help="whole U-Net of an earlier stage to start from")
-    flag("--reference", choices=["initial", "base"], default="initial", help="what training starts from, or the base")
+    flag("--reference", choices=["initial", "base"], default="initial", help="measure against the start, or the base")
     flag("--precompute_reference", type=count, metavar="K", help="measure the reference once, at K draws a pair")
 
     flag = parser.add_argument_group("data").add_argument
@@ -2152,20 +2200,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--margin_column", default="margin", help="column of the winner's lead in score")
     flag("--max_train_samples", type=count, help="use the first so many rows")
     flag("--min_margin", type=at_least(-math.inf, float), help="leave out pairs whose lead in score is smaller")
-    flag("--validation_share", type=at_least(0, float), default=0.0, help="hold out so many captions, without a split")
+    flag("--validation_share", type=at_least(0, float), default=0.0, help="share of captions to hold out")
     flag("--resolution", type=count, default=512, help="height and width; images are resized and cropped to it")
     flag("--height", type=count, help="height, where it is not --resolution")
     flag("--width", type=count, help="width, where it is not --resolution")
     flag("--aspect_ratio_buckets", action="store_true", help="about resolution^2 pixels in each pair's shape")
-    flag("--encoded_dir", help="keeps latents, embeddings, reference measurements; none: OUTPUT_DIR/cache")
+    flag("--encoded_dir", help="caches what is encoded and measured; shared by all machines; none: OUTPUT_DIR/cache")
 
     flag = parser.add_argument_group("objective").add_argument
-    flag("--beta_dpo", type=positive, default=2500, help="beta * margin; half of it where code has 0.5 * beta")
+    flag("--beta_dpo", type=positive, default=2500, help="factor of the margin; where code has 0.5 * beta, its half")
     flag("--loss_type", choices=["sigmoid", "hinge", "ipo"], default="sigmoid", help="sigmoid is DPO")
     flag("--label_smoothing", type=float, default=0.0, help="share of labels thought to be wrong")
-    flag("--soft_labels", type=positive, metavar="T", help="label sigmoid(margin / T) instead of 1")
+    flag("--soft_labels", type=positive, metavar="T", help="label sigmoid(margin column / T), not 1")
     flag("--ties", choices=["drop", "soft"], default="drop", help="leave ties out, or train them with label 0.5")
-    flag("--winner_safeguard", type=at_least(0, float), metavar="MU", help="see safeguard_scale; MU in [0, 1]")
+    flag("--winner_safeguard", type=at_least(0, float), metavar="MU", help="Diffusion-SDPO; in [0, 1], 0 is weakest")
     flag("--lambda_stat", type=at_least(0, float), default=10000, help="weight of statistics matching, 0 for none")
     flag("--timestep_range", type=int, nargs=2, metavar=("LOW", "HIGH"), help="draw from LOW to below HIGH; none: all")
 
@@ -2191,7 +2239,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="none: what `accelerate config` says")
     flag("--gradient_checkpointing", action="store_true", help="less memory, slower steps")
     flag("--enable_xformers_memory_efficient_attention", action="store_true", help="needs CUDA")
-    flag("--channels_last", action=argparse.BooleanOptionalAction, default=True, help="memory layout of the U-Net")
+    flag("--channels_last", action=argparse.BooleanOptionalAction, help="memory layout of the U-Net; none: on a GPU")
     flag("--compile", action="store_true", help="torch.compile the U-Net: minutes at the start, faster steps")
 
     flag = parser.add_argument_group("validation").add_argument
@@ -2219,9 +2267,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args = parser.parse_args(argv)
     args.height, args.width = args.height or args.resolution, args.width or args.resolution
     args.lora_alpha = args.lora_alpha or args.rank
+    if args.channels_last is None:  # on a CPU it is no faster, and copies memory-mapped weights
+        args.channels_last = torch.cuda.is_available()
     args.encoded_dir = args.encoded_dir or str(Path(args.output_dir, "cache"))
+    if args.use_8bit_adam and args.optimizer != "adamw":
+        parser.error("--use_8bit_adam and --optimizer contradict each other")
     if args.use_8bit_adam:
         args.optimizer = "adamw8bit"
+    if args.aspect_ratio_buckets and (args.height != args.resolution or args.width != args.resolution):
+        parser.error("--aspect_ratio_buckets takes --resolution, not --height and --width")
     if args.dataset_name is not None:
         args.train_data_dir = None
     refuse_impossible(parser, args)

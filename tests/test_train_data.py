@@ -432,7 +432,7 @@ def test_a_second_start_neither_checks_nor_encodes(folder, weights, tmp_path, ca
     assert_equal(weights, train(folder / "pairs", folder / "run", overwrite=True, **start))
     assert_equal(weights, train(folder / "pairs", tmp_path / "elsewhere", **start))
     assert (calls["measure_images"], calls["to_pixels"]) == (0, 0)
-    assert calls["encode_captions"] <= 2  # one at each start, for its shape
+    assert calls["encode_captions"] == 6  # at each start one for the shape, the prompt to draw and the empty one
 
 
 @pytest.mark.parametrize(("stop", "left"), [("measure_images", 2), ("to_pixels", 4)])

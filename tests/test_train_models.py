@@ -329,3 +329,21 @@ def test_zero_terminal_snr(data, tmp_path, prediction_type):  # noqa: F811
     first = first_metrics(tmp_path / "fine")
     assert np.isfinite(list(first.values())).all()
     assert first["loss/dpo"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_the_frozen_copy_rounds_as_the_policy_in_bf16(data, tmp_path):  # noqa: F811
+    settings = {"full_unet": True, "mixed_precision": "bf16", "max_train_steps": 1, "logging_steps": 1}
+    train(data, tmp_path / "run", **settings)
+    first = first_metrics(tmp_path / "run")
+    assert first["loss/dpo"] == pytest.approx(np.log(2), abs=1e-6)
+    assert first["loss/statistics"] == 0
+
+
+def test_a_frozen_lora_stays_frozen(data, stage_1, tmp_path):  # noqa: F811
+    settings = {"initial_lora": stage_1, "train_text_encoder": True, "freeze_unet": True, "text_encoder_rank": 2}
+    weights = train(data, tmp_path / "run", max_train_steps=2, **settings)
+    before = load_file(stage_1 / LORA)
+    assert_equal(before, {name: value for name, value in weights.items() if name.startswith("unet.")})
+    assert any(name.startswith("text_encoder.") for name in weights)
+    checkpoint = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
+    assert {name.split(".")[0] for name in checkpoint} == {"text_encoders"}
