@@ -425,13 +425,12 @@ def held_out_batch(run: Run, visits: list[tuple[int, int]]) -> Batch:
     return make_batch(pairs, visits, noise, t, run.accelerator.device)
 
 
-def held_out_visits(run: Run) -> list[list[tuple[int, int]]]:
-    """All (pair, draw) of the validation split, in batches from one bucket each."""
-    pairs, size = run.pairs["validation"], run.args.train_batch_size
+def all_visits(pairs: Pairs, draws: int, size: int) -> list[list[tuple[int, int]]]:
+    """Every (pair, draw), in batches of up to `size` from one bucket each."""
     batches = []
     for bucket in range(len(pairs.latents)):
         rows = np.flatnonzero(pairs.bucket == bucket).tolist()
-        visits = [(row, i) for row in rows for i in range(run.args.validation_draws)]
+        visits = [(row, i) for row in rows for i in range(draws)]
         batches += [visits[start : start + size] for start in range(0, len(visits), size)]
     return batches
 
@@ -439,14 +438,16 @@ def held_out_visits(run: Run) -> list[list[tuple[int, int]]]:
 @torch.no_grad()
 def measure_reference(run: Run, name: str) -> Tensor:
     """The reference's `Measured` (draws, N, 2 + C) of a split, kept in a cache: on training draws for
-    --precompute_reference, in the micro-batches of training's first K epochs, so that not a bit differs there."""
+    --precompute_reference, and without buckets in the micro-batches of training's first K epochs, so that not a bit
+    differs there."""
     args, accelerator, pairs = run.args, run.accelerator, run.pairs[name]
     size = args.train_batch_size
-    if name == "validation":
-        draws, batches, make = args.validation_draws, held_out_visits(run), held_out_batch
+    draws = args.validation_draws if name == "validation" else args.precompute_reference
+    make = held_out_batch if name == "validation" else partial(draw_batch, pairs=pairs)
+    if name == "validation" or len(pairs.latents) > 1:
+        batches = all_visits(pairs, draws, size)
         num_items, visits_of = len(batches), batches.__getitem__
     else:
-        draws, make = args.precompute_reference, partial(draw_batch, pairs=pairs)
         length = draws * len(epoch_order(args.seed, 0, pairs))
         num_items = -(-length // size)
 
@@ -1370,7 +1371,8 @@ def held_out_metrics(run: Run) -> dict[str, float]:
     """The mean of METRICS over the held-out pairs, on fixed draws."""
     if "validation" not in run.pairs:
         return {}
-    accelerator, batches = run.accelerator, held_out_visits(run)
+    accelerator = run.accelerator
+    batches = all_visits(run.pairs["validation"], run.args.validation_draws, run.args.train_batch_size)
     total = torch.zeros(len(METRICS) + 1, device=accelerator.device)
     for start in range(0, len(batches), accelerator.num_processes):
         mine = start + accelerator.process_index

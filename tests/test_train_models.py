@@ -347,3 +347,22 @@ def test_a_frozen_lora_stays_frozen(data, stage_1, tmp_path):  # noqa: F811
     assert any(name.startswith("text_encoder.") for name in weights)
     checkpoint = load_file(tmp_path / "run" / "checkpoint-2" / "model.safetensors")
     assert {name.split(".")[0] for name in checkpoint} == {"text_encoders"}
+
+
+def test_with_buckets_every_pair_is_measured_at_every_draw(tmp_path, monkeypatch):
+    import io
+
+    from PIL import Image
+
+    rows = make_rows(7)
+    for row in rows[:3]:
+        for side in ("jpg_0", "jpg_1"):
+            file = io.BytesIO()
+            Image.open(io.BytesIO(row[side])).resize((48, 80)).save(file, "JPEG")
+            row[side] = file.getvalue()
+    seen, own = {}, trainer.train
+    monkeypatch.setattr(trainer, "train", lambda run, step: seen.update(run.pairs) or own(run, step))
+    settings = {"aspect_ratio_buckets": True, "precompute_reference": 3, "max_train_steps": 2}
+    train(write_data(tmp_path / "pairs", rows), tmp_path / "run", **settings)
+    assert len(seen["train"].latents) == 2
+    assert (seen["train"].reference[:, :, :2] > 0).all()
