@@ -371,7 +371,8 @@ def optimisation_step(run: Run, step: int) -> Tensor:
                 # fp16 has a scaler, which mends overflow in the gradient by itself
                 trusted = total[0] if accelerator.mixed_precision == "fp16" else total[0] + norm
                 if any_process(accelerator, ~torch.isfinite(trusted)):
-                    raise UserError(not_finite(step, [int(pairs.index[row]) for row, _ in seen], torch.cat(margins)))
+                    rows = [int(pairs.index[row]) for row, _ in seen]
+                    raise UserError(not_finite(step, rows, torch.cat(margins), deepspeed(accelerator)))
             run.optimizer.step()
             run.optimizer.zero_grad()
     run.lr_scheduler.step()
@@ -380,12 +381,13 @@ def optimisation_step(run: Run, step: int) -> Tensor:
     return torch.cat([total / args.gradient_accumulation_steps, norm.reshape(1)])
 
 
-def not_finite(step: int, rows: list[int], margins: Tensor) -> str:
+def not_finite(step: int, rows: list[int], margins: Tensor, touched: bool) -> str:
     """What to tell of a step whose loss or gradient is no number: the rows (N) whose margin is none, or all."""
     guilty = [row for row, finite in zip(rows, margins.isfinite().tolist(), strict=True) if not finite]
     told = ", ".join(map(str, sorted(set(guilty or rows))))
+    weights = "DeepSpeed has stepped already" if touched else "the weights were not touched"
     return (
-        f"loss or gradient not finite in step {step + 1}, rows {told} of the data; the weights were not touched: "
+        f"loss or gradient not finite in step {step + 1}, rows {told} of the data; {weights}: "
         "carry on from the last checkpoint with a lower --learning_rate, with bf16, or without these rows"
     )
 
@@ -538,7 +540,8 @@ def rows_of_folders(folder: Path) -> list[dict[str, str]]:
         text = next((path for path in texts if path.is_file()), None)
         if loser is None or text is None:
             raise UserError(f"{winner} has no {'loser in ../l' if loser is None else 'caption beside w'}")
-        rows.append({"chosen": str(winner), "rejected": str(loser), "prompt": text.read_text().strip()})
+        pair = {"chosen": str(winner.absolute()), "rejected": str(loser.absolute())}
+        rows.append({**pair, "prompt": text.read_text().strip()})
     return rows
 
 
@@ -774,8 +777,9 @@ def cached_tensor(
             finished[item] = 1
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            done.unlink()
-            unfinished.replace(path)
+            done.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another run with the same --encoded_dir was faster
+                unfinished.replace(path)
         accelerator.wait_for_everyone()
     return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=dtype).view(shape)
 
@@ -1492,6 +1496,7 @@ def run_identity(
         identity["max_train_steps"] = args.max_train_steps
     identity["pairs_per_step"] = pairs_per_step(args, accelerator)
     identity["mixed_precision"] = accelerator.mixed_precision
+    identity["sharded"] = accelerator.distributed_type.value if sharded(accelerator) else None
     identity["data"] = {name: data_key(split) for name, split in splits.items()}
     modules = (pipe.unet, pipe.vae, *text_encoders(pipe).values())
     identity["model"] = hash_of(weights_hash(*modules), schedule.prediction_type, schedule.alpha_bar.tolist())
@@ -1783,11 +1788,12 @@ def read_log(output_dir: str) -> list[dict[str, float]]:
 def start_output(args: argparse.Namespace, first_step: int) -> None:
     """Marks the folder as this run's; forgets what an earlier run, or this one after its checkpoint, left there."""
     output = Path(args.output_dir)
-    if args.overwrite:
+    if args.overwrite and (output / "training_settings.json").is_file():
         for path in (*checkpoints(args.output_dir), *(output / name for name in ("unet", "logs", "validation"))):
             discard(path)
-        for path in (output / "README.md", output / "validation.png", *output.glob("*.safetensors")):
-            path.unlink(missing_ok=True)
+        lora, kohya = "pytorch_lora_weights.safetensors", f"{output.resolve().name}.kohya.safetensors"
+        for name in (lora, kohya, "README.md", "validation.png"):
+            (output / name).unlink(missing_ok=True)
     for unfinished in output.glob("checkpoint-*.partial"):
         shutil.rmtree(unfinished)
     kept = [line for line in read_log(args.output_dir) if line["step"] <= first_step]
@@ -1824,7 +1830,9 @@ def summarise(run: Run, splits: dict[str, Split], first_step: int) -> dict[str, 
     sizes = [f"{size} ({count} pairs)" for size, count in sorted(sizes.items())]
     trained = ["whole U-Net"] * args.full_unet
     trained += [
-        f"LoRA of rank {module.peft_config['default'].r} on {name}" for name, module in adapted(run.pipe).items()
+        f"LoRA of rank {module.peft_config['default'].r} on {name}"
+        for name, module in adapted(run.pipe).items()
+        if trainable(module)
     ]
     against = "initial model" if args.reference == "initial" else "base model"
     against += f", measured beforehand at {args.precompute_reference} draws a pair" * bool(args.precompute_reference)
@@ -1931,6 +1939,8 @@ def prepare_fsdp(accelerator: Accelerator, args: argparse.Namespace) -> None:
         raise UserError("FSDP needs fsdp_version: 2 in accelerate's configuration")
     if "bit" in args.optimizer:
         raise UserError(f"--optimizer {args.optimizer} does not work with FSDP: leave it out")
+    if args.full_unet and args.train_text_encoder:
+        raise UserError("--full_unet with --train_text_encoder does not work with FSDP: train one after the other")
     args.channels_last = False  # FSDP takes no other layout
     if accelerator.mixed_precision == "bf16":
         from torch.distributed.fsdp import MixedPrecisionPolicy

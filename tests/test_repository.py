@@ -111,7 +111,12 @@ def test_flags_in_the_readme_exist(monkeypatch):
 def test_the_readme_explains_every_logged_metric():
     from train_dpo_human import METRICS
 
-    assert [name for name in (*METRICS, "grad_norm", "lr", "pairs_per_second") if f"| `{name}` |" not in README] == []
+    told = {
+        name: f"| {meaning.replace('--winner_safeguard', '`--winner_safeguard`')} |"
+        for name, meaning in METRICS.items()
+    }
+    told |= dict.fromkeys(("grad_norm", "lr", "pairs_per_second"), "|")
+    assert [name for name, meaning in told.items() if f"| `{name}` {meaning}" not in README] == []
 
 
 def test_the_embedded_world_is_small_and_has_no_pickles():

@@ -453,3 +453,14 @@ def test_a_cut_cache_is_not_read(folder, weights, tmp_path):
         cache.write_bytes(cache.read_bytes()[:-8])
     start = ONE_STEP | {"encoded_dir": tmp_path / "cache"}
     assert_equal(weights, train(folder / "pairs", tmp_path / "run", **start))
+
+
+def test_a_folder_of_images_may_be_named_relatively(tmp_path, monkeypatch):
+    row = make_rows(1)[0]
+    for side, name in (("jpg_1", "w"), ("jpg_0", "l")):
+        (tmp_path / "pairs" / "a" / name).mkdir(parents=True)
+        (tmp_path / "pairs" / "a" / name / "1.jpg").write_bytes(row[side])
+    (tmp_path / "pairs" / "a" / "1.txt").write_text(row["caption"])
+    monkeypatch.chdir(tmp_path)
+    split = trainer.load_splits(trainer.parse_args(["--train_data_dir", "pairs"]))["train"]
+    assert split.images(0) == (row["jpg_1"], row["jpg_0"])

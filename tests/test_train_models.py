@@ -366,3 +366,11 @@ def test_with_buckets_every_pair_is_measured_at_every_draw(tmp_path, monkeypatch
     train(write_data(tmp_path / "pairs", rows), tmp_path / "run", **settings)
     assert len(seen["train"].latents) == 2
     assert (seen["train"].reference[:, :, :2] > 0).all()
+
+
+def test_overwriting_leaves_files_that_no_run_wrote(data, tmp_path):  # noqa: F811
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "precious.safetensors").write_bytes(b"mine")
+    for _ in range(2):
+        train(data, tmp_path / "models", overwrite=True, max_train_steps=1)
+    assert (tmp_path / "models" / "precious.safetensors").read_bytes() == b"mine"
