@@ -1851,10 +1851,10 @@ def summarise(run: Run, splits: dict[str, Split], first_step: int) -> dict[str, 
     }
     for name, value in summary.items():
         accelerator.print(f"{name + ':':11}{value}")
-    if args.precompute_reference and epochs > 8 * args.precompute_reference:
+    if args.precompute_reference and epochs > 4 * args.precompute_reference:
         accelerator.print(
             f"warning:   {epochs:.0f} epochs over {args.precompute_reference} draws a pair repeat each one "
-            f"{epochs / args.precompute_reference:.0f} times: --precompute_reference {math.ceil(epochs / 8)} is safer"
+            f"{epochs / args.precompute_reference:.0f} times: --precompute_reference {math.ceil(epochs / 4)} is safer"
         )
     return summary
 

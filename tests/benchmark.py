@@ -6,7 +6,7 @@
     python tests/benchmark.py train --peer train_diffusion_dpo.py --resolution 512 --train_batch_size 4 \\
         --mixed_precision bf16 --steps 20 --output benchmark.json                                   on a GPU
     python tests/benchmark.py train --peer train_diffusion_dpo.py --model tests/tiny_human/pipeline --resolution 64
-    python tests/benchmark.py train --peer train_diffusion_dpo.py --variants compile no-channels_last 8bit
+    python tests/benchmark.py train --peer train_diffusion_dpo.py --variants compile channels_last 8bit
 
 In alternating rounds, each run a process of its own: the peer, ours, ours with a pre-computed reference, and the floor:
 the same U-Net with the same LoRA, one forward pass without gradients and one with, and back, on tensors that are ready.
@@ -76,6 +76,7 @@ RATIOS = [  # of what to what, which figure, and the bar: on a CPU, on a GPU
 ]
 VARIANTS = {
     "compile": "--compile",
+    "channels_last": "--channels_last",
     "no-channels_last": "--no-channels_last",
     "8bit": "--use_8bit_adam",
     "gradient_checkpointing": "--gradient_checkpointing",
@@ -187,14 +188,15 @@ def timed_floor(settings: str) -> dict[str, Any]:
     trained = [weight for weight in unet.parameters() if weight.requires_grad]
     for weight in trained:
         weight.data = weight.data.float()
-    unet.to(memory_format=torch.channels_last).train()
+    layout = torch.channels_last if device == "cuda" else torch.contiguous_format  # as ours by default
+    unet.to(memory_format=layout).train()
     if args.compile:
         unet.compile()
 
     vae, text = (json.loads(Path(args.model, name, "config.json").read_text()) for name in ("vae", "text_encoder"))
     count, side = 2 * args.train_batch_size, args.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
     x_t = torch.randn(count, unet.config.in_channels, side, side, device=device)
-    x_t, target = x_t.contiguous(memory_format=torch.channels_last), torch.randn_like(x_t)
+    x_t, target = x_t.contiguous(memory_format=layout), torch.randn_like(x_t)
     shape = (count, text["max_position_embeddings"], unet.config.cross_attention_dim)
     captions, t = torch.randn(shape, device=device, dtype=dtype), torch.randint(1000, (count,), device=device)
 
