@@ -1439,11 +1439,13 @@ def validate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def cli(argv: list[str] | None = None) -> None:
-    """main, with a user's error as one line and status 1."""
+    """main, with a user's error as one line and status 1, and Ctrl-C as status 130."""
     try:
         main(parse_args(argv))
     except UserError as error:
-        sys.exit(f"eval_human.py: {error}")
+        sys.exit(f"{Path(__file__).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -998,12 +998,14 @@ def known_settings(folder: Path) -> dict[str, Any]:
     return {**settings, "prompts": str(folder / "pool" / "prompts.txt"), "max_prompts": None}
 
 
-def cli(argv: Sequence[str] | None = None) -> None:
-    """The command: a UserError becomes one line and exit status 1."""
+def cli(argv: list[str] | None = None) -> None:
+    """main, with a user's error as one line and status 1, and Ctrl-C as status 130."""
     try:
         main(parse_args(argv))
     except UserError as error:
-        sys.exit(f"{SCRIPT}.py: {error}" if os.environ.get("RANK", "0") == "0" else 1)
+        sys.exit(f"{Path(__file__).name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

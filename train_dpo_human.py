@@ -2324,11 +2324,11 @@ def refuse_impossible(parser: argparse.ArgumentParser, args: argparse.Namespace)
 
 
 def cli(argv: list[str] | None = None) -> None:
-    """main, with a user's error as one line and status 1."""
+    """main, with a user's error as one line and status 1, and Ctrl-C as status 130."""
     try:
         main(parse_args(argv))
     except UserError as error:
-        sys.exit(f"train_dpo_human.py: {error}")
+        sys.exit(f"{Path(__file__).name}: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 

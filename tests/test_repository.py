@@ -80,7 +80,7 @@ def test_functions_that_stand_in_two_scripts_are_equal():
                 seen.setdefault(node.name, {})[script] = ast.get_source_segment(source, node)
     shared = {name: copies for name, copies in seen.items() if len(copies) > 1}
     assert "use_embedded_world" in shared
-    own = {"main", "parse_args", "cli", "build_parser"}
+    own = {"main", "parse_args", "build_parser"}
     assert [name for name, copies in shared.items() if name not in own and len(set(copies.values())) > 1] == []
 
 
