@@ -11,6 +11,8 @@
 #     "pillow>=10.1,<14",
 #     "numpy>=1.26,<3",
 #     "tqdm>=4.66,<5",
+#     "pyarrow>=16,<27",
+#     "datasets>=4,<5.3",
 # ]
 # ///
 """Does the tuned model draw better people? Base against tuned models on the same prompts, seeds and noise.
@@ -55,29 +57,36 @@ import math
 import os
 import re
 import sys
+import textwrap
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on shared CPU cores
 
 import numpy as np
+import pyarrow.parquet as pq
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from tqdm.auto import tqdm
 
 
-if (
-    TYPE_CHECKING
-):  # diffusers and transformers are imported where they are used, so that a typing error is told at once
+if TYPE_CHECKING:  # the large libraries are imported where they are used, so that a mistyped flag is told at once
+    from datasets import Dataset
     from diffusers import DiffusionPipeline
 
 WORLD = Path(__file__).resolve().parent / "tests" / "tiny_human"
+
+PROMPTS_HELP = (
+    "text file with one prompt per line, .jsonl, .json, .csv, .tsv, .parquet, folder of photos with captions, "
+    "folder or hub name (owner/name[:split]) that datasets reads"
+)
 
 
 class UserError(Exception):
@@ -255,21 +264,200 @@ def diversity(features: np.ndarray) -> float:
     return float(np.mean(np.sum((unit[first] - unit[second]) ** 2, axis=1) / 2))  # exactly 0 where 1 - cos would round
 
 
-# ---- Data: models, images, values ----------------------------------------------------------------------------------
+# ---- Prompts ------------------------------------------------------------------------------------------------------
+
+CAPTION_COLUMNS = ("prompt", "caption", "text")
+PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+TABLE_SUFFIXES = {".parquet", ".arrow", ".csv", ".tsv"}
 
 
-def read_prompts(path: str, max_prompts: int | None) -> tuple[list[str], str]:
-    """The prompts of a text file, one per line, and a remark on what was left out (blank lines, repeated prompts)."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts file {path}: {getattr(error, 'strerror', None) or error}") from error
-    prompts = list(dict.fromkeys(line for line in lines if line))
+def read_prompts(source: str, column: str | None, max_prompts: int | None) -> tuple[list[str], str]:
+    """The first `max_prompts` prompts of `source`, and a remark on what was left out (blank and repeated ones).
+
+    A text file with one prompt per line; a .jsonl, .json, .csv, .tsv or .parquet file; a folder of photos with their
+    captions; a folder or hub name (owner/name, owner/name:split) that `datasets` reads. `column`: where a source has
+    some, else the first of CAPTION_COLUMNS. White space is made single spaces, the order is kept. UserError: one line.
+    """
+    texts, unit = read_texts(source, column)
+    prompts = list(dict.fromkeys(filter(None, texts)))
     if not prompts:
-        raise UserError(f"the prompts file {path} {'holds only blank lines' if lines else 'is empty'}")
-    blank, chosen = lines.count(""), prompts[:max_prompts]
-    left_out = f"{blank} blank lines and {len(lines) - blank - len(prompts)} repeated prompts left out"
-    return chosen, f"prompts: the first {len(chosen)} of {len(prompts)} in {path} ({left_out})"
+        raise UserError(f"{source} {f'holds only blank {unit}s' if texts else 'is empty'}: no prompts")
+    blank, chosen = texts.count(""), prompts[:max_prompts]
+    left_out = f"{blank} blank {unit}s and {len(texts) - blank - len(prompts)} repeated prompts left out"
+    return chosen, f"prompts: the first {len(chosen)} of {len(prompts)} in {source} ({left_out})"
+
+
+def read_texts(source: str, column: str | None) -> tuple[list[str], str]:
+    """The text of every line, row or photo of `source`, "" where it has none, and which of the three they are."""
+    path, kind = Path(source), Path(source).suffix.lower()
+    if is_photo_folder(path):
+        return list(read_captions(path, column).values()), "caption"
+    unit = "line" if path.is_file() and kind not in {*TABLE_SUFFIXES, ".json"} else "row"
+    try:
+        if path.is_dir() or not (path.exists() or kind in {*TABLE_SUFFIXES, ".json", ".jsonl", ".txt"}):
+            rows = load_rows(source)
+            values = read_column(rows, choose_column(column, rows.column_names, source))
+        else:
+            values = read_file(path, column)
+        return [to_text(value, f"{source}, {unit} {number}") for number, value in enumerate(values, 1)], unit
+    except (OSError, ValueError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"cannot read {source}: {reason}") from error
+
+
+def to_text(value: Any, place: str) -> str:
+    """`value` with single spaces, "" for None; UserError with its place where it is no text."""
+    if not isinstance(value, str | None):
+        raise UserError(f"{place}: a {type(value).__name__} in place of a text")
+    return " ".join((value or "").split())
+
+
+def choose_column(column: str | None, columns: Iterable[str], place: str | Path) -> str:
+    """`column`, or the first of CAPTION_COLUMNS; UserError with the names that exist where it is not in `columns`."""
+    wanted, columns = [column] if column else CAPTION_COLUMNS, list(columns)
+    found = [name for name in wanted if name in columns]
+    if not found:
+        has = textwrap.shorten(", ".join(columns), 100, placeholder=" ...")
+        raise UserError(f"{place} has no column {', '.join(wanted)}: --prompt_column can be one of {has}")
+    return found[0]
+
+
+def read_file(path: Path, column: str | None) -> Iterable[Any]:
+    """A value for every line or row of a file, by its suffix; the lines themselves where it is no table."""
+    kind = path.suffix.lower()
+    if kind in {".csv", ".tsv"}:
+        return read_csv(path, column)
+    if kind == ".parquet":
+        file = pq.ParquetFile(path)
+        name = choose_column(column, file.schema_arrow.names, path)
+        return (value for batch in file.iter_batches(columns=[name]) for value in batch.column(0).to_pylist())
+    if kind in {".json", ".jsonl"}:
+        rows = read_json(path)
+        name = choose_column(column, columns, path) if (columns := dict.fromkeys(chain(*rows))) else ""
+        return [row.get(name) for row in rows]
+    return read_lines(path)
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a utf-8 file, with or without a byte order mark; UserError with the line that is not utf-8."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, line {number}: not utf-8") from error
+
+
+def read_csv(path: Path, column: str | None) -> Iterator[str]:
+    """The cells of a column of a .csv (commas) or .tsv (tabs) file, whose first row has the names of the columns."""
+    rows = csv.reader(read_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    header = [name.strip() for name in next(rows, [])]
+    if not header:
+        return
+    index = header.index(choose_column(column, header, f"the first row of {path}"))
+    for row in rows:
+        if len(row) > len(header):
+            told = f"{len(row)} cells under {len(header)} columns (a prompt with a comma needs quotes)"
+            raise UserError(f"{path}, line {rows.line_num}: {told}")
+        yield row[index] if len(row) > index else ""
+
+
+def read_json(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, one a line ({} where blank), or of a .json file, a list; a text is a prompt."""
+    lines = map(str.strip, read_lines(path))
+    texts = lines if path.suffix.lower() == ".jsonl" else ["\n".join(lines) or "[]"]
+    values = []
+    for number, text in enumerate(texts):
+        try:
+            values.append(json.loads(text or "{}"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number + error.lineno}: not json ({error.msg})") from error
+    if path.suffix.lower() == ".json":
+        values = values[0]
+        if not isinstance(values, list):
+            raise UserError(f"{path} is not a list of texts or of objects")
+    return [value if isinstance(value, dict) else {"prompt": value} for value in values]
+
+
+def load_rows(source: str) -> Dataset:
+    """The rows of a folder, or of a hub name with or without :split, that `datasets` reads: of train, else the first.
+
+    A folder is read anew, because one that changed under its old name would come out of the cache as it was.
+    """
+    import datasets
+
+    folder = Path(source).is_dir()
+    name, _, split = (source, "", "") if folder else source.partition(":")
+    if not folder and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise UserError(f"no such file or folder: {source}")
+    datasets.disable_progress_bars()
+    mode = "force_redownload" if folder else "reuse_dataset_if_exists"
+    try:
+        loaded = datasets.load_dataset(name, split=split or None, download_mode=mode)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise UserError(f"{source} is not a file, nor can datasets load it: {reason}") from error
+    return loaded if split else loaded["train" if "train" in loaded else next(iter(loaded))]
+
+
+def read_column(rows: Dataset, name: str) -> Iterator[Any]:
+    """The values of a column, in batches, without reading the others."""
+    return (value for batch in rows.select_columns([name]).iter(1000) for value in batch[name])
+
+
+def is_photo_folder(folder: Path) -> bool:
+    """A folder with photos in it, and with captions if it has tables too; other tables are left to `datasets`."""
+    photos = find_photos(folder)
+    tables = any(path.suffix.lower() in TABLE_SUFFIXES for path in folder.rglob("*"))
+    return bool(photos) and (not tables or any(map(read_caption_file, photos)) or any(folder.rglob("metadata.jsonl")))
+
+
+def find_photos(folder: Path) -> list[Path]:
+    """The photos in a folder and the folders in it, by path; hidden ones are no photos."""
+    photos = (path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
+    return sorted(path for path in photos if not any(part[0] == "." for part in path.relative_to(folder).parts))
+
+
+def find_captions(folder: Path, column: str | None) -> dict[Path, str]:
+    """The photos of a folder, by path, with their captions: metadata.jsonl's, else the file's beside it, else ""."""
+    told: dict[Path, str] = {}
+    for table in folder.rglob("metadata.jsonl"):
+        told |= read_metadata(table, column)
+    return {photo: told.get(photo) or read_caption_file(photo) for photo in sorted({*find_photos(folder), *told})}
+
+
+def read_captions(folder: Path, column: str | None) -> dict[Path, str]:
+    """find_captions of a folder where at least one photo has one."""
+    captions = find_captions(folder, column)
+    if not any(captions.values()):
+        told = "none has a caption (metadata.jsonl, or a .txt or .caption file beside it)"
+        raise UserError(
+            f"{len(captions)} photos in {folder}, {told}: make_preference_data.py --caption_model writes them"
+        )
+    return captions
+
+
+def read_metadata(table: Path, column: str | None) -> dict[Path, str]:
+    """The captions in a metadata.jsonl of `datasets`' imagefolder; UserError with the line whose photo is missing."""
+    rows, captions = read_json(table), {}
+    columns = dict.fromkeys(chain(*rows))
+    name = choose_column(column, columns, table) if column or not columns.keys().isdisjoint(CAPTION_COLUMNS) else ""
+    for number, row in enumerate(rows, 1):
+        photo = table.parent / str(row.get("file_name"))
+        if row and not photo.is_file():
+            raise UserError(f"{table}, line {number}: there is no file {row.get('file_name', '(no file_name)')}")
+        if row:
+            captions[photo] = to_text(row.get(name), f"{table}, line {number}")
+    return captions
+
+
+def read_caption_file(photo: Path) -> str:
+    """The text of the .txt or .caption file beside a photo, "" where there is none."""
+    files = [file for file in (photo.with_suffix(".txt"), photo.with_suffix(".caption")) if file.is_file()]
+    return next(filter(None, (" ".join("".join(read_lines(file)).split()) for file in files)), "")
+
+
+# ---- Data: models, images, values ----------------------------------------------------------------------------------
 
 
 class Model(NamedTuple):
@@ -1320,7 +1508,7 @@ def main(args: argparse.Namespace) -> None:
     quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output, labels = Path(args.output_dir), [scorer.label for scorer in args.scorers]
-    prompts, _ = read_prompts(args.prompts, args.max_prompts)
+    prompts, _ = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
     plan = plan_images(len(prompts), args.num_images_per_prompt, args.diversity_prompts)
     prompt_ids = np.array([p for p, _ in plan])
 
@@ -1379,7 +1567,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--models", nargs="+", metavar="SPEC", default=models, help=models_help)
 
     flag = parser.add_argument_group("images").add_argument
-    flag("--prompts", help="text file, one prompt per line")
+    flag("--prompts", help=PROMPTS_HELP)
+    flag("--prompt_column", help="column of the prompts or captions; none: the first of prompt, caption, text")
     flag("--max_prompts", type=int, help="use the first so many prompts")
     flag("--num_images_per_prompt", type=int, default=1, help="images per prompt, averaged before models are compared")
     flag("--diversity_prompts", type=int, default=64, help="so many prompts get two images, to measure diversity")
@@ -1425,12 +1614,12 @@ def validate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     if args.prompts is None:
-        parser.error("--prompts is missing: a text file, one prompt per line")
+        parser.error("--prompts is missing: a text file with one prompt per line, or another source (--help)")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         parser.error(f"--output_dir {args.output_dir} is a file")
     try:
         check_model(args.pretrained_model_name_or_path, "model_index.json")
-        read_prompts(args.prompts, args.max_prompts)
+        read_prompts(args.prompts, args.prompt_column, args.max_prompts)
         args.models = parse_models(args.models)
         args.scorers = parse_scorers(args.scorers)
     except UserError as error:

@@ -11,6 +11,7 @@
 #     "numpy>=1.26,<3",
 #     "tqdm>=4.66,<5",
 #     "pyarrow>=16,<27",
+#     "datasets>=4,<5.3",
 # ]
 # ///
 """Makes DPO preference pairs from your own text-to-image model, with AI feedback instead of human labels.
@@ -42,6 +43,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import hashlib
 import importlib
 import importlib.util
@@ -50,6 +52,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import shlex
 import shutil
@@ -57,12 +60,12 @@ import sys
 import textwrap
 import time
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib import metadata
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -80,7 +83,9 @@ from tqdm.auto import tqdm
 
 if TYPE_CHECKING:  # the large libraries are imported where they are used, so that a mistyped flag is told at once
     from accelerate import PartialState
+    from datasets import Dataset
     from diffusers import DiffusionPipeline
+    from transformers import PreTrainedTokenizerBase
 
 SCRIPT = "make_preference_data"
 WORLD = Path(__file__).resolve().parent / "tests" / "tiny_human"
@@ -109,6 +114,11 @@ PAIR_SETTINGS = ["scorer", "min_margin", "validation_share"]
 
 SCORER_HELP = (
     "pickscore, clip, module:function or file.py:function; with several, a weighted vote in units of each one's spread"
+)
+
+PROMPTS_HELP = (
+    "text file with one prompt per line, .jsonl, .json, .csv, .tsv, .parquet, folder of photos with captions, "
+    "folder or hub name (owner/name[:split]) that datasets reads"
 )
 
 
@@ -400,11 +410,6 @@ def encode_prompts(pipe: DiffusionPipeline, prompts: list[str], negative_prompt:
     }
 
 
-def count_long_prompts(pipe: DiffusionPipeline, prompts: list[str]) -> int:
-    """How many prompts are longer than the text encoder reads; their end is cut off."""
-    return sum(len(ids) > pipe.tokenizer.model_max_length for ids in pipe.tokenizer(prompts).input_ids)
-
-
 def weights_hash(*modules: torch.nn.Module) -> str:
     """sha256 over the weights as fp16, so that it is the same whether they were loaded in fp16 or fp32."""
     digest = hashlib.sha256()
@@ -413,6 +418,493 @@ def weights_hash(*modules: torch.nn.Module) -> str:
             digest.update(name.encode())
             digest.update(value.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+# ---- Prompts and photos ---------------------------------------------------------------------------------------------
+
+
+CAPTION_COLUMNS = ("prompt", "caption", "text")
+PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+TABLE_SUFFIXES = {".parquet", ".arrow", ".csv", ".tsv"}
+CAPTION_REQUEST = "Describe the person in this photo in one sentence: looks, clothes, pose, hands, place and light."
+
+
+def read_prompts(source: str, column: str | None, max_prompts: int | None) -> tuple[list[str], str]:
+    """The first `max_prompts` prompts of `source`, and a remark on what was left out (blank and repeated ones).
+
+    A text file with one prompt per line; a .jsonl, .json, .csv, .tsv or .parquet file; a folder of photos with their
+    captions; a folder or hub name (owner/name, owner/name:split) that `datasets` reads. `column`: where a source has
+    some, else the first of CAPTION_COLUMNS. White space is made single spaces, the order is kept. UserError: one line.
+    """
+    texts, unit = read_texts(source, column)
+    prompts = list(dict.fromkeys(filter(None, texts)))
+    if not prompts:
+        raise UserError(f"{source} {f'holds only blank {unit}s' if texts else 'is empty'}: no prompts")
+    blank, chosen = texts.count(""), prompts[:max_prompts]
+    left_out = f"{blank} blank {unit}s and {len(texts) - blank - len(prompts)} repeated prompts left out"
+    return chosen, f"prompts: the first {len(chosen)} of {len(prompts)} in {source} ({left_out})"
+
+
+def read_texts(source: str, column: str | None) -> tuple[list[str], str]:
+    """The text of every line, row or photo of `source`, "" where it has none, and which of the three they are."""
+    path, kind = Path(source), Path(source).suffix.lower()
+    if is_photo_folder(path):
+        return list(read_captions(path, column).values()), "caption"
+    unit = "line" if path.is_file() and kind not in {*TABLE_SUFFIXES, ".json"} else "row"
+    try:
+        if path.is_dir() or not (path.exists() or kind in {*TABLE_SUFFIXES, ".json", ".jsonl", ".txt"}):
+            rows = load_rows(source)
+            values = read_column(rows, choose_column(column, rows.column_names, source))
+        else:
+            values = read_file(path, column)
+        return [to_text(value, f"{source}, {unit} {number}") for number, value in enumerate(values, 1)], unit
+    except (OSError, ValueError, csv.Error) as error:
+        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+        raise UserError(f"cannot read {source}: {reason}") from error
+
+
+def to_text(value: Any, place: str) -> str:
+    """`value` with single spaces, "" for None; UserError with its place where it is no text."""
+    if not isinstance(value, str | None):
+        raise UserError(f"{place}: a {type(value).__name__} in place of a text")
+    return " ".join((value or "").split())
+
+
+def choose_column(column: str | None, columns: Iterable[str], place: str | Path) -> str:
+    """`column`, or the first of CAPTION_COLUMNS; UserError with the names that exist where it is not in `columns`."""
+    wanted, columns = [column] if column else CAPTION_COLUMNS, list(columns)
+    found = [name for name in wanted if name in columns]
+    if not found:
+        has = textwrap.shorten(", ".join(columns), 100, placeholder=" ...")
+        raise UserError(f"{place} has no column {', '.join(wanted)}: --prompt_column can be one of {has}")
+    return found[0]
+
+
+def read_file(path: Path, column: str | None) -> Iterable[Any]:
+    """A value for every line or row of a file, by its suffix; the lines themselves where it is no table."""
+    kind = path.suffix.lower()
+    if kind in {".csv", ".tsv"}:
+        return read_csv(path, column)
+    if kind == ".parquet":
+        file = pq.ParquetFile(path)
+        name = choose_column(column, file.schema_arrow.names, path)
+        return (value for batch in file.iter_batches(columns=[name]) for value in batch.column(0).to_pylist())
+    if kind in {".json", ".jsonl"}:
+        rows = read_json(path)
+        name = choose_column(column, columns, path) if (columns := dict.fromkeys(chain(*rows))) else ""
+        return [row.get(name) for row in rows]
+    return read_lines(path)
+
+
+def read_lines(path: Path) -> Iterator[str]:
+    """The lines of a utf-8 file, with or without a byte order mark; UserError with the line that is not utf-8."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}, line {number}: not utf-8") from error
+
+
+def read_csv(path: Path, column: str | None) -> Iterator[str]:
+    """The cells of a column of a .csv (commas) or .tsv (tabs) file, whose first row has the names of the columns."""
+    rows = csv.reader(read_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
+    header = [name.strip() for name in next(rows, [])]
+    if not header:
+        return
+    index = header.index(choose_column(column, header, f"the first row of {path}"))
+    for row in rows:
+        if len(row) > len(header):
+            told = f"{len(row)} cells under {len(header)} columns (a prompt with a comma needs quotes)"
+            raise UserError(f"{path}, line {rows.line_num}: {told}")
+        yield row[index] if len(row) > index else ""
+
+
+def read_json(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file, one a line ({} where blank), or of a .json file, a list; a text is a prompt."""
+    lines = map(str.strip, read_lines(path))
+    texts = lines if path.suffix.lower() == ".jsonl" else ["\n".join(lines) or "[]"]
+    values = []
+    for number, text in enumerate(texts):
+        try:
+            values.append(json.loads(text or "{}"))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}, line {number + error.lineno}: not json ({error.msg})") from error
+    if path.suffix.lower() == ".json":
+        values = values[0]
+        if not isinstance(values, list):
+            raise UserError(f"{path} is not a list of texts or of objects")
+    return [value if isinstance(value, dict) else {"prompt": value} for value in values]
+
+
+def load_rows(source: str) -> Dataset:
+    """The rows of a folder, or of a hub name with or without :split, that `datasets` reads: of train, else the first.
+
+    A folder is read anew, because one that changed under its old name would come out of the cache as it was.
+    """
+    import datasets
+
+    folder = Path(source).is_dir()
+    name, _, split = (source, "", "") if folder else source.partition(":")
+    if not folder and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise UserError(f"no such file or folder: {source}")
+    datasets.disable_progress_bars()
+    mode = "force_redownload" if folder else "reuse_dataset_if_exists"
+    try:
+        loaded = datasets.load_dataset(name, split=split or None, download_mode=mode)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise UserError(f"{source} is not a file, nor can datasets load it: {reason}") from error
+    return loaded if split else loaded["train" if "train" in loaded else next(iter(loaded))]
+
+
+def read_column(rows: Dataset, name: str) -> Iterator[Any]:
+    """The values of a column, in batches, without reading the others."""
+    return (value for batch in rows.select_columns([name]).iter(1000) for value in batch[name])
+
+
+def is_photo_folder(folder: Path) -> bool:
+    """A folder with photos in it, and with captions if it has tables too; other tables are left to `datasets`."""
+    photos = find_photos(folder)
+    tables = any(path.suffix.lower() in TABLE_SUFFIXES for path in folder.rglob("*"))
+    return bool(photos) and (not tables or any(map(read_caption_file, photos)) or any(folder.rglob("metadata.jsonl")))
+
+
+def find_photos(folder: Path) -> list[Path]:
+    """The photos in a folder and the folders in it, by path; hidden ones are no photos."""
+    photos = (path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
+    return sorted(path for path in photos if not any(part[0] == "." for part in path.relative_to(folder).parts))
+
+
+def find_captions(folder: Path, column: str | None) -> dict[Path, str]:
+    """The photos of a folder, by path, with their captions: metadata.jsonl's, else the file's beside it, else ""."""
+    told: dict[Path, str] = {}
+    for table in folder.rglob("metadata.jsonl"):
+        told |= read_metadata(table, column)
+    return {photo: told.get(photo) or read_caption_file(photo) for photo in sorted({*find_photos(folder), *told})}
+
+
+def read_captions(folder: Path, column: str | None) -> dict[Path, str]:
+    """find_captions of a folder where at least one photo has one."""
+    captions = find_captions(folder, column)
+    if not any(captions.values()):
+        told = "none has a caption (metadata.jsonl, or a .txt or .caption file beside it)"
+        raise UserError(
+            f"{len(captions)} photos in {folder}, {told}: make_preference_data.py --caption_model writes them"
+        )
+    return captions
+
+
+def read_metadata(table: Path, column: str | None) -> dict[Path, str]:
+    """The captions in a metadata.jsonl of `datasets`' imagefolder; UserError with the line whose photo is missing."""
+    rows, captions = read_json(table), {}
+    columns = dict.fromkeys(chain(*rows))
+    name = choose_column(column, columns, table) if column or not columns.keys().isdisjoint(CAPTION_COLUMNS) else ""
+    for number, row in enumerate(rows, 1):
+        photo = table.parent / str(row.get("file_name"))
+        if row and not photo.is_file():
+            raise UserError(f"{table}, line {number}: there is no file {row.get('file_name', '(no file_name)')}")
+        if row:
+            captions[photo] = to_text(row.get(name), f"{table}, line {number}")
+    return captions
+
+
+def read_caption_file(photo: Path) -> str:
+    """The text of the .txt or .caption file beside a photo, "" where there is none."""
+    files = [file for file in (photo.with_suffix(".txt"), photo.with_suffix(".caption")) if file.is_file()]
+    return next(filter(None, (" ".join("".join(read_lines(file)).split()) for file in files)), "")
+
+
+def read_photos(source: str, column: str | None) -> tuple[dict[str, Callable[[], Image.Image]], str]:
+    """caption -> a function that opens its photo (RGB, upright), as read_prompts has them; and a remark on the rest.
+
+    A folder of photos, or what `datasets` reads with a column of images; of a repeated caption the first photo counts.
+    UserError for a source without photos or captions, and from the function for a photo that cannot be read.
+    """
+    if is_photo_folder(Path(source)):
+        found = read_captions(Path(source), column)
+        captions, openers = list(found.values()), [partial(open_photo, path, str(path)) for path in found]
+    else:
+        captions, openers = read_photo_rows(load_rows(source), column, source)
+    photos: dict[str, Callable[[], Image.Image]] = {}
+    for caption, opener in zip(captions, openers, strict=True):
+        if caption:
+            photos.setdefault(caption, opener)
+    blank = captions.count("")
+    left_out = f"{blank} without caption and {len(captions) - blank - len(photos)} of a repeated one left out"
+    return photos, f"photos: {len(photos)} of {len(captions)} in {source} ({left_out})"
+
+
+def read_photo_rows(
+    rows: Dataset, column: str | None, source: str
+) -> tuple[list[str], list[Callable[[], Image.Image]]]:
+    """The captions of all rows, "" where there is none, and the functions that open their photos."""
+    import datasets
+
+    image = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
+    if image is None:
+        raise UserError(f"{source} has no column of images (it has {', '.join(rows.column_names)})")
+    values = read_column(rows, choose_column(column, rows.column_names, source))
+    captions = [to_text(value, f"{source}, row {number}") for number, value in enumerate(values, 1)]
+    files = rows.cast_column(image, datasets.Image(decode=False))
+
+    def open_row(row: int) -> Image.Image:
+        cell = files[row][image] or {"bytes": b""}  # a row without a photo is told as one that cannot be read
+        file = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
+        return open_photo(file, f"{source}, row {row + 1}")
+
+    return captions, [partial(open_row, row) for row in range(len(rows))]
+
+
+def open_photo(file: Path | str | io.BytesIO, name: str) -> Image.Image:
+    """The photo in RGB, upright by its EXIF orientation; UserError with its name where it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read the photo {name}: {str(error).partition(chr(10))[0]}") from error
+
+
+def write_captions(
+    folder: Path, model: str, device: torch.device | str, batch_size: int, column: str | None = None
+) -> None:
+    """Writes a .txt beside every photo of the folder that has no caption, in the words of an image-to-text model.
+
+    A start after an interruption carries on. UserError where the model does not load or a photo cannot be read.
+    """
+    todo = [photo for photo, caption in find_captions(folder, column).items() if not caption]
+    if not todo:
+        return
+    caption = load_captioner(model, device)
+    with tqdm(total=len(todo), desc="captions", unit="img", smoothing=0.1) as bar:
+        for start in range(0, len(todo), batch_size):
+            batch = todo[start : start + batch_size]
+            texts = caption([open_photo(photo, str(photo)) for photo in batch])
+            for photo, text in zip(batch, texts, strict=True):
+                replace_file(photo.with_suffix(".txt"), lambda part, text=text: part.write_text(text + "\n", "utf-8"))
+            bar.update(len(batch))
+
+
+def load_captioner(model: str, device: torch.device | str) -> Callable[[list[Image.Image]], list[str]]:
+    """The function captions(photos) of an image-to-text model: greedy, at most 60 tokens, bf16 on CUDA, else fp32.
+
+    A model with a chat template is asked CAPTION_REQUEST; others (BLIP, GIT) caption unasked.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    try:
+        captioner = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()
+        processor = AutoProcessor.from_pretrained(model, backend="pil")
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(
+            f"cannot load the caption model {model}: {str(error).strip().partition(chr(10))[0]}"
+        ) from error
+    request = ""
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image"}, {"type": "text", "text": CAPTION_REQUEST}]
+        request = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        processor.tokenizer.padding_side = "left"  # so that every answer begins where the requests end
+
+    @torch.inference_mode()
+    def captions(photos: list[Image.Image]) -> list[str]:
+        asked = {"text": [request] * len(photos), "padding": True} if request else {}
+        images = [[photo] for photo in photos] if request else photos
+        inputs = processor(images=images, return_tensors="pt", **asked).to(device, dtype)
+        tokens = captioner.generate(**inputs, do_sample=False, max_new_tokens=60)
+        answers = tokens[:, inputs["input_ids"].shape[1] :] if request else tokens
+        return [" ".join(text.split()) for text in processor.batch_decode(answers, skip_special_tokens=True)]
+
+    return captions
+
+
+def too_long(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The indices of the prompts with more tokens, special ones included, than the text encoder reads (75 + 2)."""
+    parts = (tokenizer(prompts[start : start + 1000]).input_ids for start in range(0, len(prompts), 1000))
+    return [index for index, tokens in enumerate(chain(*parts)) if len(tokens) > tokenizer.model_max_length]
+
+
+def listed(text: str) -> list[str]:
+    """The items of a text that has semicolons or new lines between them."""
+    return re.split(r"\s*[;\n]\s*", text.strip())
+
+
+# A grammar of prompts. A scene is what goes together: places (with a seat after @), light, clothes (a close-up shows
+# what stands before "and"), what one person does, what one does with the whole body in view, and what two or three do.
+# {c} is a colour; "a" becomes "an" where it has to. Children are in every scene but those with a cast of adults.
+SCENES = """
+where in a snow-covered park @ on a bench; beside a frozen lake @ on a log; in a snowy mountain village @ on a low wall
+  light under a pale winter sky; in low winter sun; in the blue light of dusk; in softly falling snow
+  wears a {c} winter coat and boots; a {c} padded jacket and warm trousers; a {c} parka and a woollen hat
+  does throwing a snowball; shaping a snowball with both hands; catching snowflakes with open palms; holding an icicle
+  does cupping a steaming mug in both hands; pulling up {their} scarf with both hands
+  moves shovelling snow; jumping up with both arms raised; pulling a wooden sled by its rope; building a small snowman
+  group building a snowman; pulling a wooden sled; throwing snow into the air; walking arm in arm
+where in a sunny park @ on a bench; on a seaside promenade @ on a low wall; on a tree-lined square @ on a stone step
+  light in bright sunshine; in golden evening light; in soft morning light; under a blue sky
+  wears a {c} T-shirt and jeans; a {c} linen shirt and light trousers; a {c} summer dress and sandals
+  does eating an ice cream; blowing soap bubbles; holding a bunch of flowers in both hands; opening a paper parasol
+  does taking a picture with a small camera; juggling three balls; unwrapping a sandwich; holding a paper windmill
+  moves riding a bicycle; skipping with a rope; flying a kite; throwing a frisbee; jumping up with both arms raised
+  moves balancing on one leg with outstretched arms; walking a small dog on a lead
+  group holding hands; sharing a picnic on a blanket; giving each other a high five; walking and waving
+where on a rainy street @ in a bus shelter; on a rainy market square @ under an awning; in a wet park @ in a bandstand
+  light under a heavy grey sky; in the glow of street lamps; in soft diffuse light; with reflections on the wet ground
+  wears a {c} raincoat and rubber boots; a {c} waterproof jacket and jeans; a {c} hooded jacket and dark trousers
+  does holding an open umbrella; folding up a wet umbrella; wringing out a wet scarf with both hands
+  does pulling up {their} hood with both hands; pointing at the clouds; buttoning up {their} collar with both hands
+  moves jumping over a puddle; running with a newspaper held over {their} head; carrying two full shopping bags
+  group sharing one large umbrella; jumping into a puddle; looking at a city map; looking up at the rain
+where in a bright kitchen @ at the table; in a farmhouse kitchen @ on a wooden chair; in a small bakery @ on a stool
+  light in warm lamplight; lit by a large window; in soft daylight; under bright ceiling lamps
+  wears a {c} shirt and a white apron; a {c} sweater and jeans; a {c} T-shirt and a striped apron
+  does kneading dough with both hands; using a rolling pin; pouring milk from a jug into a glass; peeling an orange
+  does whisking eggs in a bowl; decorating a cake with berries; holding a tray of fresh bread rolls; tasting some soup
+  moves sweeping the floor with a broom; carrying a large pot in both arms; reaching up for a jar on a high shelf
+  group kneading dough; rolling out a pizza; filling jars with jam; sharing a bowl of cherries; drying the dishes
+where in a cosy living room @ in an armchair; in a quiet library @ at a desk; in a bookshop @ in a leather armchair
+  light in warm lamplight; lit by a tall window; in soft morning light; in the last light of the afternoon
+  wears a {c} knitted sweater and jeans; a {c} cardigan and corduroy trousers; a {c} dress and woollen tights
+  does turning the pages of a large book; writing in a notebook with a pencil; drawing a picture; folding a letter
+  does holding a paperback in one hand; winding a clock; folding a paper plane; holding up an old photograph
+  moves carrying a tall stack of books in both arms; reaching up for a book on a high shelf; dusting a globe
+  group playing chess; playing cards; bending over a large atlas; reading from one book; doing a jigsaw puzzle
+where on a small concert stage @ on a chair; in a music room @ on a stool; in a rehearsal room @ on a wooden chair
+  light in a warm spotlight; in soft daylight; in coloured light; lit by a row of tall windows
+  wears a {c} shirt and black trousers; a {c} blouse and a long skirt; a {c} velvet jacket and dark trousers
+  does playing the violin; playing an acoustic guitar; playing the flute; playing the trumpet; playing the ukulele
+  does playing the accordion; conducting with a baton; shaking a tambourine; singing with one hand on the microphone
+  moves playing the cello; playing the drums; playing the harp; playing the piano; dancing with one arm raised
+  group playing violins; playing guitars; clapping in rhythm; singing from one sheet; playing hand drums
+where at a running track @ on the grass; in a sports hall @ on a wooden bench; at a basketball court @ on a bench
+  light in clear morning light; in bright even light; in late afternoon light; with strong light from one side
+  wears a {c} T-shirt and tracksuit trousers; a {c} tracksuit and running shoes; a {c} jersey and training trousers
+  does holding a basketball in both hands; stretching both arms overhead; spinning a ball on one finger
+  does drinking from a water bottle; lifting a small dumbbell; wiping {their} forehead with a towel; blowing a whistle
+  moves throwing a basketball; jumping with arms and legs spread; kicking a ball; sprinting; tying {their} shoelaces
+  moves standing on one leg with both palms overhead; doing a lunge with both arms raised
+  group giving each other a high five; passing a ball; stretching side by side; running in a row; lifting a trophy
+where in a carpenter's workshop @ on a stool; in a tidy garage @ on a crate; in a boatbuilder's shed @ on a trestle
+  cast adults
+  light in dusty sunlight; under a bright work lamp; in light from an open door; in cool daylight from a skylight
+  wears a {c} work shirt and a leather apron; a {c} boiler suit and sturdy boots; a {c} work jacket and canvas trousers
+  does hammering a nail into a board; tightening a screw with a screwdriver; measuring a board with a tape measure
+  does sanding a chair leg; wiping {their} hands on a cloth; putting on a pair of work gloves; pointing at a drawing
+  moves carrying a ladder on one shoulder; sawing a plank; drilling a hole into a plank; painting a door with a brush
+  group lifting a heavy crate; bending over a plan; carrying a long plank; holding mugs of tea; painting a wooden boat
+where in a hotel ballroom @ on a velvet chair; in an opera foyer @ on a marble bench; on a roof terrace @ at a table
+  cast adults
+  light by candlelight; in the light of chandeliers; in soft golden light; in the glow of small lamps
+  wears a {c} evening dress and long earrings; a {c} suit and a silk scarf; a {c} velvet jacket and a white shirt
+  does raising a glass in a toast; holding a bouquet of roses; holding an open fan; straightening {their} collar
+  does fastening a wristwatch; slipping a ring onto one finger; blowing out a candle; clapping {their} hands
+  moves dancing with one arm stretched out; taking a bow with one hand on {their} chest; leaning on a railing
+  group raising their glasses; dancing and holding hands; talking with lively gestures; walking arm in arm
+"""
+HANDS = listed("""
+    waving with {their} right hand; waving with {their} left hand; giving a thumbs up; making a peace sign
+    pointing into the distance; holding up five fingers; holding up three fingers; crossing {their} arms
+    clapping {their} hands; counting on {their} fingers; reaching out one open hand; laying one hand on {their} heart
+    raising both arms; pressing both palms together; forming a heart with both hands; snapping {their} fingers
+""")
+FACE = listed("""
+    resting {their} chin on one hand; laughing with one hand over {their} mouth; touching one cheek with the fingertips
+    shading {their} eyes with one hand; holding both hands to {their} cheeks; whistling on two fingers
+    cupping one hand behind {their} ear; holding a phone to {their} ear; smelling a flower held in one hand
+    adjusting {their} round glasses with two fingers
+""")
+ORIGINS = listed("""
+    Black: coily, curly, braided: black; dark-skinned: coily, braided, wavy: black; Polynesian: wavy, curly: black
+    white: straight, wavy, curly: blond, brown, red; light-skinned: straight, wavy, curly: brown, dark brown, black
+    East Asian: straight: black; Southeast Asian: straight, wavy: black; South Asian: straight, wavy: black, dark brown
+    Middle Eastern: wavy, curly: black, dark brown; brown-skinned: straight, wavy, curly: black, dark brown
+    Latin American: straight, wavy, curly: black, brown; Native American: straight, braided: black
+""")
+ADULTS = ("woman", "man", "person")
+AGES = {"young": ADULTS, "middle-aged": ADULTS, "elderly": ADULTS, "little": ("girl", "boy", "child")}
+THEIR = {"woman": "her", "girl": "her", "man": "his", "boy": "his", "person": "their", "child": "their"}
+COVERED = {"woman": "a patterned headscarf", "man": "a shaved head and a beard", "person": "a shaved head"}
+COLOURS = ("red", "yellow", "orange", "green", "blue", "purple", "pink", "white", "black", "grey", "brown", "beige")
+SHOTS = {"full": ("full-body photo", "wide shot"), "half": ("half-body photo", "waist-up photo")}
+SHOTS["close"] = ("close-up portrait", "head-and-shoulders portrait")
+
+
+def parse_scenes(text: str) -> list[dict[str, list[str]]]:
+    """SCENES as lists of items by key; each scene begins with its `where`, a key that comes again goes on."""
+    scenes: list[dict[str, list[str]]] = []
+    for line in text.strip().splitlines():
+        key, _, items = line.strip().partition(" ")
+        if key == "where":
+            scenes.append(defaultdict(list))
+        scenes[-1][key] += listed(items)
+    return scenes
+
+
+def draw_person(rng: random.Random, scene: dict[str, list[str]]) -> tuple[str, str, str, str]:
+    """Someone who fits into the scene: (age, origin and noun), hair, clothes, and the possessive pronoun."""
+    age = rng.choice([*AGES][: 3 if scene["cast"] else 4])
+    (noun,) = rng.choices(AGES[age], (9, 9, 2))
+    origin, textures, colours = rng.choice(ORIGINS).split(": ")
+    length = "short" if noun in ("man", "boy") else rng.choice(("short", "shoulder-length", "long"))
+    colour = rng.choice(("grey", "white", "silver") if age == "elderly" else colours.split(", "))
+    hair = f"{length} {rng.choice(textures.split(', '))} {colour} hair"
+    if noun in COVERED and rng.random() < 0.12:
+        hair = COVERED[noun]
+    clothes = [c for c in scene["wears"] if noun in ("woman", "girl") or not re.search("dress|skirt|blouse", c)]
+    return f"a {age} {origin} {noun}", hair, rng.choice(clothes).format(c=rng.choice(COLOURS)), THEIR[noun]
+
+
+def draw_one(rng: random.Random, scene: dict[str, list[str]], place: str, seat: str) -> tuple[str, str, str]:
+    """A person alone: the kind of shot, who it is, and what the hands do where."""
+    (shot,) = rng.choices(list(SHOTS), (4, 3, 2))
+    who, hair, clothes, their = draw_person(rng, scene)
+    pose = rng.choices(("standing", f"sitting {seat}", "sitting in a wheelchair"), (4, 3, 1))[0]
+    anywhere = f"{pose} {place} and {rng.choice(HANDS)}"
+    doing = [anywhere, *(f"{rng.choice(scene[key])} {place}" for key in ("does", "moves"))]
+    if shot == "close":
+        clothes, doing = clothes.split(" and ")[0], [f"{rng.choice(FACE)} {place}"]
+    action = rng.choice(doing[:2] if shot == "half" else doing).format(their=their)
+    return shot, f"{who} with {hair}, wearing {clothes}", action
+
+
+def draw_group(rng: random.Random, scene: dict[str, list[str]], count: int, place: str) -> tuple[str, str, str]:
+    """Two people, each with the upper part of the clothes, or three, each in a colour; and what they do where."""
+    people: dict[str, str] = {}
+    while len(people) < count:
+        who, _, clothes, _ = draw_person(rng, scene)
+        people[who] = f"{who} in {clothes.split(' and ')[0] if count == 2 else rng.choice(COLOURS)}"
+    *first, last = people.values()
+    action = rng.choice(scene["group"] + ["shaking hands"] * (count == 2))
+    return "full", f"{('two', 'three')[count - 2]} people, {', '.join(first)} and {last}", f"{action} {place}"
+
+
+def human_prompts(count: int, seed: int) -> list[str]:
+    """`count` distinct prompts of people, clothed and with busy hands; the first ones are the same for any count.
+
+    Ages, origins, women and men come equally often; 6 in 11 prompts have one person, 3 two and 2 three.
+    """
+    rng, scenes = random.Random(seed), parse_scenes(SCENES)
+    prompts: dict[str, None] = {}
+    while len(prompts) < count:
+        scene = rng.choice(scenes)
+        (people,) = rng.choices((1, 2, 3), (6, 3, 2))
+        place, seat = rng.choice(scene["where"]).split(" @ ")
+        shot, who, action = draw_one(rng, scene, place, seat) if people == 1 else draw_group(rng, scene, people, place)
+        what, light = f"a {rng.choice(SHOTS[shot])}", rng.choice(scene["light"])
+        parts = rng.choice(([f"{what} of {who}", action, light], [who, action, light, what]))
+        prompt = re.sub(r"\b[Aa](?= [aeio]| u(?!ku|ni))", r"\g<0>n", ", ".join(parts))
+        prompts[prompt[0].upper() + prompt[1:]] = None
+    return list(prompts)
+
+
+def write_prompts(path: Path, count: int, seed: int) -> list[str]:
+    """Writes human_prompts, one per line, and returns them; UserError for a file that is there already."""
+    if path.exists():
+        raise UserError(f"{path} is there already: choose another file for --write_prompts, or delete it")
+    prompts = human_prompts(count, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, lambda part: part.write_text("\n".join(prompts) + "\n", encoding="utf-8"))
+    return prompts
 
 
 # ---- Data -----------------------------------------------------------------------------------------------------------
@@ -427,20 +919,6 @@ PAIR_COLUMNS |= {"score_0": pa.float64(), "score_1": pa.float64(), "scores": pa.
 PAIR_COLUMNS |= {"seed_0": pa.int64(), "seed_1": pa.int64(), "source_0": pa.string(), "source_1": pa.string()}
 PAIR_COLUMNS |= {"latents_0": pa.binary(), "latents_1": pa.binary()}
 PAIR_COLUMNS |= {"prompt_id": pa.string(), "stage": pa.string(), "num_candidates": pa.int64()}
-
-
-def read_prompts(path: str, max_prompts: int | None) -> tuple[list[str], str]:
-    """The prompts of a text file, one per line, and a remark on what was left out (blank lines, repeated prompts)."""
-    try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the prompts file {path}: {getattr(error, 'strerror', None) or error}") from error
-    prompts = list(dict.fromkeys(line for line in lines if line))
-    if not prompts:
-        raise UserError(f"the prompts file {path} {'holds only blank lines' if lines else 'is empty'}")
-    blank, chosen = lines.count(""), prompts[:max_prompts]
-    left_out = f"{blank} blank lines and {len(lines) - blank - len(prompts)} repeated prompts left out"
-    return chosen, f"prompts: the first {len(chosen)} of {len(prompts)} in {path} ({left_out})"
 
 
 def plan_rows(prompts: list[str], num_images: int, seed: int) -> list[dict[str, Any]]:
@@ -783,7 +1261,7 @@ def generate_pool(args: argparse.Namespace, shards: dict[Path, list[str]], state
             facts = {
                 "image_size": images[0].size,
                 "latents": {"shape": list(latents.shape[1:]), **latent_facts},
-                "long_prompts": count_long_prompts(pipe, shards[path]),
+                "long_prompts": len(too_long(shards[path], pipe.tokenizer)),
             }
             write_shard(path, rows, facts)
     return total / (time.perf_counter() - start) * state.num_processes
@@ -871,10 +1349,37 @@ def next_command(args: argparse.Namespace) -> str:
     return shlex.join(command)
 
 
+def start_processes() -> PartialState:
+    """This process's place among those that `accelerate launch` started, on its GPU if there is one."""
+    quiet_libraries()
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=timedelta(days=7))  # a process may wait long for the slowest one's images
+
+
+def caption_photos(args: argparse.Namespace) -> None:
+    """--caption_model: the main process captions the photos of --prompts that have no caption; the others wait."""
+    folder = Path(args.prompts)
+    if not is_photo_folder(folder):
+        raise UserError(f"--caption_model needs a folder of photos, and --prompts {folder} is none")
+    state = start_processes()
+    if state.is_main_process:
+        write_captions(folder, args.caption_model, state.device, args.batch_size, args.prompt_column)
+    state.wait_for_everyone()
+
+
 def main(args: argparse.Namespace) -> None:
     """Draws and scores the pool, every process its own shards; then the main process keeps best against worst."""
+    if args.write_prompts:
+        prompts = write_prompts(Path(args.prompts), args.write_prompts, args.seed)
+        print("\n    ".join([f"{len(prompts)} prompts in {args.prompts}, such as", *prompts[:3]]))
+        return
+    if args.caption_model:
+        caption_photos(args)
     folder = Path(args.output_dir)
-    prompts, remark = read_prompts(args.prompts, args.max_prompts)
+    prompts, remark = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
     settings = {name: getattr(args, name) for name in (*POOL_SETTINGS, *PAIR_SETTINGS)}
     settings["prompts"] = f"{len(prompts)} prompts, sha256 {hashlib.sha256(str(prompts).encode()).hexdigest()[:12]}"
     fixed = [name for name in settings if not (args.rescore and name in PAIR_SETTINGS)]
@@ -883,12 +1388,7 @@ def main(args: argparse.Namespace) -> None:
     if not args.rescore:
         check_model(args.pretrained_model_name_or_path, "model_index.json")
 
-    quiet_libraries()
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    state = PartialState(cpu=cpu, timeout=timedelta(days=7))  # a process may wait long for the slowest one's images
+    state = start_processes()
     if state.is_main_process:
         print(remark)
         prepare_folder(folder, settings, prompts, args.overwrite)
@@ -922,10 +1422,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--variant", help="variant of the weight files, e.g. fp16")
     flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="of the U-Net; none: fp16 on CUDA, else no")
 
+    flag = parser.add_argument_group("prompts").add_argument
+    flag("--prompts", help=PROMPTS_HELP)
+    flag("--prompt_column", help="column of the prompts or captions; none: the first of prompt, caption, text")
+    flag("--max_prompts", type=int, help="use only the first of them")
+    flag("--write_prompts", type=int, metavar="N", help="write N prompts of people to the file --prompts, and stop")
+    flag(
+        "--caption_model", help="image-to-text model that captions the photos of the folder --prompts without caption"
+    )
+
     flag = parser.add_argument_group("pool").add_argument
     flag("--stage", choices=["easy"], default="easy", help="easy: best against worst of the model's own images")
-    flag("--prompts", help="text file, one prompt per line")
-    flag("--max_prompts", type=int, help="use only the first of them")
     flag("--num_images_per_prompt", type=int, default=20, help="images per prompt, of which two are kept")
     flag("--num_inference_steps", type=int, default=50, help="steps of the sampler")
     flag("--guidance_scale", type=float, default=5.0, help="classifier-free guidance")
@@ -952,7 +1459,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.rescore:
         parser.set_defaults(**known_settings(Path(args.output_dir)))
         args = parser.parse_args(argv)
-    elif args.pretrained_model_name_or_path is None:
+    elif args.pretrained_model_name_or_path is None and args.write_prompts is None:
         use_embedded_world(parser, SCRIPT)
         args = parser.parse_args(argv)
     args.height, args.width = args.height or args.resolution, args.width or args.resolution
@@ -963,10 +1470,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses what cannot work, before anything is loaded."""
     if args.prompts is None:
-        parser.error("no prompts: set --prompts to a text file with one prompt per line")
+        parser.error("no prompts: set --prompts to a text file with one prompt per line, or another source (--help)")
     if args.num_images_per_prompt < 2:
         parser.error("--num_images_per_prompt must be at least 2: a pair has a winner and a loser")
-    for name in ("num_inference_steps", "batch_size", "max_prompts", "height", "width"):
+    for name in ("num_inference_steps", "batch_size", "max_prompts", "write_prompts", "height", "width"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     for name in ("height", "width"):
