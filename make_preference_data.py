@@ -17,13 +17,21 @@
 # ///
 """Makes DPO preference pairs from your own text-to-image model, with AI feedback instead of human labels.
 
-HG-DPO (https://arxiv.org/abs/2405.20216), the Easy stage. For every prompt c:
+HG-DPO (https://arxiv.org/abs/2405.20216). The Easy stage: for every prompt c, a pool of N = 20 images,
 
-    x_i  = sample(model, c, seed_i)                seed_i = image_seed(seed, c, i), i = 0 .. N-1
-    s_i  = ensemble(score_k(x_i, c))               k: PickScore by default, any number of scorers
-    pair = best_and_worst(s_0 .. s_N-1)            the winner and the loser; ties and non-finite scores are left out
+    d_i  = sample(model, c, seed_i, few steps)     drafts; seed_i = image_seed(seed, c, i), i = 0 .. N-1
+    f    = finalists(score(d_0) .. score(d_N-1))   the best and the worst draft
+    x_i  = sample(model, c, seed_i, all steps)     for i in f alone, from the same noise
+    pair = best_and_worst(score(x_f))              the winner and the loser; ties and non-finite scores are left out
 
-    prompts, model --sample--> images --score--> pool/ --best_and_worst--> data/ --> train_dpo_human.py
+score = ensemble(score_1, score_2, ...): PickScore by default, any number of scorers. The later stages, with a real
+photo of each prompt and the pairs of the stage before:
+
+    x_t    = sd_recon(model, photo, t)             the photo noised up to timestep t and denoised again
+    Normal = best of x_400 .. x_700 against the Easy winner, where it scores at least as high
+    Hard   = x_100, about the photo itself, against the Normal winner
+
+    prompts, model --sample, score--> pool/ --best_and_worst--> data/ --> train_dpo_human.py
 
 Without arguments it runs on the embedded world (tests/tiny_human) in minutes on a CPU. The usual command:
 
@@ -35,9 +43,12 @@ A start in the same folder carries on where the last one ended. An image is a fu
 whatever the batch size and the number of processes.
 
 Differences from the paper:
-1. Images are padded to a square before CLIP sees them; the published crop would cut heads and feet off a portrait.
-2. Several scorers can vote, each in units of its own spread within a prompt; one with weight 0 only vetoes.
-3. A seeded coin decides which side is jpg_0, and the latents of the sampler are kept, so that training needs no VAE.
+1. Drafts: a deterministic sampler orders them nearly as it orders full images, so that N images cost about a fifth.
+   `--draft_steps 0` draws all in full.
+2. Images are padded to a square before CLIP sees them; the published crop would cut heads and feet off a portrait.
+3. Several scorers can vote, each in units of its own spread within a prompt; one with weight 0 only vetoes.
+4. A seeded coin decides which side is jpg_0, and the latents of the sampler are kept, so that training needs no VAE.
+5. SDRecon uses the pool's sampler, its strides and guidance (the paper does not say); photos are cut to the size.
 """
 
 from __future__ import annotations
@@ -64,10 +75,11 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib import metadata
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -94,25 +106,12 @@ WORLD = Path(__file__).resolve().parent / "tests" / "tiny_human"
 SHARD_IMAGES = 160  # a shard holds about as many images; at most so many are made again after a crash
 
 # What a folder's images and pairs depend on; a start with other settings in the same folder is refused.
-MODEL_SETTINGS = [
-    "pretrained_model_name_or_path",
-    "revision",
-    "variant",
-    "mixed_precision",
-    "sampler",
-    "stage",
-    "seed",
-]
-IMAGE_SETTINGS = [
-    "height",
-    "width",
-    "num_inference_steps",
-    "guidance_scale",
-    "negative_prompt",
-    "num_images_per_prompt",
-]
-POOL_SETTINGS = [*MODEL_SETTINGS, *IMAGE_SETTINGS, "no_latents"]
-PAIR_SETTINGS = ["scorer", "min_margin", "validation_share"]
+MODEL_SETTINGS = ["pretrained_model_name_or_path", "revision", "variant", "mixed_precision", "sampler", "seed"]
+STAGE_SETTINGS = ["stage", "real_data_dir", "previous_pairs", "sdrecon_timesteps"]
+IMAGE_SETTINGS = ["height", "width", "num_inference_steps", "guidance_scale", "negative_prompt", "no_latents"]
+IMAGE_SETTINGS += ["num_images_per_prompt", "draft_steps", "discard_drafts"]
+POOL_SETTINGS = [*MODEL_SETTINGS, *STAGE_SETTINGS, *IMAGE_SETTINGS]
+PAIR_SETTINGS = ["scorer", "agree", "finalists", "min_margin", "validation_share"]
 
 SCORER_HELP = (
     "pickscore, clip, hpsv2, aesthetic, imagereward, clip_iqa, clip_iqa_sharpness, people, vqa, module:function, "
@@ -137,67 +136,62 @@ def image_seed(seed: int, prompt: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}|{prompt}|{index}".encode()).digest()[:6], "big")
 
 
-@torch.inference_mode()
-def sample(
-    pipe: DiffusionPipeline,
-    embeds: dict[str, torch.Tensor],
-    rows: Sequence[int],
-    seeds: Sequence[int],
-    num_inference_steps: int,
-    guidance_scale: float,
-    height: int | None = None,
-    width: int | None = None,
-) -> tuple[list[Image.Image], torch.Tensor]:
-    """Draws an image for every prompt `rows[i]` of `embeds` (see encode_prompts) with the seed `seeds[i]`.
+def draft_timesteps(timesteps: Sequence[int], num_drafts: int) -> list[int]:
+    """A draft's timesteps: `num_drafts` of the full run's, from its first on, evenly spread."""
+    return [timesteps[i] for i in np.linspace(0, len(timesteps), num_drafts, endpoint=False).round().astype(int)]
 
-    Batches mix prompts freely: each image has its own CPU generator, so it depends on (model, prompt, seed) alone.
-    Returns the images and the sampler's own latents, scaled, (B, C, H, W) float16 on the CPU. Without a height and
-    width, the model's own size.
+
+def finalists(draft_scores: Sequence[float], per_side: int) -> list[int]:
+    """The indices, ascending, of the best and the worst `per_side` drafts: those that are worth drawing in full.
+
+    nan joins neither side; -inf may be among the worst, never among the best.
     """
-    index = torch.tensor(rows, device=pipe.unet.device)
-    latents = pipe(
-        **{k: v.expand(len(index), *v.shape[1:]) if k.startswith("negative") else v[index] for k, v in embeds.items()},
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        height=height,
-        width=width,
-        output_type="latent",
-    ).images
-    return decode(pipe, latents), latents.to("cpu", torch.float16)
+    scores = np.asarray(draft_scores, dtype=np.float64)
+    order = [int(i) for i in np.argsort(scores, kind="stable") if np.isfinite(scores[i]) or np.isneginf(scores[i])]
+    best = [i for i in order if np.isfinite(scores[i])][-per_side:]
+    return sorted({*order[:per_side], *best})
 
 
-@torch.inference_mode()
-def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """Scaled latents (B, C, H, W) to images. The VAE works in fp32, one image at a time: SDXL's overflows in fp16."""
-    latents = (latents.to(pipe.vae.device, torch.float32) / pipe.vae.config.scaling_factor).split(1)
-    pixels = torch.cat([pipe.vae.decode(one, return_dict=False)[0] for one in latents])
-    return pipe.image_processor.postprocess(pixels, output_type="pil")
+def sd_recon_latents(x_0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
+    """z_t = sqrt(abar_t) E(x_real) + sqrt(1 - abar_t) n: where SDRecon begins to denoise. x_0, noise: (B, C, H, W)."""
+    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
 
 
-def ensemble(scores: dict[str, np.ndarray], weights: dict[str, float]) -> np.ndarray:
-    """The weighted sum (P, N) of the scorers' scores (P, N), each in units of its within-prompt standard deviation.
+def sd_recon_timesteps(t: int, num_inference_steps: int, num_train_timesteps: int = 1000) -> list[int]:
+    """From t down to 0 in strides as long as those of a full run of `num_inference_steps`."""
+    count = max(1, round(num_inference_steps * t / num_train_timesteps))
+    return [round(t * (count - i) / count) for i in range(count)]
 
-    That deviation is pooled over the prompts. Raw sums would mix scales (PickScore is about 20, others about 1); a
-    global z-score mostly measures how hard a prompt is. A single voting scorer keeps its own units. A scorer of weight
-    0 only vetoes: any scorer's -inf makes the sum -inf. An image to which any scorer gives nan or +inf gets nan.
+
+def pooled_spread(scores: Iterable[np.ndarray]) -> float:
+    """A scorer's standard deviation within a prompt, pooled over the prompts; `scores`: each prompt's, (N,)."""
+    finite = (one[np.isfinite(one)] for one in scores)
+    variances = [one.var(ddof=1) for one in finite if len(one) > 1]
+    return math.sqrt(np.mean(variances)) if variances else 0.0
+
+
+def ensemble(scores: dict[str, np.ndarray], weights: dict[str, float], spreads: dict[str, float]) -> np.ndarray:
+    """The weighted sum of the scorers' scores, each in units of its `pooled_spread`. All of one shape, say (N,).
+
+    Raw sums would mix scales (PickScore is about 20, others about 1); a global z-score mostly measures how hard a
+    prompt is. A single voting scorer keeps its own units. A scorer of weight 0 only vetoes: any scorer's -inf makes
+    the sum -inf. An image to which any scorer gives nan or +inf gets nan.
     """
     stacked = np.stack([scores[name] for name in weights])
     voting = [name for name, weight in weights.items() if weight != 0]
     total = np.zeros(stacked.shape[1:])
     for name in voting:
-        finite = np.ma.masked_invalid(scores[name])
-        spread = math.sqrt(np.ma.filled(finite.var(axis=1, ddof=1).mean(), 0.0)) if len(voting) > 1 else 1.0
-        total += weights[name] * finite.filled(0.0) / (spread or 1.0)
+        spread = spreads[name] if len(voting) > 1 else 1.0
+        total += weights[name] * np.ma.masked_invalid(scores[name]).filled(0.0) / (spread or 1.0)
     total[np.isneginf(stacked).any(axis=0)] = -np.inf
     total[(np.isnan(stacked) | np.isposinf(stacked)).any(axis=0)] = np.nan
     return total
 
 
-def best_and_worst(scores: Sequence[float], min_gap: float = 0.0) -> tuple[tuple[int, int] | None, str]:
-    """The indices (winner, loser) of the best and the worst of a prompt's N scores; or None, and the reason why.
+def best_and_worst(scores: Sequence[float]) -> tuple[tuple[int, int] | None, str]:
+    """Easy: the indices (winner, loser) of the best and the worst of a prompt's scores; or None, and the reason why.
 
-    nan is used for neither side; -inf may lose but never win; a gap of 0 is a tie; a gap below `min_gap` is too small.
+    nan is used for neither side; -inf may lose but never win; a gap of 0 is a tie.
     """
     scores = np.asarray(scores, dtype=np.float64)
     usable = np.flatnonzero(np.isfinite(scores) | np.isneginf(scores))
@@ -207,17 +201,137 @@ def best_and_worst(scores: Sequence[float], min_gap: float = 0.0) -> tuple[tuple
     if len(usable) < 2:
         return None, "only one image with a score"
     best, worst = winners[scores[winners].argmax()], usable[scores[usable].argmin()]
-    gap = scores[best] - scores[worst]
-    if gap == 0:
+    if scores[best] == scores[worst]:
         return None, "all scores equal"
-    if gap < min_gap:
-        return None, "gap below --min_margin"
     return (int(best), int(worst)), "kept"
+
+
+def best_against_previous(
+    scores: Sequence[float], previous: int, must_win: bool
+) -> tuple[tuple[int, int] | None, str]:
+    """Normal and Hard: the best of the photo's images against the previous stage's winner, the image `previous`.
+
+    Normal keeps the prompts where it scores at least as high (`must_win`), Hard all of them.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    ours = np.where(np.isfinite(scores), scores, -np.inf)
+    ours[previous] = -np.inf
+    best = int(ours.argmax())
+    if np.isneginf(ours[best]):
+        return None, "no image with a finite score"
+    if np.isnan(scores[previous]):
+        return None, "the previous winner has no score"
+    if must_win and scores[best] < scores[previous]:
+        return None, "worse than the previous winner"
+    return (best, previous), "kept"
 
 
 def unit_hash(seed: int, prompt: str, purpose: str) -> float:
     """A prompt's number in [0, 1): the coin that says which side is jpg_0, the lot that says which split it joins."""
     return int.from_bytes(hashlib.sha256(f"{seed}|{prompt}|{purpose}".encode()).digest()[:6], "big") / 2**48
+
+
+# ---- Sampling -------------------------------------------------------------------------------------------------------
+
+
+OWN_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+
+
+@torch.inference_mode()
+def sample(
+    pipe: DiffusionPipeline,
+    embeds: dict[str, torch.Tensor],
+    rows: Sequence[int],
+    seeds: Sequence[int],
+    steps: int | list[int],
+    guidance_scale: float,
+    height: int | None = None,
+    width: int | None = None,
+    latents: torch.Tensor | None = None,
+) -> tuple[list[Image.Image], torch.Tensor]:
+    """Draws an image for every prompt `rows[i]` of `embeds` (see encode_prompts) with the seed `seeds[i]`.
+
+    Batches mix prompts freely: each image has its own CPU generator, so it depends on (model, prompt, seed) alone.
+    `steps` is their number or the timesteps themselves, `latents` (B, C, H, W) what to begin with in place of noise.
+    Returns the images and the sampler's own latents, scaled, (B, C, H, W) float16 on the CPU. Without a height and
+    width, the model's own size.
+    """
+    index = torch.tensor(rows, device=pipe.unet.device)
+    latents = pipe(
+        **{k: v.expand(len(index), *v.shape[1:]) if k.startswith("negative") else v[index] for k, v in embeds.items()},
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+        **({"num_inference_steps": steps} if isinstance(steps, int) else {"timesteps": steps}),
+        guidance_scale=guidance_scale,
+        height=height,
+        width=width,
+        latents=latents,
+        output_type="latent",
+    ).images
+    return decode(pipe, latents), latents.to("cpu", torch.float16)
+
+
+def draft_schedule(pipe: DiffusionPipeline, num_inference_steps: int, draft_steps: int) -> int | list[int]:
+    """The `steps` of a draft for `sample`: some of the full run's timesteps; a number where the sampler takes none."""
+    config, set_timesteps = pipe.scheduler.config, pipe.scheduler.set_timesteps
+    if "timesteps" not in inspect.signature(set_timesteps).parameters or any(config.get(name) for name in OWN_SIGMAS):
+        return draft_steps
+    set_timesteps(num_inference_steps)
+    return draft_timesteps(pipe.scheduler.timesteps.tolist(), draft_steps)
+
+
+def draws_fresh_noise(scheduler: Any) -> bool:
+    """Whether a step of the sampler draws noise (ancestral ones, DDPM, LCM): then a draft foretells nothing."""
+    sample, prediction = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    outcomes = []
+    with torch.random.fork_rng(devices=[]):
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            one = type(scheduler).from_config(scheduler.config)
+            one.set_timesteps(4)
+            x_t = sample
+            for t in one.timesteps[:2]:  # of two steps: some draw only at every second
+                x_t = one.step(prediction, t, x_t).prev_sample
+            outcomes.append(x_t)
+    return not torch.equal(*outcomes)
+
+
+@torch.inference_mode()
+def sd_recon(
+    pipe: DiffusionPipeline,
+    embeds: dict[str, torch.Tensor],
+    rows: Sequence[int],
+    seeds: Sequence[int],
+    photos: list[Image.Image],
+    t: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> tuple[list[Image.Image], torch.Tensor]:
+    """Photos, noised up to timestep t and denoised again by the model: SDRecon of the paper. As `sample` otherwise.
+
+    A small t keeps the photo, a large one leaves its composition; 0 < t < 1000.
+    """
+    x_0 = encode(pipe, photos)
+    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    noise = torch.stack([torch.randn(x_0.shape[1:], generator=generator) for generator in generators]).to(x_0.device)
+    z_t = sd_recon_latents(x_0, noise, pipe.scheduler.alphas_cumprod[t]).to(pipe.unet.dtype)
+    timesteps = sd_recon_timesteps(t, num_inference_steps, pipe.scheduler.config.num_train_timesteps)
+    width, height = photos[0].size
+    return sample(pipe, embeds, rows, seeds, timesteps, guidance_scale, height, width, z_t)
+
+
+@torch.inference_mode()
+def encode(pipe: DiffusionPipeline, images: list[Image.Image]) -> torch.Tensor:
+    """Images of one size to scaled latents (B, C, H, W), the mean of the VAE's distribution; in fp32, one by one."""
+    pixels = pipe.image_processor.preprocess(images).to(pipe.vae.device, torch.float32).split(1)
+    return torch.cat([pipe.vae.encode(one).latent_dist.mode() for one in pixels]) * pipe.vae.config.scaling_factor
+
+
+@torch.inference_mode()
+def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
+    """Scaled latents (B, C, H, W) to images. The VAE works in fp32, one image at a time: SDXL's overflows in fp16."""
+    latents = (latents.to(pipe.vae.device, torch.float32) / pipe.vae.config.scaling_factor).split(1)
+    pixels = torch.cat([pipe.vae.decode(one, return_dict=False)[0] for one in latents])
+    return pipe.image_processor.postprocess(pixels, output_type="pil")
 
 
 # ---- Scorers --------------------------------------------------------------------------------------------------------
@@ -1338,44 +1452,265 @@ def write_prompts(path: Path, count: int, seed: int) -> list[str]:
     return prompts
 
 
-# ---- Data -----------------------------------------------------------------------------------------------------------
+# ---- The pool -------------------------------------------------------------------------------------------------------
+# A row for each image, in shards: fixed groups of prompts, whatever the batch size and the number of processes. With
+# drafts there are two kinds: drafts-*.parquet with N quick images of each prompt, images-*.parquet with its finalists.
+
+Row = dict[str, Any]
+Plan = Callable[[list[str]], list[Row]]  # the rows that some prompts' shard shall hold
+
+SCORE_COLUMNS = {"prompt_id": pa.string(), "caption": pa.string(), "index": pa.int64(), "source": pa.string()}
+SCORE_COLUMNS |= {"seed": pa.int64(), "scores": pa.string()}
+POOL_COLUMNS = SCORE_COLUMNS | {"jpg": pa.binary(), "latents": pa.binary()}
+PREVIOUS = -1  # the index of the previous stage's winner among a prompt's images
 
 
-POOL_COLUMNS = {"prompt_id": pa.string(), "caption": pa.string(), "index": pa.int64(), "seed": pa.int64()}
-POOL_COLUMNS |= {"scores": pa.string(), "jpg": pa.binary(), "latents": pa.binary()}
-
-PAIR_COLUMNS = {"jpg_0": pa.binary(), "jpg_1": pa.binary(), "label_0": pa.float64(), "label_1": pa.float64()}
-PAIR_COLUMNS |= {"caption": pa.string()}  # so far Pick-a-Pic v2
-PAIR_COLUMNS |= {"score_0": pa.float64(), "score_1": pa.float64(), "scores": pa.string(), "margin": pa.float64()}
-PAIR_COLUMNS |= {"seed_0": pa.int64(), "seed_1": pa.int64(), "source_0": pa.string(), "source_1": pa.string()}
-PAIR_COLUMNS |= {"latents_0": pa.binary(), "latents_1": pa.binary()}
-PAIR_COLUMNS |= {"prompt_id": pa.string(), "stage": pa.string(), "num_candidates": pa.int64()}
+class LeftOut(Exception):
+    """A scorer failed on some images: their shard is tried once more, then left out and counted."""
 
 
-def plan_rows(prompts: list[str], num_images: int, seed: int) -> list[dict[str, Any]]:
-    """The rows of a shard before its images are drawn, prompt by prompt."""
-    return [
-        {
-            "prompt_id": hashlib.sha256(prompt.encode()).hexdigest()[:16],
-            "caption": prompt,
-            "index": index,
-            "seed": image_seed(seed, prompt, index),
-        }
-        for prompt in prompts
-        for index in range(num_images)
-    ]
+class Winner(NamedTuple):
+    """Where a winner of the previous stage is written."""
+
+    file: Path
+    row_group: int
+    row: int
+    side: int
+    source: str
+    seed: int
+    split: str
 
 
-def plan_shards(folder: Path, prompts: list[str], num_images: int) -> dict[Path, list[str]]:
-    """The pool's files and their prompts: fixed groups, whatever the batch size and the number of processes."""
-    size = math.ceil(SHARD_IMAGES / num_images)
+class Tools(NamedTuple):
+    """What draws and scores; a model is loaded when the first image needs it."""
+
+    wanted: list[Scorer]
+    scorers: Callable[[], dict[Scorer, Score]]
+    pipe: Callable[[], DiffusionPipeline]
+    vae_hash: Callable[[], str]
+    photos: dict[str, Callable[[], Image.Image]]
+    winners: dict[str, Winner]
+
+
+class Done(NamedTuple):
+    """What complete_shards did: images, seconds, and the shards that it left out, with the reason."""
+
+    images: int
+    seconds: float
+    left_out: dict[Path, str]
+
+
+class Votes(NamedTuple):
+    """The scorers of --scorer with the spread of each, and those of --agree."""
+
+    scorers: list[Scorer]
+    spreads: dict[str, float]
+    agree: list[Scorer]
+
+    def totals(self, rows: list[Row]) -> np.ndarray:
+        """The ensemble's scores of rows, (N,)."""
+        scores = {scorer.label: scores_of(rows, scorer) for scorer in self.scorers}
+        return ensemble(scores, {scorer.label: scorer.weight for scorer in self.scorers}, self.spreads)
+
+
+def new_row(caption: str, index: int, source: str, seed: int) -> Row:
+    """A row of the pool before its image is drawn."""
+    prompt_id = hashlib.sha256(caption.encode()).hexdigest()[:16]
+    return {"prompt_id": prompt_id, "caption": caption, "index": index, "source": source, "seed": seed}
+
+
+def image_id(row: Row) -> str:
+    """An image's name, by which scores that were made elsewhere find it."""
+    return f"{row['prompt_id']}-{row['source']}-{row['index']}"
+
+
+def plan_shards(folder: Path, kind: str, prompts: list[str], images_per_prompt: int) -> dict[Path, list[str]]:
+    """The pool's files of a kind and their prompts."""
+    size = math.ceil(SHARD_IMAGES / images_per_prompt)
     groups = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    return {folder / "pool" / f"pool-{number:05d}.parquet": group for number, group in enumerate(groups)}
+    return {folder / "pool" / f"{kind}-{number:05d}.parquet": group for number, group in enumerate(groups)}
 
 
-def batches(rows: list[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
-    """Cuts rows into lists of `size`; the last may be shorter."""
-    return (rows[start : start + size] for start in range(0, len(rows), size))
+def plan_candidates(prompts: list[str], count: int, seed: int, source: str) -> list[Row]:
+    """`count` rows of each prompt, whose images differ in their seeds."""
+    return [new_row(prompt, i, source, image_seed(seed, prompt, i)) for prompt in prompts for i in range(count)]
+
+
+def plan_finalists(prompts: list[str], drafts: dict[str, Path], per_side: int, votes: Votes) -> list[Row]:
+    """The rows of the drafts that are worth drawing in full; `drafts` tells in which shard a prompt's are."""
+    rows = []
+    for shard in dict.fromkeys(drafts[prompt] for prompt in prompts):
+        for caption, pool in read_pools([shard]):
+            if caption in prompts:
+                chosen = [pool[i] for i in finalists(votes.totals(pool), per_side)]
+                rows += [new_row(caption, row["index"], "generated", row["seed"]) for row in chosen]
+    return rows
+
+
+def plan_reconstructions(prompts: list[str], timesteps: list[int], seed: int, winners: dict[str, Winner]) -> list[Row]:
+    """For each prompt the winner of the previous stage, and a row per timestep of SDRecon."""
+    rows = []
+    for prompt in prompts:
+        rows.append(new_row(prompt, PREVIOUS, winners[prompt].source, winners[prompt].seed))
+        rows += [new_row(prompt, i, f"sdrecon-{t}", image_seed(seed, prompt, t)) for i, t in enumerate(timesteps)]
+    return rows
+
+
+def batches(rows: list[Row], size: int, key: Callable[[Row], Any] = lambda row: None) -> Iterator[list[Row]]:
+    """Cuts rows into lists of at most `size`, each of one `key`."""
+    for _, alike in groupby(sorted(rows, key=key), key=key):
+        alike = list(alike)
+        yield from (alike[start : start + size] for start in range(0, len(alike), size))
+
+
+def how_drawn(row: Row) -> tuple[bool, str]:
+    """What rows of a batch must have in common: taken from the previous stage or drawn, and how."""
+    return row["index"] == PREVIOUS, row["index"] != PREVIOUS and row["source"]
+
+
+def draw_batch(
+    batch: list[Row], prompts: list[str], embeds: dict[str, torch.Tensor], tools: Tools, args: argparse.Namespace
+) -> tuple[list[Image.Image], torch.Tensor]:
+    """The images and latents of rows that are drawn alike."""
+    pipe, source = tools.pipe(), batch[0]["source"]
+    which, seeds = [prompts.index(row["caption"]) for row in batch], [row["seed"] for row in batch]
+    steps: int | list[int] = args.num_inference_steps
+    if batch[0]["index"] == PREVIOUS:
+        images = [from_jpeg(read_winner(tools.winners[row["caption"]])["jpg"]) for row in batch]
+        return images, encode(pipe, images).to("cpu", torch.float16)
+    if source.startswith("sdrecon"):
+        photos = [ImageOps.fit(tools.photos[row["caption"]](), (args.width, args.height)) for row in batch]
+        t = int(source.rpartition("-")[2])
+        return sd_recon(pipe, embeds, which, seeds, photos, t, steps, args.guidance_scale)
+    if source == "draft":
+        steps = draft_schedule(pipe, steps, args.draft_steps)
+    return sample(pipe, embeds, which, seeds, steps, args.guidance_scale, args.height, args.width)
+
+
+def keep_images(
+    batch: list[Row], images: list[Image.Image], latents: torch.Tensor, tools: Tools, args: argparse.Namespace
+) -> None:
+    """Notes a batch's images in its rows, as files, and scores them. An image that is not finite gets no file."""
+    for row, image, latent in zip(batch, images, latents, strict=True):
+        finite, draft = bool(latent.isfinite().all()), row["source"] == "draft"
+        row["jpg"] = to_jpeg(image) if finite else None
+        row["latents"] = latent.numpy().tobytes() if finite and not draft and not args.no_latents else None
+        if row["index"] == PREVIOUS:
+            row |= {name: value for name, value in read_winner(tools.winners[row["caption"]]).items() if value}
+    score_rows(batch, tools.scorers())
+
+
+def score_rows(rows: list[Row], scorers: dict[Scorer, Score]) -> None:
+    """Adds to the rows' json the raw score of every scorer that has not seen them; nan where there is no image.
+
+    Scored is the file, not what it was before: so --rescore gives the same.
+    """
+    for scorer, score in scorers.items():
+        unseen = [row for row in rows if scorer.source not in json.loads(row.get("scores", "{}"))]
+        drawn = [row for row in unseen if row["jpg"] is not None]
+        images = [from_jpeg(row["jpg"]) for row in drawn]
+        for row, image in zip(drawn, images, strict=True):
+            image.info["image_id"] = image_id(row)
+        try:
+            values = run_scorer(score, scorer.label, images, [row["caption"] for row in drawn]) if drawn else []
+        except UserError:
+            raise
+        except Exception as error:  # whatever a plug-in may raise must not end a run of days
+            raise LeftOut(f"scorer {scorer.label} raised {type(error).__name__}: {error}") from error
+        found = dict(zip(map(image_id, drawn), values, strict=True))
+        for row in unseen:
+            known = json.loads(row.get("scores", "{}"))
+            row["scores"] = json.dumps(known | {scorer.source: found.get(image_id(row), math.nan)})
+
+
+def complete_shard(
+    path: Path, rows: list[Row], tools: Tools, args: argparse.Namespace, beside: Executor, bar: tqdm
+) -> Future:
+    """Draws the rows that a shard lacks; the thread `beside` encodes, scores and writes while the next are drawn."""
+    prompts = list(dict.fromkeys(row["caption"] for row in rows))
+    kept = {image_id(row): row for row in read_shard(path)} if path.exists() else {}
+    facts = read_facts(path) if kept else {}
+    rows = list(({image_id(row): row for row in rows} | kept).values())
+    rows.sort(key=lambda row: (prompts.index(row["caption"]), row["index"]))
+    missing = [row for row in rows if "jpg" not in row]
+    jobs = [beside.submit(score_rows, batch, tools.scorers()) for batch in batches([*kept.values()], args.batch_size)]
+    embeds = encode_prompts(tools.pipe(), prompts, args.negative_prompt) if missing else {}
+    for batch in batches(missing, args.batch_size, how_drawn):
+        try:
+            images, latents = draw_batch(batch, prompts, embeds, tools, args)
+        except torch.OutOfMemoryError as error:
+            raise UserError(f"out of memory: set --batch_size below {args.batch_size}") from error
+        facts = facts or describe_images(images[0], latents, tools, args)
+        jobs.append(beside.submit(keep_images, batch, images, latents, tools, args))
+        wait(jobs[-2:-1])  # so that no more than two batches are held
+        bar.update(len(batch))
+    return beside.submit(finish_shard, path, rows, facts, jobs)
+
+
+def finish_shard(path: Path, rows: list[Row], facts: dict[str, Any], jobs: list[Future]) -> None:
+    """Writes a shard once all of its images are scored, or raises what went wrong with one."""
+    for job in jobs:
+        job.result()
+    write_shard(path, rows, facts)
+
+
+def complete_shards(
+    shards: dict[Path, list[str]],
+    plan: Plan,
+    tools: Tools,
+    args: argparse.Namespace,
+    state: PartialState,
+) -> Done:
+    """Draws and scores what this process's shards lack; what failed twice is left out.
+
+    A folder that another process fills is asked once, at the start: each process has every K-th shard to itself.
+    """
+    lacking = {path: count_lacking(path, plan(shards[path]), tools.wanted) for path in process_share(shards, state)}
+    todo, failed, start = [path for path, count in lacking.items() if count], {}, time.perf_counter()
+    if not todo:
+        return Done(0, 0.0, {})
+    what = todo[0].stem.partition("-")[0]
+    with progress(sum(lacking.values()), state, what, "img") as bar, ThreadPoolExecutor(1) as beside:
+        for _ in range(2):  # what a scorer fails on is tried once more
+            started = ((path, complete_shard(path, plan(shards[path]), tools, args, beside, bar)) for path in todo)
+            failed, finished = {}, 0
+            for (path, job), _ in pairwise(chain(started, [None])):  # each is looked at when the next one is drawn
+                error = job.exception()
+                if isinstance(error, LeftOut):
+                    failed[path] = str(error)
+                elif error:
+                    raise error
+                finished += not error
+                if len(failed) == 3 and not finished:
+                    raise UserError(f"{error} (on all of the first three shards)")
+            todo = list(failed)
+    return Done(sum(lacking.values()), time.perf_counter() - start, failed)
+
+
+def count_lacking(path: Path, rows: list[Row], scorers: list[Scorer]) -> int:
+    """How many of the planned rows a shard does not have yet with every score."""
+    if not path.exists():
+        return len(rows)
+    seen = {image_id(row): json.loads(row["scores"]) for row in read_shard(path, list(SCORE_COLUMNS))}
+    return sum(any(scorer.source not in seen.get(image_id(row), {}) for scorer in scorers) for row in rows)
+
+
+def describe_images(image: Image.Image, latents: torch.Tensor, tools: Tools, args: argparse.Namespace) -> Row:
+    """What holds for all images of a shard: their size, and the shape, scale and VAE of the latents."""
+    scale, shape = tools.pipe().vae.config.scaling_factor, list(latents.shape[1:])
+    vae = {"vae": args.pretrained_model_name_or_path, "scaling_factor": scale, "vae_hash": tools.vae_hash()}
+    return {"image_size": image.size, "latents": {"shape": shape, "dtype": "float16"} | vae}
+
+
+def process_share(shards: Iterable[Path], state: PartialState) -> list[Path]:
+    """The shards that this process makes: every K-th, finished or not, so that the processes agree without asking."""
+    return list(shards)[state.process_index :: state.num_processes]
+
+
+def progress(total: int, state: PartialState, what: str, unit: str) -> tqdm:
+    """A bar for this process's share of the work; only the main process shows its own."""
+    share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
+    return tqdm(total=total, desc=what + share, unit=unit, smoothing=0.1, disable=not state.is_main_process)
 
 
 def to_jpeg(image: Image.Image) -> bytes:
@@ -1391,60 +1726,174 @@ def from_jpeg(data: bytes) -> Image.Image:
 
 
 def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes under a temporary name, then renames: whoever sees `path` sees the whole file."""
+    """Writes under a temporary name, then renames: whoever sees `path` sees it whole. UserError on a full disk."""
     part = path.with_name(path.name + ".part")
-    write(part)
-    os.replace(part, path)
+    try:
+        write(part)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        reason = os.strerror(error.errno) if error.errno else error
+        raise UserError(f"cannot write {path}: {reason}; what is finished is kept, start again to go on") from error
 
 
-def write_shard(path: Path, rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+def write_shard(path: Path, rows: list[Row], facts: Row) -> None:
     """Writes a shard of the pool, a row per image, prompt by prompt; `facts` about all of them go to its metadata."""
     schema = pa.schema(POOL_COLUMNS.items(), metadata={"facts": json.dumps(facts)})
     replace_file(path, lambda part: pq.write_table(pa.Table.from_pylist(rows, schema), part))
 
 
-def read_shard(path: Path, columns: list[str] | None = None) -> list[dict[str, Any]]:
+def read_shard(path: Path, columns: list[str] | None = None) -> list[Row]:
     """The rows of a shard, all columns or some."""
     return pq.read_table(path, columns=columns).to_pylist()
 
 
-def read_facts(path: Path) -> dict[str, Any]:
+def read_facts(path: Path) -> Row:
     """What write_shard noted about all rows."""
     return json.loads(pq.read_schema(path).metadata[b"facts"])
 
 
-def read_scores(shards: list[Path], scorers: list[Scorer], num_images: int) -> tuple[list[str], dict[str, np.ndarray]]:
-    """All captions of the pool and every scorer's (P, N) scores, without reading the images."""
-    rows = [row for shard in shards for row in read_shard(shard, ["caption", "scores"])]
-    raw = [json.loads(row["scores"]) for row in rows]
-    columns = {s.label: np.array([image[s.source] for image in raw], np.float64) for s in scorers}
-    return [row["caption"] for row in rows[::num_images]], {k: v.reshape(-1, num_images) for k, v in columns.items()}
+def read_pools(shards: Iterable[Path], columns: list[str] | None = None) -> Iterator[tuple[str, list[Row]]]:
+    """The rows of each prompt, shard by shard, those of SCORE_COLUMNS unless told; lacking shards are passed over."""
+    for shard in shards:
+        if shard.exists():
+            rows = read_shard(shard, columns or list(SCORE_COLUMNS))
+            yield from ((caption, list(pool)) for caption, pool in groupby(rows, key=itemgetter("caption")))
 
 
-def pair_row(
-    images: list[dict[str, Any]],
-    pair: tuple[int, int],
-    totals: np.ndarray,
-    scorers: list[Scorer],
-    seed: int,
-    stage: str,
-) -> dict[str, Any]:
-    """The data set's row for a prompt's pool of images and its (winner, loser); a seeded coin says which is jpg_0."""
-    winner, loser = pair
-    caption = images[0]["caption"]
-    sides = (winner, loser) if unit_hash(seed, caption, "side") < 0.5 else (loser, winner)
-    raw = [json.loads(images[i]["scores"]) for i in sides]
+def scores_of(rows: list[Row], scorer: Scorer) -> np.ndarray:
+    """A scorer's raw scores of rows, (N,)."""
+    return np.array([json.loads(row["scores"])[scorer.source] for row in rows], np.float64)
+
+
+def count_votes(scorers: list[Scorer], agree: list[Scorer], shards: Iterable[Path]) -> Votes:
+    """The scorers with their spreads in the pool; one that votes alone, or not at all, needs none."""
+    voting = [scorer for scorer in scorers if scorer.weight != 0]
+    spreads = {s.label: 0.0 for s in scorers}
+    if len(voting) > 1:
+        for s in voting:
+            spreads[s.label] = pooled_spread(scores_of(pool, s) for _, pool in read_pools(shards))
+    return Votes(scorers, spreads, agree)
+
+
+# ---- The previous stage ---------------------------------------------------------------------------------------------
+
+
+def find_winners(folder: str) -> dict[str, Winner]:
+    """Where the winner of each caption of a folder of pairs is, without reading images; ties are left out."""
+    winners: dict[str, Winner] = {}
+    files = sorted(Path(folder, "data").glob("*.parquet"))
+    if not files:
+        raise UserError(f"--previous_pairs {folder}: no data/*.parquet; give the output folder of the stage before")
+    for file in files:
+        parquet, split = pq.ParquetFile(file), file.name.partition("-")[0]
+        columns = ["caption", "label_0", "label_1", "source_0", "source_1", "seed_0", "seed_1"]
+        missing = set(columns) - set(parquet.schema_arrow.names)
+        if missing:
+            raise UserError(f"--previous_pairs: {file} has no column {min(missing)}; it is not a stage's output")
+        for group in range(parquet.num_row_groups):
+            for number, row in enumerate(parquet.read_row_group(group, columns).to_pylist()):
+                side = int(row["label_1"] > row["label_0"])
+                place = Winner(file, group, number, side, row[f"source_{side}"], row[f"seed_{side}"], split)
+                if row["label_0"] != row["label_1"]:
+                    winners.setdefault(row["caption"], place)
+    return winners
+
+
+@lru_cache(maxsize=2)
+def read_row_group(file: Path, row_group: int) -> list[Row]:
+    """The images and latents of some pairs."""
+    parquet = pq.ParquetFile(file)
+    columns = [name for name in parquet.schema_arrow.names if name.startswith(("jpg_", "latents_"))]
+    return parquet.read_row_group(row_group, columns).to_pylist()
+
+
+def read_winner(winner: Winner) -> Row:
+    """A winner's jpg, and its latents where they were kept (else None)."""
+    row = read_row_group(winner.file, winner.row_group)[winner.row]
+    return {name: row.get(f"{name}_{winner.side}") for name in ("jpg", "latents")}
+
+
+# ---- Pairs ----------------------------------------------------------------------------------------------------------
+
+
+PAIR_COLUMNS = {"jpg_0": pa.binary(), "jpg_1": pa.binary(), "label_0": pa.float64(), "label_1": pa.float64()}
+PAIR_COLUMNS |= {"caption": pa.string()}  # so far Pick-a-Pic v2
+PAIR_COLUMNS |= {"score_0": pa.float64(), "score_1": pa.float64(), "scores": pa.string(), "margin": pa.float64()}
+PAIR_COLUMNS |= {"seed_0": pa.int64(), "seed_1": pa.int64(), "source_0": pa.string(), "source_1": pa.string()}
+PAIR_COLUMNS |= {"latents_0": pa.binary(), "latents_1": pa.binary()}
+PAIR_COLUMNS |= {"prompt_id": pa.string(), "stage": pa.string(), "num_candidates": pa.int64()}
+
+
+class Choice(NamedTuple):
+    """A prompt's verdict: its rows of the pool, the pair of indices (winner, loser) or None, why, and all scores."""
+
+    caption: str
+    rows: list[Row]
+    pair: tuple[int, int] | None
+    reason: str
+    totals: np.ndarray
+
+    @property
+    def margin(self) -> float:
+        """The winner's score less the loser's."""
+        winner, loser = self.pair
+        return float(self.totals[winner] - self.totals[loser])
+
+
+def choose(caption: str, rows: list[Row], stage: str, votes: Votes) -> Choice:
+    """A prompt's pair; every scorer of --agree must order it alike."""
+    if not rows:
+        return Choice(caption, rows, None, "no image with a score", np.empty(0))
+    totals = votes.totals(rows)
+    if stage == "easy":
+        pair, reason = best_and_worst(totals)
+    else:
+        previous = next(i for i, row in enumerate(rows) if row["index"] == PREVIOUS)
+        pair, reason = best_against_previous(totals, previous, must_win=stage == "normal")
+    for scorer in votes.agree if pair else []:
+        winner, loser = scores_of([rows[i] for i in pair], scorer)
+        if not winner > loser:
+            return Choice(caption, rows, None, f"{scorer.label} disagrees", totals)
+    return Choice(caption, rows, pair, reason, totals)
+
+
+def choose_all(args: argparse.Namespace, shards: dict[Path, list[str]], plan: Plan, votes: Votes) -> Iterator[Choice]:
+    """The verdict on every prompt of the pool, by its planned rows alone: what was drawn for other choices is out."""
+    for path, prompts in shards.items():
+        planned = {image_id(row) for row in plan(prompts)} if path.exists() else set()
+        pools = dict(read_pools([path]))
+        for prompt in prompts:
+            rows = [row for row in pools.get(prompt, []) if image_id(row) in planned]
+            yield choose(prompt, rows, args.stage, votes)
+
+
+def least_margin(spec: str | None, margins: list[float]) -> float:
+    """--min_margin: a number, or as in 25% what a quarter of the margins lies below."""
+    if spec is None:
+        return -math.inf
+    if spec.endswith("%"):
+        return float(np.quantile(margins, float(spec[:-1]) / 100, method="lower")) if margins else -math.inf
+    return float(spec)
+
+
+def pair_row(choice: Choice, images: dict[str, Row], scorers: list[Scorer], args: argparse.Namespace) -> Row:
+    """The data set's row for a pair; `images`: its shard by image_id. A seeded coin says which side is jpg_0."""
+    winner, loser = choice.pair
+    sides = (winner, loser) if unit_hash(args.seed, choice.caption, "side") < 0.5 else (loser, winner)
+    raw = [json.loads(choice.rows[i]["scores"]) for i in sides]
     row = {
-        "caption": caption,
+        "caption": choice.caption,
         "scores": json.dumps({scorer.label: [side[scorer.source] for side in raw] for scorer in scorers}),
-        "margin": float(totals[winner] - totals[loser]),
-        "prompt_id": images[0]["prompt_id"],
-        "stage": stage,
-        "num_candidates": len(images),
+        "margin": choice.margin,
+        "prompt_id": choice.rows[0]["prompt_id"],
+        "stage": args.stage,
+        "num_candidates": args.num_images_per_prompt if args.stage == "easy" else len(args.sdrecon_timesteps),
     }
     for side, i in enumerate(sides):
-        row |= {f"{name}_{side}": images[i][name] for name in ("jpg", "seed", "latents")}
-        row |= {f"label_{side}": float(i == winner), f"score_{side}": float(totals[i]), f"source_{side}": "generated"}
+        image = images[image_id(choice.rows[i])]
+        row |= {f"{name}_{side}": image[name] for name in ("jpg", "seed", "source", "latents")}
+        row |= {f"label_{side}": float(i == winner), f"score_{side}": float(choice.totals[i])}
     return row
 
 
@@ -1460,28 +1909,30 @@ def pair_columns(no_latents: bool) -> list[tuple[str, pa.DataType]]:
 
 
 def write_pairs(
-    args: argparse.Namespace, shards: list[Path], pairs: dict[str, tuple[int, int]], totals: dict[str, np.ndarray]
+    args: argparse.Namespace,
+    shards: dict[Path, list[str]],
+    plan: Plan,
+    votes: Votes,
+    floor: float,
+    held_out: set[str],
 ) -> dict[str, int]:
-    """Writes `pairs` (caption -> winner, loser) to data/, one shard of the pool at a time; returns their numbers."""
-    scorers, schema = parse_scorers(args.scorer), pa.schema(pair_columns(args.no_latents))
-    validation = choose_validation(list(totals), args.validation_share, args.seed)
+    """Writes the pairs with a margin of at least `floor` to data/, shard by shard; returns how many of each split."""
+    scorers, schema = [*votes.scorers, *votes.agree], pa.schema(pair_columns(args.no_latents))
     counts = {"train": 0, "validation": 0}
     folder = Path(args.output_dir, "data")
     folder.mkdir(exist_ok=True)
     parts = {split: folder / f"{split}.part" for split in counts}
     with contextlib.ExitStack() as files:
         writers = {split: files.enter_context(pq.ParquetWriter(part, schema)) for split, part in parts.items()}
-        for shard in shards:
-            rows = {split: [] for split in counts}
-            for images in batches(read_shard(shard), args.num_images_per_prompt):
-                caption = images[0]["caption"]
-                if caption in pairs:
-                    row = pair_row(images, pairs[caption], totals[caption], scorers, args.seed, args.stage)
-                    rows["validation" if caption in validation else "train"].append(row)
+        for path, prompts in shards.items():
+            kept = [one for one in choose_all(args, {path: prompts}, plan, votes) if one.pair and one.margin >= floor]
+            images = {image_id(row): row for row in read_shard(path)} if kept else {}
             for split in counts:
-                counts[split] += len(rows[split])
-                if rows[split]:  # datasets cannot read an empty row group
-                    writers[split].write_table(pa.Table.from_pylist(rows[split], schema))
+                chosen = [one for one in kept if (one.caption in held_out) == (split == "validation")]
+                counts[split] += len(chosen)
+                if chosen:  # datasets cannot read an empty row group
+                    rows = [pair_row(one, images, scorers, args) for one in chosen]
+                    writers[split].write_table(pa.Table.from_pylist(rows, schema))
     for split, part in parts.items():
         path = folder / f"{split}-00000-of-00001.parquet"
         if counts[split]:
@@ -1551,26 +2002,21 @@ def contact_sheet(title: str, cards: list[Card], per_row: int, cell: int = 192) 
     return sheet
 
 
-def draw_sheets(
-    folder: Path, shards: list[Path], pairs: dict[str, tuple[int, int]], totals: dict[str, np.ndarray]
-) -> None:
-    """pairs.png: the first 12 pairs, winners above losers; pool.png: the pool of the first one, best to worst."""
-    cards = []
-    rows = (row for shard in shards for row in read_shard(shard, ["caption", "jpg"]))
-    pools = ((caption, list(pool)) for caption, pool in groupby(rows, key=itemgetter("caption")) if caption in pairs)
-    for caption, pool in islice(pools, 12):
-        winner, loser = pairs[caption]
-        colours = {winner: GOOD, loser: BAD}
-        images = [
-            (from_jpeg(row["jpg"]), f"{score:.2f}", colours.get(i, INK))
-            for i, (row, score) in enumerate(zip(pool, totals[caption], strict=True))
-        ]
-        if not cards:
-            best_first = [Card([images[i]]) for i in np.argsort(-totals[caption])]  # nan comes last
-            title = textwrap.shorten(f"Best to worst: {caption}", 110)
-            contact_sheet(title, best_first, per_row=10, cell=144).save(folder / "pool.png")
-        cards.append(Card([images[winner], images[loser]], caption))
-    contact_sheet("Winners above losers, with their scores", cards, per_row=6).save(folder / "pairs.png")
+def draw_pool(args: argparse.Namespace, pool: Pool, votes: Votes) -> None:
+    """pool.png: all candidates of the first prompt that has some, best to worst; of drafts the finalists are marked."""
+    rows = next(rows for _, rows in read_pools(pool.drafts or pool.images, list(POOL_COLUMNS)) if rows[0]["jpg"])
+    totals = votes.totals(rows)
+    chosen = finalists(totals, args.finalists if args.draft_steps else 1)
+    colours = dict(zip(chosen, [BAD] * len(chosen), strict=True))
+    colours |= dict.fromkeys(sorted(chosen, key=lambda i: -totals[i])[: (len(chosen) + 1) // 2], GOOD)
+    cards = [
+        Card([(from_jpeg(rows[i]["jpg"]), f"{totals[i]:.2f}", colours.get(i, INK))])
+        for i in np.argsort(-totals)  # nan comes last
+        if rows[i]["jpg"]
+    ]
+    what = f"Drafts in {args.draft_steps} steps, best to worst" if args.draft_steps else "Best to worst"
+    title = textwrap.shorten(f"{what}: {rows[0]['caption']}", 110)
+    contact_sheet(title, cards, per_row=10, cell=144).save(Path(args.output_dir) / "pool.png")
 
 
 def data_card(args: argparse.Namespace, counts: dict[str, int]) -> str:
@@ -1641,145 +2087,6 @@ def prepare_folder(folder: Path, settings: dict[str, Any], prompts: list[str], o
     replace_file(folder / "pool" / "prompts.txt", lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def progress(total: int, state: PartialState, what: str, unit: str) -> tqdm:
-    """A bar for this process's share of the work; only the main process shows its own."""
-    share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
-    return tqdm(total=total, desc=what + share, unit=unit, smoothing=0.1, disable=not state.is_main_process)
-
-
-def score_rows(rows: list[dict], images: list[Image.Image], scorers: dict[Scorer, Score]) -> None:
-    """Adds every scorer's raw score to the rows' json."""
-    captions = [row["caption"] for row in rows]
-    scores = {s.source: run_scorer(score, s.label, images, captions) for s, score in scorers.items()}
-    for i, row in enumerate(rows):
-        known = json.loads(row.get("scores", "{}"))
-        row["scores"] = json.dumps(known | {source: values[i] for source, values in scores.items()})
-
-
-def process_share(shards: Iterable[Path], state: PartialState) -> list[Path]:
-    """The shards that this process makes: every K-th, finished or not, so that the processes agree without asking."""
-    return list(shards)[state.process_index :: state.num_processes]
-
-
-def generate_pool(args: argparse.Namespace, shards: dict[Path, list[str]], state: PartialState) -> float:
-    """Draws and scores the images of the `shards` that are not there yet; returns all processes' images per second."""
-    todo = [path for path in process_share(shards, state) if not path.exists()]
-    if not todo:
-        return 0.0
-    pipe = load_pipeline(args, state.device)
-    scorers = {scorer: scorer.load(state.device) for scorer in parse_scorers(args.scorer)}
-    latent_facts = {
-        "dtype": "float16",
-        "vae": args.pretrained_model_name_or_path,
-        "scaling_factor": pipe.vae.config.scaling_factor,
-        "vae_hash": weights_hash(pipe.vae),
-    }
-    total = sum(len(shards[path]) for path in todo) * args.num_images_per_prompt
-    start = time.perf_counter()
-    with progress(total, state, "drawing", "img") as bar:
-        for path in todo:
-            embeds = encode_prompts(pipe, shards[path], args.negative_prompt)
-            rows = plan_rows(shards[path], args.num_images_per_prompt, args.seed)
-            for batch in batches(rows, args.batch_size):
-                which, seeds = [shards[path].index(row["caption"]) for row in batch], [row["seed"] for row in batch]
-                images, latents = sample(
-                    pipe, embeds, which, seeds, args.num_inference_steps, args.guidance_scale, args.height, args.width
-                )
-                score_rows(batch, images, scorers)
-                for row, image, latent in zip(batch, images, latents, strict=True):
-                    row |= {"jpg": to_jpeg(image), "latents": None if args.no_latents else latent.numpy().tobytes()}
-                bar.update(len(batch))
-            facts = {
-                "image_size": images[0].size,
-                "latents": {"shape": list(latents.shape[1:]), **latent_facts},
-                "long_prompts": len(too_long(shards[path], pipe.tokenizer)),
-            }
-            write_shard(path, rows, facts)
-    return total / (time.perf_counter() - start) * state.num_processes
-
-
-def score_pool(args: argparse.Namespace, shards: list[Path], state: PartialState) -> None:
-    """Scores the kept images with the scorers that have not seen them; only --rescore brings such ones."""
-    wanted = parse_scorers(args.scorer)
-    seen = {path: json.loads(read_shard(path, ["scores"])[0]["scores"]) for path in process_share(shards, state)}
-    todo = [path for path in seen if any(scorer.source not in seen[path] for scorer in wanted)]
-    if not todo:
-        return
-    scorers = {scorer: scorer.load(state.device) for scorer in wanted}
-    with progress(len(todo), state, "scoring", "shard") as bar:
-        for path in todo:
-            rows, missing = read_shard(path), {s: score for s, score in scorers.items() if s.source not in seen[path]}
-            for batch in batches(rows, args.batch_size):
-                score_rows(batch, [from_jpeg(row["jpg"]) for row in batch], missing)
-            write_shard(path, rows, read_facts(path))
-            bar.update()
-
-
-def choose_pairs(
-    args: argparse.Namespace, shards: list[Path]
-) -> tuple[dict[str, tuple[int, int]], dict[str, np.ndarray], Counter[str]]:
-    """Best against worst: pairs (caption -> winner, loser), scores (caption -> (N,)), the reasons for no pair."""
-    scorers = parse_scorers(args.scorer)
-    captions, scores = read_scores(shards, scorers, args.num_images_per_prompt)
-    totals = dict(zip(captions, ensemble(scores, {scorer.label: scorer.weight for scorer in scorers}), strict=True))
-    verdicts = {caption: best_and_worst(total, args.min_margin) for caption, total in totals.items()}
-    pairs = {caption: pair for caption, (pair, _) in verdicts.items() if pair}
-    dropped = Counter(reason for pair, reason in verdicts.values() if not pair)
-    if not pairs:
-        raise UserError(f"no pairs from {len(captions)} prompts: {count_words(dropped)}")
-    return pairs, totals, dropped
-
-
-def count_words(counts: Counter[str]) -> str:
-    """A counter in words."""
-    return ", ".join(f"{count} {what}" for what, count in counts.most_common()) or "none"
-
-
-def finish(args: argparse.Namespace, shards: list[Path], settings: dict[str, Any], speed: float) -> None:
-    """Keeps best against worst, writes the data set with all that describes it, and says what came out."""
-    folder = Path(args.output_dir)
-    pairs, totals, dropped = choose_pairs(args, shards)
-    counts = write_pairs(args, shards, pairs, totals)
-    draw_sheets(folder, shards, pairs, totals)
-    replace_file(folder / "README.md", lambda part: part.write_text(data_card(args, counts)))
-    facts = [read_facts(shard) for shard in shards]
-    long_prompts = sum(fact["long_prompts"] for fact in facts)
-    gaps = [totals[caption][winner] - totals[caption][loser] for caption, (winner, loser) in pairs.items()]
-    low, median, high = np.percentile(gaps, [10, 50, 90], method="nearest").tolist()
-    record = {
-        "settings": settings,
-        "prompts": len(totals),
-        "long_prompts": long_prompts,
-        "pairs": counts,
-        "dropped": dropped,
-        "gap": {"p10": low, "median": median, "p90": high},
-        "image_size": facts[0]["image_size"],
-        "latents": None if args.no_latents else facts[0]["latents"],
-        "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
-    }
-    write_record(folder, record)
-
-    splits = " and ".join(f"{count} {split}" for split, count in counts.items())
-    print(f"pairs      {len(pairs)} of {len(totals)} prompts: {splits}")
-    print(f"dropped    {count_words(dropped)}")
-    print(f"score gap  median {median:.2f}, 10-90 % {low:.2f} to {high:.2f}, by {' + '.join(args.scorer)}")
-    if long_prompts:
-        print(f"too long   {long_prompts} prompts have more tokens than the model reads; it does not see their end")
-    if speed:
-        print(f"speed      {speed:.1f} images/s, with drawing, scoring and writing")
-    print(f"memory     {peak_memory()}")
-    print(f"look at    {folder / 'pairs.png'} and {folder / 'pool.png'}")
-    print(f"next       {next_command(args)}")
-
-
-def next_command(args: argparse.Namespace) -> str:
-    """The command that trains on what was made."""
-    command = ["accelerate", "launch", "train_dpo_human.py", "--train_data_dir", args.output_dir]
-    if WORLD not in Path(args.pretrained_model_name_or_path).resolve().parents:
-        command += ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path]
-    return shlex.join(command)
-
-
 def start_processes() -> PartialState:
     """This process's place among those that `accelerate launch` started, on its GPU if there is one."""
     quiet_libraries()
@@ -1791,14 +2098,208 @@ def start_processes() -> PartialState:
 
 
 def caption_photos(args: argparse.Namespace) -> None:
-    """--caption_model: the main process captions the photos of --prompts that have no caption; the others wait."""
-    folder = Path(args.prompts)
+    """--caption_model: the main process captions the photos that have no caption; the others wait."""
+    folder = Path(args.real_data_dir or args.prompts)
     if not is_photo_folder(folder):
-        raise UserError(f"--caption_model needs a folder of photos, and --prompts {folder} is none")
+        raise UserError(f"--caption_model needs a folder of photos, and {folder} is none")
     state = start_processes()
     if state.is_main_process:
         write_captions(folder, args.caption_model, state.device, args.batch_size, args.prompt_column)
     state.wait_for_everyone()
+
+
+class Inputs(NamedTuple):
+    """What the images are drawn from."""
+
+    prompts: list[str]
+    remarks: list[str]
+    photos: dict[str, Callable[[], Image.Image]]  # of the later stages
+    winners: dict[str, Winner]
+
+
+def read_inputs(args: argparse.Namespace) -> Inputs:
+    """The prompts; of Normal and Hard those of the stage before that have a photo, which also gives the size."""
+    if args.stage == "easy":
+        prompts, remark = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
+        return Inputs(prompts, [remark], {}, {})
+    photos, remark = read_photos(args.real_data_dir, args.prompt_column)
+    winners = find_winners(args.previous_pairs)
+    prompts = [caption for caption in winners if caption in photos][: args.max_prompts]
+    if not prompts:
+        raise UserError(
+            f"no caption of the photos in {args.real_data_dir} is a prompt of {args.previous_pairs}: "
+            "make the easy pairs with --prompts PHOTOS"
+        )
+    size = from_jpeg(read_winner(winners[prompts[0]])["jpg"]).size
+    if (args.width or size[0], args.height or size[1]) != size:
+        raise UserError(f"{args.previous_pairs} holds images of {size[0]}x{size[1]}: both sides must be of one size")
+    args.width, args.height = size
+    told = f"prompts: {len(prompts)} of the {len(winners)} pairs in {args.previous_pairs} have a photo"
+    return Inputs(prompts, [remark, told], photos, winners)
+
+
+def tell_long_prompts(args: argparse.Namespace, prompts: list[str]) -> int:
+    """How many prompts have more tokens than the model reads; says so, with the first of them."""
+    from transformers import AutoTokenizer
+
+    try:
+        name, subfolder = args.pretrained_model_name_or_path, "tokenizer"
+        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=subfolder, revision=args.revision)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the tokenizer of {name}: {str(error).splitlines()[0]}") from error
+    found = too_long(prompts, tokenizer)
+    if found:
+        first = textwrap.shorten(prompts[found[0]], 60)
+        print(f"too long: {len(found)} prompts have more tokens than the model reads, their end is lost: {first!r}")
+    return len(found)
+
+
+def evaluations(args: argparse.Namespace) -> tuple[int, int]:
+    """U-Net evaluations for a prompt's pair as set, and of N images in full."""
+    each, steps = 2 if args.guidance_scale > 1 else 1, args.num_inference_steps
+    if args.stage != "easy":
+        count = sum(len(sd_recon_timesteps(t, steps)) for t in args.sdrecon_timesteps)
+        return each * count, each * count
+    full = args.num_images_per_prompt * steps
+    drawn = args.num_images_per_prompt * args.draft_steps + 2 * args.finalists * steps if args.draft_steps else full
+    return each * drawn, each * full
+
+
+def count_words(counts: Counter[str]) -> str:
+    """A counter in words."""
+    return ", ".join(f"{count} {what}" for what, count in counts.most_common()) or "none"
+
+
+class Pool(NamedTuple):
+    """What is drawn: the drafts, if any, and the images from which the pairs are chosen."""
+
+    drafts: dict[Path, list[str]]
+    images: dict[Path, list[str]]
+    plan_drafts: Plan
+    plan_images: Callable[[], tuple[Plan, Votes]]  # once the drafts are scored
+
+
+def plan_pool(args: argparse.Namespace, inputs: Inputs, scorers: list[Scorer], agree: list[Scorer]) -> Pool:
+    """Easy: N images of each prompt, or N drafts and its finalists. Normal and Hard: the photos' reconstructions."""
+    folder, count = Path(args.output_dir), args.num_images_per_prompt
+    plan_drafts = partial(plan_candidates, count=count, seed=args.seed, source="draft")
+    if args.stage != "easy":
+        timesteps = args.sdrecon_timesteps
+        plan = partial(plan_reconstructions, timesteps=timesteps, seed=args.seed, winners=inputs.winners)
+        images = plan_shards(folder, "images", inputs.prompts, len(timesteps) + 1)
+        return Pool({}, images, plan_drafts, lambda: (plan, count_votes(scorers, agree, images)))
+    if not args.draft_steps:
+        plan = partial(plan_candidates, count=count, seed=args.seed, source="generated")
+        images = plan_shards(folder, "images", inputs.prompts, count)
+        return Pool({}, images, plan_drafts, lambda: (plan, count_votes(scorers, agree, images)))
+
+    drafts = plan_shards(folder, "drafts", inputs.prompts, count)
+    shard_of = {prompt: path for path, prompts in drafts.items() for prompt in prompts}
+
+    def plan_images() -> tuple[Plan, Votes]:
+        votes = count_votes(scorers, agree, drafts)
+        return partial(plan_finalists, drafts=shard_of, per_side=args.finalists, votes=votes), votes
+
+    return Pool(drafts, plan_shards(folder, "images", inputs.prompts, 2 * args.finalists), plan_drafts, plan_images)
+
+
+def make_pool(pool: Pool, tools: Tools, args: argparse.Namespace, state: PartialState) -> dict[str, float]:
+    """Draws and scores all shards, every process its own; images per second of each kind over all processes."""
+    speeds = {}
+    for kind, shards in (("drafts", pool.drafts), ("images", pool.images)):
+        plan = pool.plan_drafts if kind == "drafts" else pool.plan_images()[0]
+        done = complete_shards(shards, plan, tools, args, state)
+        for path, reason in done.left_out.items():
+            print(f"left out: {path.name}, because {reason}; the same command tries it again", file=sys.stderr)
+        if done.images:
+            speeds[kind] = done.images / done.seconds * state.num_processes
+        state.wait_for_everyone()
+    return speeds
+
+
+def finish(
+    args: argparse.Namespace, pool: Pool, inputs: Inputs, settings: Row, long_prompts: int, speeds: dict[str, float]
+) -> None:
+    """Keeps best against worst, writes the data set with all that describes it, and says what came out."""
+    folder = Path(args.output_dir)
+    plan, votes = pool.plan_images()
+    verdicts = [(one.margin if one.pair else None, one.reason) for one in choose_all(args, pool.images, plan, votes)]
+    dropped = Counter(reason for margin, reason in verdicts if margin is None)
+    margins = [margin for margin, _ in verdicts if margin is not None]
+    floor = least_margin(args.min_margin, margins)
+    kept = [margin for margin in margins if margin >= floor]
+    dropped += Counter({"margin below --min_margin": len(margins) - len(kept)})
+    if not kept:
+        raise UserError(f"no pairs from {len(verdicts)} prompts: {count_words(dropped)}")
+    held_out = choose_validation(inputs.prompts, args.validation_share, args.seed)
+    if inputs.winners:  # what one stage held out stays out of the next one's training
+        held_out = {caption for caption in inputs.prompts if inputs.winners[caption].split == "validation"}
+    counts = write_pairs(args, pool.images, plan, votes, floor, held_out)
+    unscored = count_unscored([*pool.drafts, *pool.images], votes.scorers)
+    draw_pool(args, pool, votes)
+    facts = next(read_facts(shard) for shard in pool.images if shard.exists())
+    low, median, high = np.percentile(kept, [10, 50, 90], method="nearest").tolist()
+    price, full_price = evaluations(args)
+    record = {
+        "settings": settings,
+        "command": shlex.join(["make_preference_data.py", *sys.argv[1:]]),
+        "prompts": len(verdicts),
+        "long_prompts": long_prompts,
+        "images_without_score": unscored,
+        "pairs": counts,
+        "dropped": dropped,
+        "gap": {"p10": low, "median": median, "p90": high},
+        "unet_evaluations_per_prompt": price,
+        "image_size": facts["image_size"],
+        "latents": None if args.no_latents else facts["latents"],
+        "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
+    }
+    write_record(folder, record)
+
+    splits = " and ".join(f"{count} {split}" for split, count in counts.items())
+    print(f"pairs      {len(kept)} of {len(verdicts)} prompts: {splits}")
+    print(f"dropped    {count_words(dropped)}")
+    if unscored:
+        print(f"unscored   {unscored} images, not finite or given nan by a scorer: used for neither side")
+    print(f"score gap  median {median:.2f}, 10-90 % {low:.2f} to {high:.2f}, by {' + '.join(args.scorer)}")
+    share = f", {price / full_price:.0%} of {args.num_images_per_prompt} full images" if args.draft_steps else ""
+    print(f"price      {price} U-Net evaluations a prompt{share}")
+    if speeds:
+        told = ", ".join(f"{speed:.1f} {kind}/s" for kind, speed in speeds.items())
+        print(f"speed      {told}, with scoring and writing")
+    print(f"memory     {peak_memory()}")
+    print(f"look at    {folder / 'pairs.png'} and {folder / 'pool.png'}")
+    print(f"next       {next_command(args)}")
+
+
+def count_unscored(shards: Iterable[Path], scorers: list[Scorer]) -> int:
+    """How many images some scorer gave nan, as it gets every image that is not finite."""
+    raw = (scores_of(rows, scorer) for _, rows in read_pools(shards) for scorer in scorers[:1])
+    return int(sum(np.isnan(one).sum() for one in raw))
+
+
+def next_command(args: argparse.Namespace) -> str:
+    """The command that trains on what was made."""
+    command = ["accelerate", "launch", "train_dpo_human.py", "--train_data_dir", args.output_dir]
+    if WORLD not in Path(args.pretrained_model_name_or_path).resolve().parents:
+        command += ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path]
+    if args.stage != "easy":
+        command += ["--initial_lora", "LORA_OF_THE_STAGE_BEFORE", "--lambda_stat", "0"]
+    return shlex.join(command)
+
+
+def load_sampler(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
+    """load_pipeline, with a sampler that can do what this stage asks of it."""
+    pipe = load_pipeline(args, device)
+    if args.draft_steps and draws_fresh_noise(pipe.scheduler):
+        raise UserError(
+            f"{type(pipe.scheduler).__name__} draws fresh noise at its steps, so that a draft does not foretell the "
+            "full image: set --sampler dpmsolver, or --draft_steps 0 for N full images"
+        )
+    if args.stage != "easy":  # SDRecon names its timesteps, which samplers with sigmas of their own refuse
+        own = dict.fromkeys(OWN_SIGMAS, False)
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **own)
+    return pipe
 
 
 def main(args: argparse.Namespace) -> None:
@@ -1807,31 +2308,38 @@ def main(args: argparse.Namespace) -> None:
         prompts = write_prompts(Path(args.prompts), args.write_prompts, args.seed)
         print("\n    ".join([f"{len(prompts)} prompts in {args.prompts}, such as", *prompts[:3]]))
         return
+    wanted = parse_scorers([*args.scorer, *args.agree])
     if args.caption_model:
         caption_photos(args)
-    folder = Path(args.output_dir)
-    prompts, remark = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
+    folder, inputs = Path(args.output_dir), read_inputs(args)
     settings = {name: getattr(args, name) for name in (*POOL_SETTINGS, *PAIR_SETTINGS)}
-    settings["prompts"] = f"{len(prompts)} prompts, sha256 {hashlib.sha256(str(prompts).encode()).hexdigest()[:12]}"
+    digest = hashlib.sha256(str(inputs.prompts).encode()).hexdigest()[:12]
+    settings["prompts"] = f"{len(inputs.prompts)} prompts, sha256 {digest}"
     fixed = [name for name in settings if not (args.rescore and name in PAIR_SETTINGS)]
     check_folder(folder, settings, fixed, args.overwrite)
-    parse_scorers(args.scorer)
-    if not args.rescore:
-        check_model(args.pretrained_model_name_or_path, "model_index.json")
+    check_model(args.pretrained_model_name_or_path, "model_index.json")
 
-    state = start_processes()
+    state, long_prompts = start_processes(), 0
     if state.is_main_process:
-        print(remark)
-        prepare_folder(folder, settings, prompts, args.overwrite)
+        print(*inputs.remarks, sep="\n")
+        long_prompts = tell_long_prompts(args, inputs.prompts)
+        prepare_folder(folder, settings, inputs.prompts, args.overwrite)
     state.wait_for_everyone()
 
-    shards = plan_shards(folder, prompts, args.num_images_per_prompt)
-    speed = generate_pool(args, shards, state)
-    state.wait_for_everyone()
-    score_pool(args, list(shards), state)
-    state.wait_for_everyone()
+    pipe = lru_cache(partial(load_sampler, args, state.device))
+    tools = Tools(
+        wanted=wanted,
+        scorers=lru_cache(lambda: {scorer: scorer.load(state.device) for scorer in wanted}),
+        pipe=pipe,
+        vae_hash=lru_cache(lambda: weights_hash(pipe().vae)),
+        photos=inputs.photos,
+        winners=inputs.winners,
+    )
+    votes, agree = wanted[: len(args.scorer)], wanted[len(args.scorer) :]
+    pool = plan_pool(args, inputs, votes, agree)
+    speeds = make_pool(pool, tools, args, state)
     if state.is_main_process:
-        finish(args, list(shards), settings, speed)
+        finish(args, pool, inputs, settings, long_prompts, speeds)
     state.destroy_process_group()
 
 
@@ -1858,13 +2366,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--prompt_column", help="column of the prompts or captions; none: the first of prompt, caption, text")
     flag("--max_prompts", type=int, help="use only the first of them")
     flag("--write_prompts", type=int, metavar="N", help="write N prompts of people to the file --prompts, and stop")
-    flag(
-        "--caption_model", help="image-to-text model that captions the photos of the folder --prompts without caption"
-    )
+    flag("--caption_model", help="image-to-text model that captions the photos without caption of a folder")
 
     flag = parser.add_argument_group("pool").add_argument
-    flag("--stage", choices=["easy"], default="easy", help="easy: best against worst of the model's own images")
-    flag("--num_images_per_prompt", type=int, default=20, help="images per prompt, of which two are kept")
+    flag("--num_images_per_prompt", type=int, default=20, help="candidates per prompt, of which two become the pair")
+    flag("--draft_steps", type=int, help="steps of a draft, 0: all in full; none: 5, or 0 where that spares little")
+    flag("--finalists", type=int, default=1, help="best and as many worst drafts that are drawn in full")
     flag("--num_inference_steps", type=int, default=50, help="steps of the sampler")
     flag("--guidance_scale", type=float, default=5.0, help="classifier-free guidance")
     flag("--negative_prompt", default="", help="one for all prompts")
@@ -1875,6 +2382,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--batch_size", type=int, default=8, help="images drawn at once by a process; no effect on the images")
     flag("--seed", type=int, default=0, help="seed of the images, of the sides and of the split")
 
+    flag = parser.add_argument_group("stages").add_argument
+    flag("--stage", choices=["easy", "normal", "hard"], default="easy", help="of the paper's curriculum, see above")
+    flag("--real_data_dir", help="normal, hard: photos with captions, a folder or what datasets reads")
+    flag("--previous_pairs", help="normal, hard: --output_dir of the stage before")
+    flag("--sdrecon_timesteps", type=int, nargs="+", help="none: 400 500 600 700 for normal, 100 for hard")
+
     flag = parser.add_argument_group("pairs").add_argument
     flag(
         "--scorer",
@@ -1883,12 +2396,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="[WEIGHT*]NAME[=MODEL][,option=value...]",
         help=SCORER_HELP,
     )
-    flag("--min_margin", type=float, default=0.0, help="least score gap; PickScore: at 1.0 73 %% of people agree")
+    flag("--agree", nargs="+", default=[], metavar="SCORER", help="drop pairs that these scorers order otherwise")
+    flag("--min_margin", metavar="GAP", help="drop pairs below it; a number, or as 25%% the quarter of least gap")
     flag("--validation_share", type=float, default=0.1, help="share of the prompts kept out of training")
 
     flag = parser.add_argument_group("output").add_argument
     flag("--output_dir", default="human-preferences", help="folder of the data set; a second start carries on")
     flag("--no_latents", action="store_true", help="do not store latents (training then encodes the images)")
+    flag("--discard_drafts", action="store_true", help="keep of the drafts their scores, not their images")
     flag("--rescore", action="store_true", help="choose pairs anew from the kept pool, by the flags under pairs")
     flag("--overwrite", action="store_true", help="empty the output folder first, if it is one of ours")
 
@@ -1900,26 +2415,73 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         use_embedded_world(parser, SCRIPT)
         args = parser.parse_args(argv)
     args.height, args.width = args.height or args.resolution, args.width or args.resolution
+    if args.draft_steps is None:
+        few = args.num_inference_steps < 10 or args.num_images_per_prompt <= 2 * args.finalists
+        args.draft_steps = 0 if few or args.stage != "easy" else 5
+    if args.sdrecon_timesteps is None:
+        args.sdrecon_timesteps = {"easy": [], "normal": [400, 500, 600, 700], "hard": [100]}[args.stage]
     check_args(parser, args)
     return args
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses what cannot work, before anything is loaded."""
-    if args.prompts is None:
-        parser.error("no prompts: set --prompts to a text file with one prompt per line, or another source (--help)")
-    if args.num_images_per_prompt < 2:
-        parser.error("--num_images_per_prompt must be at least 2: a pair has a winner and a loser")
-    for name in ("num_inference_steps", "batch_size", "max_prompts", "write_prompts", "height", "width"):
+    for name in ("num_inference_steps", "batch_size", "max_prompts", "write_prompts", "height", "width", "finalists"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
     for name in ("height", "width"):
         if (getattr(args, name) or 0) % 8:
             parser.error(f"--{name} {getattr(args, name)} is not a multiple of 8")
+    if args.num_images_per_prompt < 2:
+        parser.error("--num_images_per_prompt must be at least 2: a pair has a winner and a loser")
     if not 0 <= args.validation_share < 1:
         parser.error("--validation_share must be at least 0 and below 1")
     if args.rescore and args.overwrite:
         parser.error("--rescore keeps the pool, --overwrite deletes it: choose one")
+    check_margin(parser, args.min_margin)
+    check_stage(parser, args)
+    check_drafts(parser, args)
+
+
+def check_margin(parser: argparse.ArgumentParser, spec: str | None) -> None:
+    """--min_margin is a finite number, or a share of the pairs as in 25%."""
+    try:
+        number = float((spec or "0").removesuffix("%"))
+    except ValueError:
+        number = math.nan
+    share = (spec or "").endswith("%")
+    if not math.isfinite(number) or (share and not 0 <= number < 100):
+        parser.error(f"--min_margin {spec}: give a number, or as 25% the share of the pairs to drop")
+
+
+def check_stage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Easy needs prompts; the later stages photos, the pairs before and a sampler whose timesteps can be named."""
+    if args.stage == "easy":
+        for name in ("real_data_dir", "previous_pairs", "sdrecon_timesteps"):
+            if getattr(args, name):
+                parser.error(f"--{name} belongs to --stage normal and hard")
+        if args.prompts is None:
+            parser.error("no prompts: set --prompts to a text file with one prompt per line, or see --help")
+        return
+    for name in ("real_data_dir", "previous_pairs"):
+        if getattr(args, name) is None:
+            parser.error(f"--stage {args.stage} needs --{name}")
+    if args.sampler != "dpmsolver":
+        parser.error(f"--stage {args.stage} needs --sampler dpmsolver, whose timesteps can be named")
+    if not all(0 < t < 1000 for t in args.sdrecon_timesteps):
+        parser.error("--sdrecon_timesteps must lie between 0 and 1000")
+    if len(set(args.sdrecon_timesteps)) < len(args.sdrecon_timesteps):
+        parser.error("--sdrecon_timesteps names one twice")
+
+
+def check_drafts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Drafts have to be quicker than what they stand for."""
+    if args.draft_steps and args.stage != "easy":
+        parser.error("--draft_steps belongs to --stage easy")
+    if not 0 <= args.draft_steps < args.num_inference_steps:
+        parser.error(f"--draft_steps must be at least 0 and below --num_inference_steps {args.num_inference_steps}")
+    if args.draft_steps and 2 * args.finalists > args.num_images_per_prompt:
+        parser.error(f"--finalists {args.finalists} on both sides are more than --num_images_per_prompt")
 
 
 def use_embedded_world(parser: argparse.ArgumentParser, script: str) -> None:
@@ -1939,7 +2501,8 @@ def use_embedded_world(parser: argparse.ArgumentParser, script: str) -> None:
 def known_settings(folder: Path) -> dict[str, Any]:
     """The settings of the run in `folder`, as defaults for --rescore."""
     settings = read_record(folder)["settings"]
-    return {**settings, "prompts": str(folder / "pool" / "prompts.txt"), "max_prompts": None}
+    prompts = {"prompts": str(folder / "pool" / "prompts.txt"), "max_prompts": None}
+    return settings | (prompts if settings["stage"] == "easy" else {})
 
 
 def cli(argv: list[str] | None = None) -> None:
