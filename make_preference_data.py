@@ -1462,6 +1462,7 @@ Plan = Callable[[list[str]], list[Row]]  # the rows that some prompts' shard sha
 SCORE_COLUMNS = {"prompt_id": pa.string(), "caption": pa.string(), "index": pa.int64(), "source": pa.string()}
 SCORE_COLUMNS |= {"seed": pa.int64(), "scores": pa.string()}
 POOL_COLUMNS = SCORE_COLUMNS | {"jpg": pa.binary(), "latents": pa.binary()}
+DISCARDED = b""  # in place of the jpg of a draft that was scored and not kept; one that is not finite has none
 PREVIOUS = -1  # the index of the previous stage's winner among a prompt's images
 
 
@@ -1598,6 +1599,9 @@ def keep_images(
         if row["index"] == PREVIOUS:
             row |= {name: value for name, value in read_winner(tools.winners[row["caption"]]).items() if value}
     score_rows(batch, tools.scorers())
+    if args.discard_drafts and batch[0]["source"] == "draft":
+        for row in batch:
+            row["jpg"] = row["jpg"] and DISCARDED
 
 
 def score_rows(rows: list[Row], scorers: dict[Scorer, Score]) -> None:
@@ -1608,6 +1612,8 @@ def score_rows(rows: list[Row], scorers: dict[Scorer, Score]) -> None:
     for scorer, score in scorers.items():
         unseen = [row for row in rows if scorer.source not in json.loads(row.get("scores", "{}"))]
         drawn = [row for row in unseen if row["jpg"] is not None]
+        if any(row["jpg"] == DISCARDED for row in drawn):
+            raise UserError(f"{scorer.label} cannot score drafts that --discard_drafts did not keep: make a new pool")
         images = [from_jpeg(row["jpg"]) for row in drawn]
         for row, image in zip(drawn, images, strict=True):
             image.info["image_id"] = image_id(row)
@@ -2003,7 +2009,7 @@ def contact_sheet(title: str, cards: list[Card], per_row: int, cell: int = 192) 
 
 
 def draw_pool(args: argparse.Namespace, pool: Pool, votes: Votes) -> None:
-    """pool.png: all candidates of the first prompt that has some, best to worst; of drafts the finalists are marked."""
+    """pool.png: all candidates of the first prompt that has some, best to worst; the finalists are marked."""
     rows = next(rows for _, rows in read_pools(pool.drafts or pool.images, list(POOL_COLUMNS)) if rows[0]["jpg"])
     totals = votes.totals(rows)
     chosen = finalists(totals, args.finalists if args.draft_steps else 1)

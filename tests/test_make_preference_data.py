@@ -5,12 +5,8 @@ import contextlib
 import io
 import json
 import math
-import os
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import datasets
@@ -107,23 +103,21 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("scores", "gap", "pair", "reason"),
+    ("scores", "pair", "reason"),
     [
-        ([1.0, 3.0, 2.0], 0, (1, 0), "kept"),
-        ([NAN, 3.0, 2.0, NAN], 0, (1, 2), "kept"),
-        ([1.0, -INF, 2.0], 0, (2, 1), "kept"),
-        ([5.0, -INF], 0, (0, 1), "kept"),
-        ([-INF, -INF], 0, None, "no image with a finite score"),
-        ([NAN, -INF, INF], 0, None, "no image with a finite score"),
-        ([NAN, NAN], 0, None, "no image with a finite score"),
-        ([INF, 1.0, NAN], 0, None, "only one image with a score"),
-        ([2.0, 2.0, 2.0], 0, None, "all scores equal"),
-        ([1.0, 1.5], 0.5, (1, 0), "kept"),
-        ([1.0, 1.4], 0.5, None, "gap below --min_margin"),
+        ([1.0, 3.0, 2.0], (1, 0), "kept"),
+        ([NAN, 3.0, 2.0, NAN], (1, 2), "kept"),
+        ([1.0, -INF, 2.0], (2, 1), "kept"),
+        ([5.0, -INF], (0, 1), "kept"),
+        ([-INF, -INF], None, "no image with a finite score"),
+        ([NAN, -INF, INF], None, "no image with a finite score"),
+        ([NAN, NAN], None, "no image with a finite score"),
+        ([INF, 1.0, NAN], None, "only one image with a score"),
+        ([2.0, 2.0, 2.0], None, "all scores equal"),
     ],
 )
-def test_best_and_worst(scores, gap, pair, reason):
-    assert data.best_and_worst(scores, gap) == (pair, reason)
+def test_best_and_worst(scores, pair, reason):
+    assert data.best_and_worst(scores) == (pair, reason)
 
 
 def test_best_and_worst_follow_a_permutation():
@@ -135,24 +129,83 @@ def test_best_and_worst_follow_a_permutation():
     assert (winner, loser) == (scores.argmax(), scores.argmin())
 
 
+@pytest.mark.parametrize(
+    ("scores", "must_win", "pair", "reason"),
+    [
+        ([5.0, 3.0, 6.0], True, (2, 0), "kept"),
+        ([5.0, 3.0, 5.0], True, (2, 0), "kept"),
+        ([5.0, 3.0, 4.0], True, None, "worse than the previous winner"),
+        ([5.0, 3.0, 4.0], False, (2, 0), "kept"),
+        ([-INF, 3.0, -INF], True, (1, 0), "kept"),
+        ([5.0, -INF, NAN], False, None, "no image with a finite score"),
+        ([NAN, 3.0, 4.0], False, None, "the previous winner has no score"),
+    ],
+)
+def test_best_against_previous(scores, must_win, pair, reason):
+    assert data.best_against_previous(scores, 0, must_win) == (pair, reason)
+
+
+@pytest.mark.parametrize(
+    ("scores", "per_side", "chosen"),
+    [
+        ([3.0, 1.0, 2.0, 4.0], 1, [1, 3]),
+        ([3.0, 1.0, 2.0, 4.0, 0.0], 2, [0, 1, 3, 4]),
+        ([3.0, NAN, INF, 4.0, 3.5], 1, [0, 3]),
+        ([3.0, -INF, 2.0], 1, [0, 1]),
+        ([-INF, -INF, NAN], 1, [0]),
+        ([1.0, 2.0], 2, [0, 1]),
+        ([NAN, NAN], 1, []),
+        ([2.0, 2.0, 2.0], 1, [0, 2]),
+    ],
+)
+def test_finalists(scores, per_side, chosen):
+    assert data.finalists(scores, per_side) == chosen
+
+
+def test_a_drafts_timesteps_are_some_of_the_full_runs():
+    full = list(range(999, -1, -20))
+    assert data.draft_timesteps(full, 5) == [999, 799, 599, 399, 199]
+    assert data.draft_timesteps(full, 50) == full
+    for count in range(1, 51):
+        drafts = data.draft_timesteps(full, count)
+        assert len(set(drafts)) == count
+        assert set(drafts) <= set(full)
+        assert drafts == sorted(drafts, reverse=True)
+        assert drafts[0] == 999
+
+
+@pytest.mark.parametrize(
+    ("spec", "least"), [(None, -INF), ("1.5", 1.5), ("-2", -2.0), ("25%", 1.0), ("50%", 2.0), ("0%", 0.0)]
+)
+def test_least_margin(spec, least):
+    assert data.least_margin(spec, [3.0, 0.0, INF, 1.0, 2.0]) == least
+
+
 def test_ensemble_is_in_units_of_the_spread_within_a_prompt():
     a, b = np.random.default_rng(0).normal(size=(2, 50, 8))
     prompt_difficulty = np.linspace(-100, 100, 50)[:, None]
-    total = data.ensemble({"a": a, "b": b}, {"a": 1.0, "b": 1.0})
-    scaled = data.ensemble({"a": 1000 * a + prompt_difficulty, "b": b}, {"a": 1.0, "b": 1.0})
+
+    def vote(a: np.ndarray, b: np.ndarray, weights: dict[str, float]) -> np.ndarray:
+        return data.ensemble({"a": a, "b": b}, weights, {"a": data.pooled_spread(a), "b": data.pooled_spread(b)})
+
+    total, scaled = (vote(x, b, {"a": 1.0, "b": 1.0}) for x in (a, 1000 * a + prompt_difficulty))
     centred = [x - x.mean(axis=1, keepdims=True) for x in (total, scaled)]
     np.testing.assert_allclose(*centred, atol=1e-9)
-    alone = data.ensemble({"a": a, "b": b}, {"a": 2.0, "b": 0.0})
-    np.testing.assert_allclose(alone, 2 * a)  # one voter keeps its own units
-    half = data.ensemble({"a": a, "b": b}, {"a": 1.0, "b": 0.5})
-    spread = math.sqrt(b.var(axis=1, ddof=1).mean())
+    np.testing.assert_allclose(vote(a, b, {"a": 2.0, "b": 0.0}), 2 * a)  # one voter keeps its own units
+    half, spread = vote(a, b, {"a": 1.0, "b": 0.5}), math.sqrt(b.var(axis=1, ddof=1).mean())
+    assert data.pooled_spread(b) == pytest.approx(spread)
     np.testing.assert_allclose(total - half, 0.5 * b / spread)
 
 
+def test_the_spread_passes_over_what_is_not_finite():
+    assert data.pooled_spread([np.array([1.0, 3.0, NAN]), np.array([-INF, 5.0, 9.0]), np.array([4.0])]) == math.sqrt(5)
+    assert data.pooled_spread([np.array([NAN, 4.0])]) == 0.0
+
+
 def test_ensemble_keeps_vetoes_and_gaps():
-    a, b = np.array([[1.0, 2.0, 3.0, 4.0]]), np.array([[0.0, -INF, NAN, INF]])
+    a, b = np.array([1.0, 2.0, 3.0, 4.0]), np.array([0.0, -INF, NAN, INF])
     for weight in (0.0, 1.0):
-        total = data.ensemble({"a": a, "b": b}, {"a": 1.0, "b": weight})[0]
+        total = data.ensemble({"a": a, "b": b}, {"a": 1.0, "b": weight}, {"a": 1.0, "b": 1.0})
         assert np.isfinite(total[0])
         assert total[1] == -INF
         assert np.isnan(total[2:]).all()
@@ -309,59 +362,12 @@ def test_rescore(inputs, finished):
     assert sorted(row["margin"] for row in rows_of(out, "train")) == sorted(margins)[1:]
 
 
-# ---- Processes ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def script(inputs):
-    """The script with the small shards of these tests."""
-    path = inputs / "small_shards.py"
-    path.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport make_preference_data as data\n"
-        "data.SHARD_IMAGES = 8\ndata.cli()\n"
-    )
-    return path
-
-
 def pool_bytes(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.glob("pool/*.parquet"))}
 
 
 def data_of(out: Path) -> list[dict]:
     return rows_of(out, "train") + rows_of(out, "validation")
-
-
-def test_kill_and_carry_on(inputs, script, finished):
-    out = inputs / "out"
-    process = subprocess.Popen(
-        [sys.executable, script, *flags(inputs)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    deadline = time.monotonic() + 600
-    while not list(out.glob("pool/*.parquet")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    before = pool_bytes(out)
-    assert 1 <= len(before) < 3
-    assert not (out / "data").exists()
-    make(inputs)
-    assert {name: content for name, content in pool_bytes(out).items() if name in before} == before
-    assert pool_bytes(out) == pool_bytes(finished)
-    assert data_of(out) == data_of(finished)
-
-
-def test_two_processes_give_the_same_data_as_one(inputs, script, finished):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, script, *flags(inputs)], capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert "process 1 of 2" in done.stderr
-    assert done.stdout.count("prompts: the first 6 of 6") == 1
-    assert "next " in done.stdout.splitlines()[-1]
-    assert data_of(inputs / "out") == data_of(finished)
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------
@@ -437,7 +443,7 @@ def test_other_folders_are_refused(finished, inputs):
         make(inputs, *ours, "--seed", 1)
     with pytest.raises(data.UserError, match=r"guidance_scale was [\d.]+, now 7\.0.*--overwrite it$"):
         make(inputs, *ours, "--guidance_scale", 7)
-    with pytest.raises(data.UserError, match=r"min_margin was 0\.0, now 0\.5.*--rescore"):
+    with pytest.raises(data.UserError, match=r"min_margin was None, now 0\.5.*--rescore"):
         make(inputs, *ours, "--min_margin", 0.5)
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == content
 
