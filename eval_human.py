@@ -1254,14 +1254,16 @@ def sample(
     embeds: dict[str, torch.Tensor],
     rows: Sequence[int],
     seeds: Sequence[int],
-    num_inference_steps: int,
+    steps: int | list[int],
     guidance_scale: float,
     height: int | None = None,
     width: int | None = None,
+    latents: torch.Tensor | None = None,
 ) -> tuple[list[Image.Image], torch.Tensor]:
     """Draws an image for every prompt `rows[i]` of `embeds` (see encode_prompts) with the seed `seeds[i]`.
 
     Batches mix prompts freely: each image has its own CPU generator, so it depends on (model, prompt, seed) alone.
+    `steps` is their number or the timesteps themselves, `latents` (B, C, H, W) what to begin with in place of noise.
     Returns the images and the sampler's own latents, scaled, (B, C, H, W) float16 on the CPU. Without a height and
     width, the model's own size.
     """
@@ -1269,10 +1271,11 @@ def sample(
     latents = pipe(
         **{k: v.expand(len(index), *v.shape[1:]) if k.startswith("negative") else v[index] for k, v in embeds.items()},
         generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        num_inference_steps=num_inference_steps,
+        **({"num_inference_steps": steps} if isinstance(steps, int) else {"timesteps": steps}),
         guidance_scale=guidance_scale,
         height=height,
         width=width,
+        latents=latents,
         output_type="latent",
     ).images
     return decode(pipe, latents), latents.to("cpu", torch.float16)

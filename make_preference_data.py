@@ -54,9 +54,11 @@ Differences from the paper:
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import csv
 import hashlib
+import html
 import importlib
 import importlib.util
 import inspect
@@ -74,12 +76,12 @@ import textwrap
 import time
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib import metadata
-from itertools import chain, groupby, pairwise
+from itertools import chain, groupby, islice, pairwise
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -1823,6 +1825,12 @@ def read_winner(winner: Winner) -> Row:
 # ---- Pairs ----------------------------------------------------------------------------------------------------------
 
 
+PICKAPIC_COLUMNS = {"jpg_0": pa.binary(), "jpg_1": pa.binary(), "label_0": pa.float64(), "label_1": pa.float64()}
+PICKAPIC_COLUMNS |= {"caption": pa.string()}  # so far what everyone reads
+PICKAPIC_COLUMNS |= {"are_different": pa.bool_(), "has_label": pa.bool_(), "best_image_uid": pa.string()}
+PICKAPIC_COLUMNS |= {"image_0_uid": pa.string(), "image_1_uid": pa.string(), "model_0": pa.string()}
+PICKAPIC_COLUMNS |= {"model_1": pa.string(), "ranking_id": pa.int64(), "num_example_per_prompt": pa.int64()}
+
 PAIR_COLUMNS = {"jpg_0": pa.binary(), "jpg_1": pa.binary(), "label_0": pa.float64(), "label_1": pa.float64()}
 PAIR_COLUMNS |= {"caption": pa.string()}  # so far Pick-a-Pic v2
 PAIR_COLUMNS |= {"score_0": pa.float64(), "score_1": pa.float64(), "scores": pa.string(), "margin": pa.float64()}
@@ -1949,11 +1957,76 @@ def write_pairs(
     return counts
 
 
+# ---- The finished pairs, read as a stream ---------------------------------------------------------------------------
+
+
+SPLITS = ("train", "validation")
+
+
+def split_file(folder: Path, split: str) -> Path:
+    """Where a split of the finished data set lies; a split without pairs has no file."""
+    return folder / "data" / f"{split}-00000-of-00001.parquet"
+
+
+def count_pairs(folder: Path) -> dict[str, int]:
+    """The numbers of pairs of the finished splits that have any."""
+    files = {split: split_file(folder, split) for split in SPLITS}
+    return {split: pq.read_metadata(file).num_rows for split, file in files.items() if file.exists()}
+
+
+def iterate_pairs(
+    folder: Path,
+    columns: list[str] | None = None,
+    splits: Sequence[str] = SPLITS,
+    positions: Collection[int] | None = None,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The finished pairs (split, row) in their order, a few at a time in memory; all columns or some.
+
+    With `positions` (0 is the first pair of the first split) those alone: no other row groups are read.
+    """
+    start = 0
+    for split in (split for split in splits if split_file(folder, split).exists()):
+        with pq.ParquetFile(split_file(folder, split)) as file:
+            for group in range(file.num_row_groups):
+                place = range(start, start + file.metadata.row_group(group).num_rows)
+                start = place.stop
+                if positions is None or any(position in place for position in positions):
+                    # one row group at a time: asked for several, pyarrow keeps them all
+                    rows = (row for batch in file.iter_batches(16, [group], columns) for row in batch.to_pylist())
+                    for position, row in zip(place, rows, strict=True):
+                        if positions is None or position in positions:
+                            yield split, row
+
+
+def spread_evenly(total: int, count: int, seed: int | None = None) -> list[int]:
+    """`count` positions out of `total`, one in each of as many equal stretches: the first there or, seeded, any."""
+    edges = np.linspace(0, total, min(count, total) + 1).astype(int)
+    first, end = edges[:-1], edges[1:]
+    return (first if seed is None else np.random.default_rng(seed).integers(first, end)).tolist()
+
+
+def winner_first(row: dict[str, Any], sides: Sequence[Any]) -> tuple[Any, Any]:
+    """Values of jpg_0 and of jpg_1 as the winner's and the loser's."""
+    return (sides[0], sides[1]) if row["label_0"] >= row["label_1"] else (sides[1], sides[0])
+
+
+def both_sides(row: dict[str, Any], name: str) -> tuple[Any, Any]:
+    """The winner's and the loser's value of a column that stands in a row as name_0 and name_1."""
+    return winner_first(row, (row[f"{name}_0"], row[f"{name}_1"]))
+
+
+def raw_scores(row: dict[str, Any]) -> dict[str, tuple[float | None, float | None]]:
+    """Every scorer's raw scores of the winner and of the loser."""
+    return {name: winner_first(row, sides) for name, sides in json.loads(row["scores"]).items()}
+
+
 # ---- Pictures and words ---------------------------------------------------------------------------------------------
 
 DATA_CARD = """\
 ---
-tags: [text-to-image, dpo, preference]
+pretty_name: {name}
+task_categories: [text-to-image]
+tags: [text-to-image, dpo, preference, synthetic]
 configs:
 - config_name: default
   data_files:
@@ -1965,17 +2038,67 @@ dataset_info:
 
 # Preference pairs that a model made for itself
 
-{pairs}, drawn by `{model}`: of {images} images per prompt the best and the worst by {scorers}.
-No person has looked at them; what a scorer likes is not always what people like.
+{pairs}. Each is the best and the worst of {images} images of one prompt by {scorers}; the model is {model}.
 
 ![winners above losers](pairs.png)
 
-The columns are Pick-a-Pic v2's (`jpg_0`, `jpg_1`, `label_0`, `label_1`, `caption`) and more: the winner has label 1;
-`scores` holds every scorer's raw scores of the two sides as json; `latents_0` and `latents_1` are the sampler's scaled
-latents, whose shape and VAE stand in `preference_data.json` with all settings. `pool/` has every image and its scores.
+*Winners above losers, with their scores, evenly chosen. `pairs.html` shows more of them, and lets you choose blindly.*
+
+## Counts
+
+{counts}
+
+## Scores
+
+{scores}
+
+{gaps}
+
+![histograms of the scores and of the margins](scores.png)
+
+## Three pairs
+
+{examples}
+
+## How to use them
+
+```python
+import io
+
+from datasets import load_dataset
+from PIL import Image
+
+pairs = load_dataset("FOLDER_OR_HUB_NAME", split="train")
+image = Image.open(io.BytesIO(pairs[0]["jpg_0"]))
+```
+
+```bash
+{command}
+```
+
+The columns are Pick-a-Pic v2's (`jpg_0`, `jpg_1`, `label_0`, `label_1`, `caption`), which diffusers', Salesforce's and
+MaPO's scripts read unchanged, and more: the winner has label 1; `scores` holds every scorer's raw scores of the two
+sides as json; `margin` is the winner's score less the loser's; `latents_0` and `latents_1`, if they were kept, are the
+sampler's scaled latents, whose shape and VAE stand in `preference_data.json` with all settings. `pool/`, if it is
+there, has every image and its scores.
+
+## Limits
+
+- No person has looked at them: the better image by {scorers} is not always the one that people like better. How often
+  you agree, the blind test in `pairs.html` tells.
+- What the model cannot draw is in no pair, and what is wrong in all images of a prompt is wrong in its winner too.
+- The images show what the model makes of the prompts, its biases included.
+- The model's licence says what its images may be used for.
+
+## How they were made
+
+{settings}
+
+Made by make_preference_data.py with {versions}.
 """
 
 INK, PAPER, GOOD, BAD = "#1c1c1c", "#ffffff", "#12804a", "#b3261e"
+FAINT, RULE, PLAIN = "#66717a", "#e2e6e8", "#2c6e91"
 
 
 class Card(NamedTuple):
@@ -2022,22 +2145,278 @@ def draw_pool(args: argparse.Namespace, pool: Pool, votes: Votes) -> None:
     ]
     what = f"Drafts in {args.draft_steps} steps, best to worst" if args.draft_steps else "Best to worst"
     title = textwrap.shorten(f"{what}: {rows[0]['caption']}", 110)
-    contact_sheet(title, cards, per_row=10, cell=144).save(Path(args.output_dir) / "pool.png")
+    save_png(contact_sheet(title, cards, per_row=10, cell=144), Path(args.output_dir) / "pool.png")
 
 
-def data_card(args: argparse.Namespace, counts: dict[str, int]) -> str:
-    """README.md of the data set; its yaml is what datasets.load_dataset and the Hub read."""
-    splits = {split: count for split, count in counts.items() if count}
-    kinds = {pa.float64(): "float64", pa.int64(): "int64"}
-    columns = pair_columns(args.no_latents)
-    return DATA_CARD.format(
-        files="\n".join(f"  - {{split: {split}, path: data/{split}-00000-of-00001.parquet}}" for split in splits),
-        features="\n".join(f"  - {{name: {name}, dtype: {kinds.get(kind, kind)}}}" for name, kind in columns),
-        pairs=" and ".join(f"{count} {split} pairs" for split, count in splits.items()),
-        model=args.pretrained_model_name_or_path,
-        images=args.num_images_per_prompt,
-        scorers=", ".join(args.scorer),
+def save_png(image: Image.Image, path: Path) -> None:
+    """Whoever sees the file sees all of it."""
+    replace_file(path, lambda part: image.save(part, "PNG", optimize=True))
+
+
+def draw_pairs(folder: Path, count: int = 12) -> None:
+    """pairs.png: so many finished pairs, evenly spread over their order, winners above losers."""
+    columns = ["caption", "label_0", "label_1", "score_0", "score_1", "jpg_0", "jpg_1"]
+    cards = []
+    for _, row in iterate_pairs(folder, columns, positions=spread_evenly(sum(count_pairs(folder).values()), count)):
+        sides = zip(both_sides(row, "jpg"), both_sides(row, "score"), (GOOD, BAD), strict=True)
+        images = [(from_jpeg(jpg), f"{score:.2f}", colour) for jpg, score, colour in sides]
+        cards.append(Card(images, row["caption"]))
+    save_png(contact_sheet("Winners above losers, with their scores", cards, per_row=6), folder / "pairs.png")
+
+
+class Series(NamedTuple):
+    """What a histogram draws in one colour."""
+
+    name: str
+    values: np.ndarray  # (P,)
+    colour: str
+
+
+def round_steps(low: float, high: float, count: int) -> np.ndarray:
+    """Round numbers (1, 2 or 5 times a power of ten apart) from `low` or below to `high` or above, about `count`."""
+    power = 10.0 ** math.floor(math.log10((high - low) / count))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * count >= 0.999 * (high - low))
+    return step * np.arange(math.floor(low / step), math.ceil(high / step) + 1)
+
+
+def histogram_steps(series: Sequence[Series], count: int = 40) -> np.ndarray:
+    """Edges of about `count` equal steps over the finite values; empty if there are none.
+
+    Values so far out that all others would be one bar stay outside.
+    """
+    values = np.concatenate([one.values[np.isfinite(one.values)] for one in series])
+    if not len(values):
+        return values
+    low, quarter, three_quarters, high = np.percentile(values, [0, 25, 75, 100]).tolist()
+    reach = 4 * (three_quarters - quarter) or math.inf
+    low, high = max(low, quarter - reach), min(high, three_quarters + reach)
+    return round_steps(low, high, count) if low < high else np.array([low - 0.5, low + 0.5])
+
+
+class Frame(NamedTuple):
+    """The inside of a panel in pixels, and the values at its edges."""
+
+    left: int
+    top: int
+    right: int
+    bottom: int
+    low: float
+    high: float
+    peak: float
+
+    def at(self, value: float, count: float) -> tuple[float, float]:
+        """The pixel of a value and a count."""
+        across, up = (value - self.low) / (self.high - self.low), count / self.peak
+        return self.left + (self.right - self.left) * across, self.bottom - (self.bottom - self.top) * up
+
+
+def draw_axes(draw: ImageDraw.ImageDraw, frame: Frame, font: ImageFont.FreeTypeFont, counts: np.ndarray) -> None:
+    """Rules at the `counts` and ticks below round values, with their numbers."""
+    for count in counts:
+        ends = [frame.at(frame.low, count), frame.at(frame.high, count)]
+        draw.line(ends, RULE, 2)
+        draw.text((frame.left - 14, ends[0][1]), f"{count:,.0f}", FAINT, font, anchor="rm")
+    for tick in round_steps(frame.low, frame.high, 6):
+        x, y = frame.at(tick, 0)
+        if frame.left <= x <= frame.right:
+            draw.line((x, y, x, y + 10), INK, 2)
+            draw.text((x, y + 18), f"{tick:.6g}", FAINT, font, anchor="ma")
+
+
+def draw_panel(title: str, unit: str, series: Sequence[Series], width: int = 880, height: int = 640) -> Image.Image:
+    """A histogram of the series in common steps, at twice the size at which it is read."""
+    panel = Image.new("RGB", (width, height), PAPER)
+    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(size=24)
+    left, top, right, bottom = 100, 170, width - 40, height - 110
+    draw.text((left, 16), title, INK, ImageFont.load_default(size=34))
+    edges = histogram_steps(series)
+    if not len(edges):
+        draw.text((left, top), "no finite values", FAINT, font)
+        return panel
+    counts = [np.histogram(one.values[np.isfinite(one.values)], edges)[0] for one in series]
+    rules = round_steps(0, max(count.max() for count in counts), 4)
+    frame = Frame(left, top, right, bottom, edges[0], edges[-1], rules[-1])
+    draw_axes(draw, frame, font, rules[rules % 1 == 0])
+    draw.text((left, top - 44), f"pairs in steps of {edges[1] - edges[0]:.3g}", FAINT, font)
+    draw.text(((left + right) / 2, height - 50), unit, INK, font, anchor="ma")
+    for one, count in zip(series, counts, strict=True):
+        heights = [0, *np.repeat(count, 2), 0]
+        outline = [frame.at(value, number) for value, number in zip(np.repeat(edges, 2), heights, strict=True)]
+        mask = Image.new("L", panel.size)
+        ImageDraw.Draw(mask).polygon(outline, fill=80)
+        panel.paste(one.colour, mask=mask)
+        draw.line(outline, one.colour, 3)
+        draw.rectangle((left, 76, left + 24, 100), one.colour)
+        label = f"{one.name}, median {np.median(one.values[np.isfinite(one.values)]):.2f}"
+        draw.text((left + 36, 74), label, INK, font)
+        left += 80 + round(draw.textlength(label, font))
+    draw.line([frame.at(frame.low, 0), frame.at(frame.high, 0)], INK, 3)
+    return panel
+
+
+def not_drawn(series: Sequence[Series]) -> Counter[str]:
+    """What draw_panel leaves out of the series, in words."""
+    edges, left_out = histogram_steps(series), Counter()
+    for one in series:
+        left_out.update(f"of the {one.name} at {value}" for value in one.values[~np.isfinite(one.values)])
+        values = one.values[np.isfinite(one.values)]
+        left_out[f"of the {one.name} beyond the axis"] = int(
+            len(values) and ((values < edges[0]) | (values > edges[-1])).sum()
+        )
+    return +left_out
+
+
+def scorer_names(folder: Path) -> list[str]:
+    """The scorers of the finished pairs."""
+    _, first = next(iterate_pairs(folder, ["scores"]))
+    return list(json.loads(first["scores"]))
+
+
+def scores_of_pairs(folder: Path) -> dict[str, np.ndarray]:
+    """The scores of all winners and of all losers, and the margins: 24 bytes a pair, all that is kept of each."""
+    columns = ["label_0", "label_1", "score_0", "score_1", "margin"]
+    files = [split_file(folder, split) for split in count_pairs(folder)]
+    tables = [pq.read_table(file, columns=columns, pre_buffer=False) for file in files]
+    label_0, label_1, score_0, score_1, margin = (
+        np.concatenate([table[name].to_numpy() for table in tables]) for name in columns
     )
+    first = label_0 >= label_1
+    winners, losers = np.where(first, score_0, score_1), np.where(first, score_1, score_0)
+    return {"winners": winners, "losers": losers, "margins": margin}
+
+
+def draw_histograms(folder: Path) -> None:
+    """scores.png: the scores of winners and losers, and the margins, of all finished pairs."""
+    scores, scorers = scores_of_pairs(folder), scorer_names(folder)
+    unit = scorers[0]
+    if len(scorers) > 1:
+        names = textwrap.shorten(" + ".join(scorers), 30, placeholder=" ...")
+        unit = f"{names}, weighted, in units of their spread"
+    sides = [Series("winners", scores["winners"], GOOD), Series("losers", scores["losers"], BAD)]
+    margins = [Series("margins", scores["margins"], PLAIN)]
+    panels = [
+        draw_panel("Scores", f"score: {unit}", sides),
+        draw_panel("Margins", "score of the winner less score of the loser", margins),
+    ]
+    left_out = not_drawn(sides) + not_drawn(margins)
+    width, height = sum(panel.width for panel in panels), panels[0].height
+    picture = Image.new("RGB", (width, height + 60 * bool(left_out)), PAPER)
+    for number, panel in enumerate(panels):
+        picture.paste(panel, (number * panel.width, 0))
+    if left_out:
+        words = textwrap.shorten(f"Not drawn: {count_words(left_out)}", 150)
+        ImageDraw.Draw(picture).text((100, height), words, FAINT, ImageFont.load_default(size=24))
+    save_png(picture, folder / "scores.png")
+
+
+def plain_text(text: str) -> str:
+    """One line without control characters."""
+    return " ".join(re.sub(r"[^ -~\u00a0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text).split())
+
+
+def yaml_text(text: str) -> str:
+    """A string of yaml that says just this; json's strings are yaml's."""
+    return json.dumps(plain_text(text), ensure_ascii=False)
+
+
+def markdown_text(text: str) -> str:
+    """Text that markdown shows as it is, in a paragraph or in a cell of a table."""
+    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(plain_text(text), quote=False))
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table whose first column is text and whose others are numbers or short words; cells are escaped here."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)]]
+    lines += [[markdown_text(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def summarise_pairs(folder: Path) -> tuple[dict[str, tuple[float, float, float, int]], dict[str, Counter[str]]]:
+    """Means of every scorer, and where the winners and the losers come from.
+
+    The means are a scorer's of the winners, of the losers, the share of winners that it puts higher (a tie is one
+    half), and how many pairs are counted: those of which it gives both sides a finite score.
+    """
+    sums: dict[str, np.ndarray] = {}
+    sources: dict[str, Counter[str]] = {"winners": Counter(), "losers": Counter()}
+    for _, row in iterate_pairs(folder, ["label_0", "label_1", "scores", "source_0", "source_1"]):
+        for side, source in zip(sources.values(), both_sides(row, "source"), strict=True):
+            side[source] += 1
+        for name, (winner, loser) in raw_scores(row).items():
+            total = sums.setdefault(name, np.zeros(4))
+            if None not in (winner, loser) and math.isfinite(winner) and math.isfinite(loser):
+                total += (winner, loser, (winner > loser) + (winner == loser) / 2, 1)
+    means = {name: (*(total[:3] / max(total[3], 1)).tolist(), int(total[3])) for name, total in sums.items()}
+    return means, sources
+
+
+def example_lines(folder: Path) -> str:
+    """Three pairs in words, evenly chosen."""
+    columns = ["caption", "label_0", "label_1", "scores", "margin"]
+    rows = [
+        row for _, row in iterate_pairs(folder, columns, positions=spread_evenly(sum(count_pairs(folder).values()), 3))
+    ]
+    lines = []
+    for row in rows:
+        scores = [f"{name}: winner {show(win)}, loser {show(loss)}" for name, (win, loss) in raw_scores(row).items()]
+        told = "; ".join([*scores, f"margin {show(row['margin'])}"])
+        lines.append(f"> {markdown_text(row['caption'])}\n>\n> {markdown_text(told)}")
+    return "\n\n".join(lines)
+
+
+def show(score: float | None) -> str:
+    """A score with four significant digits; "none" where a scorer gave none."""
+    return "none" if score is None else f"{score:.4g}"
+
+
+def data_card(folder: Path, record: dict[str, Any]) -> str:
+    """README.md of the finished pairs and their record; its yaml is what datasets.load_dataset and the Hub read."""
+    settings, counts, scores = record["settings"], count_pairs(folder), scores_of_pairs(folder)
+    kinds = {pa.float64(): "float64", pa.int64(): "int64"}
+    margins, (means, sources) = scores["margins"][np.isfinite(scores["margins"])], summarise_pairs(folder)
+    ranks = {"least": 0, "10 %": 10, "25 %": 25, "median": 50, "75 %": 75, "90 %": 90, "most": 100}
+    gaps = np.percentile(margins, list(ranks.values())).tolist() if len(margins) else [math.nan] * len(ranks)
+    numbers = [("prompts", f"{record['prompts']:,}")]
+    numbers += [(f"pairs in {split}", f"{count:,}") for split, count in counts.items()]
+    numbers += [(f"no pair: {reason}", f"{count:,}") for reason, count in record["dropped"].items()]
+    numbers += [(side, count_words(source)) for side, source in sources.items()]
+    return DATA_CARD.format(
+        name=yaml_text(f"Preference pairs of {settings['pretrained_model_name_or_path']}"),
+        files="\n".join(f"  - {{split: {split}, path: data/{split_file(folder, split).name}}}" for split in counts),
+        features="\n".join(
+            f"  - {{name: {column.name}, dtype: {kinds.get(column.type, column.type)}}}"
+            for column in pq.read_schema(split_file(folder, next(iter(counts))))
+        ),
+        pairs=" and ".join(f"{count:,} {split} pairs" for split, count in counts.items()),
+        images=settings["num_images_per_prompt"],
+        scorers=markdown_text(" + ".join(means)),
+        model=markdown_text(settings["pretrained_model_name_or_path"]),
+        counts=markdown_table(("", "number"), numbers),
+        scores=markdown_table(
+            ("scorer", "winners, mean", "losers, mean", "winner higher", "pairs"),
+            [(name, win, loss, f"{100 * share:.0f} %", pairs) for name, (win, loss, share, pairs) in means.items()],
+        ),
+        gaps=markdown_table(("", *ranks), [("margin", *gaps)]),
+        examples=example_lines(folder),
+        command=plain_text(next_command(argparse.Namespace(**{**settings, "output_dir": "FOLDER"}))),
+        settings=markdown_table(
+            ("setting", "value"),
+            [
+                (f"--{name}", " ".join(map(str, value)) if isinstance(value, list) else value)
+                for name, value in settings.items()
+                if value is not None
+            ],
+        ),
+        versions=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+    )
+
+
+def describe_pairs(folder: Path, record: dict[str, Any]) -> None:
+    """Writes all that shows the finished pairs: README.md, pairs.html, pairs.png and scores.png."""
+    draw_pairs(folder)
+    draw_histograms(folder)
+    write_page(folder, record)
+    replace_file(folder / "README.md", lambda part: part.write_text(data_card(folder, record), encoding="utf-8"))
 
 
 def peak_memory() -> str:
@@ -2051,6 +2430,377 @@ def peak_memory() -> str:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         parts.append(f"{peak / 2**30:.1f} GiB of host memory")
     return ", ".join(parts) or "not known"
+
+
+# ---- The page: one HTML file that loads nothing ---------------------------------------------------------------------
+
+TINY = 128  # images of so few pixels a side are shown with hard pixels
+
+PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none';img-src data:;style-src 'unsafe-inline';script-src 'unsafe-inline'">
+<title>Preference pairs</title>
+<style>
+:root{color-scheme:light dark;--paper:#fff;--card:#f3f5f5;--ink:#1f2529;--soft:#5f6a73;--line:#dfe4e6;
+ --win:#12804a;--lose:#b3261e;--plain:#2c6e91}
+@media(prefers-color-scheme:dark){:root{--paper:#15191c;--card:#1f262a;--ink:#e4e8ea;--soft:#98a4ac;--line:#30393e;
+ --win:#5db48b;--lose:#e58068;--plain:#6fb3d6}}
+*{box-sizing:border-box;print-color-adjust:exact;-webkit-print-color-adjust:exact}
+body{max-width:920px;margin:0 auto;padding:36px 28px 40px;background:var(--paper);color:var(--ink);
+ font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;font-variant-numeric:tabular-nums;
+ overflow-wrap:anywhere}
+h1{font-size:28px;line-height:1.2;letter-spacing:-.02em;font-weight:650;margin:0 0 4px}
+p{margin:0}
+.soft,th,figcaption{color:var(--soft)}.soft{font-size:14px}
+nav{display:flex;flex-wrap:wrap;gap:8px;margin:20px 0 12px}
+button,select,input{font:inherit;font-size:15px;color:inherit;background:var(--card);border:1px solid var(--line);
+ border-radius:8px;padding:7px 13px;min-height:40px}
+button{cursor:pointer}button:hover,select:hover{border-color:var(--soft)}
+:focus-visible{outline:2px solid var(--plain);outline-offset:2px}
+#filter{flex:1 1 150px;min-width:0}
+[aria-pressed=true]{background:var(--plain);border-color:var(--plain);color:var(--paper)}
+.leaf{display:flex;align-items:center;gap:8px}
+#place{min-width:76px;text-align:center;font-size:15px}
+#strip{display:flex;align-items:end;height:44px;cursor:pointer;border-bottom:1px solid var(--line);touch-action:none}
+#strip i{flex:1;min-width:0;height:100%;display:flex;align-items:end;justify-content:center;padding:0 .5px}
+#strip i::before{content:"";width:100%;max-width:24px;height:var(--h);min-height:2px;background:var(--soft);opacity:.4}
+#strip .agree::before{background:var(--win);opacity:.8}#strip .differ::before{background:var(--lose);opacity:.8}
+#strip .here::before{background:var(--plain);opacity:1}
+article{margin:24px 0 0}
+blockquote{margin:0 0 16px;font-size:19px;line-height:1.4;white-space:pre-wrap}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:20px}
+.side{display:block;width:100%;margin:0;padding:0;border:0;border-radius:10px;overflow:hidden;background:var(--card);
+ text-align:left}
+.side img{display:block;width:100%;max-height:62vh;object-fit:contain}.small img{image-rendering:pixelated}
+figcaption,.side span{display:flex;justify-content:space-between;gap:8px;padding:9px 14px;
+ border-top:4px solid var(--line)}
+.win figcaption{border-color:var(--win)}.lose figcaption{border-color:var(--lose)}
+.win b{color:var(--win)}.lose b{color:var(--lose)}
+button.side:hover span{border-color:var(--plain)}
+table{border-collapse:collapse;table-layout:fixed;width:100%;margin:16px 0 12px;font-size:15px}
+th{font-weight:500;font-size:13px}
+th,td{padding:6px 0 6px 16px;text-align:right;border-bottom:1px solid var(--line)}
+th:first-child,td:first-child{text-align:left;padding-left:0}
+#said{padding:16px 0 0;font-weight:600;color:var(--plain)}#said:empty{display:none}
+footer{margin-top:28px;padding-top:12px;border-top:1px solid var(--line)}
+kbd{font:inherit;font-size:13px;border:1px solid var(--line);border-radius:4px;padding:0 5px;background:var(--card)}
+@media(max-width:600px){body{padding:20px 16px 84px}.pair{grid-template-columns:1fr;gap:14px}.keys{display:none}
+ #sort{flex:1 0 100%}#said{position:sticky;top:0;padding:10px 0;background:var(--paper)}article{margin-top:16px}
+ th,td{padding-left:10px}.leaf{position:fixed;inset:auto 0 0;padding:10px 16px;justify-content:space-between;z-index:1;
+ background:var(--paper);border-top:1px solid var(--line)}.leaf button{flex:1;font-size:20px}}
+@media print{:root{color-scheme:light;--paper:#fff;--card:#f3f5f5;--ink:#1f2529;--soft:#5f6a73;--line:#dfe4e6;
+ --win:#12804a;--lose:#b3261e}nav,#strip,#said,footer{display:none}body{max-width:none;padding:0;font-size:11pt}
+ article{break-inside:avoid;max-width:150mm;margin:6mm auto}.pair{grid-template-columns:1fr 1fr}
+ blockquote{font-size:11pt}.side img{max-height:56mm}figcaption{padding:4px 10px}
+ table{margin:8px 0}th,td{font-size:9pt;padding-block:2px}.soft{font-size:9pt}}
+</style>
+</head>
+<body>
+<h1>Preference pairs</h1>
+<p class="soft" id="about"></p>
+<nav>
+ <select id="sort" aria-label="Order">
+  <option value="order">In their order</option><option value="most">Largest margin first</option>
+  <option value="least">Smallest margin first</option><option value="random">At random</option>
+ </select>
+ <input id="filter" type="search" placeholder="Prompts with ..." aria-label="Only prompts that hold this text">
+ <button id="blind" aria-pressed="false">Blind test</button>
+ <span class="leaf"><button id="back" aria-label="Previous pair">←</button><output id="place"></output>
+ <button id="next" aria-label="Next pair">→</button></span>
+</nav>
+<div id="strip" aria-hidden="true" title="The margin of each pair; the tallest is the largest"></div>
+<p id="said" aria-live="polite"></p>
+<main></main>
+<footer class="soft"><span class="keys"><kbd>←</kbd> <kbd>→</kbd> leaf through, <kbd>B</kbd> blind test,
+<kbd>1</kbd> <kbd>2</kbd> choose. </span>
+No person has looked at these pairs: the blind test measures the scorer against you.</footer>
+<script type="application/json" id="data">@DATA@</script>
+<script>
+const $ = id => document.getElementById(id), main = document.querySelector("main");
+const {about, small, pairs} = JSON.parse($("data").textContent);
+const make = (tag, props, ...inside) => {
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...inside);
+  return node;
+};
+const digits = {minimumSignificantDigits: 4, maximumSignificantDigits: 4, useGrouping: false};
+const show = value => value === null ? "none" : (+value).toLocaleString("en", digits);
+const shuffle = () => pairs.forEach(pair => pair.lot = Math.random());
+const orders = {
+  order: (a, b) => a.position - b.position, most: (a, b) => b.margin - a.margin,
+  least: (a, b) => a.margin - b.margin, random: (a, b) => a.lot - b.lot,
+};
+let list = pairs, at = 0, blind = false;
+
+function side(pair, name, place, open) {
+  const image = make("img", {src: "data:image/jpeg;base64," + pair[name].jpg, alt: open ? `Image ${place}` : name});
+  if (open) return make("button", {className: "side", onclick: () => choose(pair, name)}, image,
+    make("span", {}, make("b", {}, `${place}`), "this one"));
+  const label = name === "winner" ? "Winner" : "Loser", yours = blind && pair.choice === name ? ", your choice" : "";
+  return make("figure", {className: name === "winner" ? "side win" : "side lose"}, image,
+    make("figcaption", {}, make("b", {}, label + yours), show(pair[name].score)));
+}
+
+function table(pair) {
+  const line = (tag, ...cells) => make("tr", {}, ...cells.map(cell => make(tag, {}, cell)));
+  const gap = (w, l) => w === null || l === null ? "" : show(w - l);
+  const rows = pair.scores.map(([name, w, l]) => line("td", name, show(w), show(l), gap(w, l)));
+  rows.push(line("td", "source", pair.winner.source, pair.loser.source, ""));
+  return make("table", {}, line("th", "", "winner", "loser", "difference"), ...rows);
+}
+
+function card(pair) {
+  const open = blind && !pair.choice, names = blind && pair.coin ? ["loser", "winner"] : ["winner", "loser"];
+  const sides = names.map((name, i) => side(pair, name, i + 1, open));
+  const node = make("article", {}, make("blockquote", {}, pair.prompt), make("div", {className: "pair"}, ...sides));
+  if (!open) node.append(table(pair), make("p", {className: "soft"}, `margin ${show(pair.margin)} · ${pair.split} · `
+    + `stage ${pair.stage} · best and worst of ${pair.candidates} · seeds ${pair.winner.seed}, ${pair.loser.seed} · `
+    + `pair ${pair.position + 1} of ${about.total}`));
+  return node;
+}
+
+function interval(k, n) {  // Wilson's for a share k / n, 95 %
+  const z2 = 1.959964 ** 2, centre = k + z2 / 2, half = Math.sqrt(z2 * (k * (n - k) / n + z2 / 4));
+  return [centre - half, centre + half].map(end => Math.round(100 * end / (n + z2)));
+}
+
+function verdict(pair) {
+  const told = pairs.filter(other => other.choice), n = told.length;
+  const k = told.filter(other => other.choice === "winner").length;
+  const now = !pair?.choice ? "Which one would you choose?"
+    : pair.choice === "winner" ? "You agree with the scorer." : "The scorer chose the other one.";
+  return !n ? now : `${now} So far you agree in ${k} of ${n}: ${Math.round(100 * k / n)} % `
+    + `(95 % interval ${interval(k, n).join(" to ")}; a coin: 50).`;
+}
+
+function draw() {
+  const pair = list[at], highest = Math.max(...pairs.map(other => +other.margin).filter(isFinite), 1e-9);
+  const height = other => blind ? 30 : Math.max(0, Math.min(100, 100 * other.margin / highest)) || 0;
+  const mark = other => !blind || !other.choice ? "" : other.choice === "winner" ? "agree" : "differ";
+  $("strip").replaceChildren(...list.map((other, i) => make("i",
+    {className: i === at ? "here" : mark(other), style: `--h:${height(other)}%`})));
+  $("place").textContent = list.length ? `${at + 1} / ${list.length}` : "none";
+  main.replaceChildren(pair ? card(pair) : "No prompt holds this text.");
+  $("said").textContent = blind && pair ? verdict(pair) : "";
+}
+
+function leaf(to) { at = Math.max(0, Math.min(list.length - 1, to)); draw(); }
+
+function choose(pair, name) { pair.choice ??= name; draw(); }
+
+function arrange() {
+  const text = $("filter").value.toLowerCase();
+  list = pairs.filter(pair => pair.prompt.toLowerCase().includes(text)).sort(orders[$("sort").value]);
+  leaf(0);
+}
+
+function toggle() {
+  blind = !blind;
+  $("blind").setAttribute("aria-pressed", blind);
+  if (blind) { shuffle(); $("sort").value = "random"; }
+  arrange();
+}
+
+const click = {back: () => leaf(at - 1), next: () => leaf(at + 1), blind: toggle};
+for (const id in click) $(id).onclick = click[id];
+$("sort").onchange = () => { shuffle(); arrange(); };
+$("filter").oninput = arrange;
+$("strip").onpointerdown = $("strip").onpointermove = event => {
+  const box = $("strip").getBoundingClientRect();
+  if (event.buttons) leaf(Math.floor((event.clientX - box.left) / box.width * list.length));
+};
+document.onkeydown = event => {
+  if (event.target.matches("input, select") || event.altKey || event.ctrlKey || event.metaKey) return;
+  const key = {arrowleft: "back", arrowright: "next", b: "blind"}[event.key.toLowerCase()];
+  if (key) click[key]();
+  if ("12".includes(event.key)) document.querySelectorAll("button.side")[event.key - 1]?.click();
+};
+onbeforeprint = () => {
+  const was = blind;
+  blind = false;
+  main.replaceChildren(...list.map(card));
+  blind = was;
+};
+onafterprint = draw;
+for (const pair of pairs) pair.coin = Math.random() < 0.5;
+document.body.classList.toggle("small", small);
+$("about").textContent = about.words;
+shuffle();
+arrange();
+</script>
+</body>
+</html>
+"""
+
+
+def thumbnail(jpg: bytes, side: int = 384) -> str:
+    """An image of at most `side` pixels a side as base64 of a JPEG of some 28 kB at most; tiny ones as they are."""
+    image = from_jpeg(jpg)
+    if max(image.size) > TINY:
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        for quality in (85, 75, 65, 55, 45, 35):
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=quality, optimize=True)
+            jpg = buffer.getvalue()
+            if len(jpg) <= 28_000:
+                break
+    return base64.b64encode(jpg).decode()
+
+
+def json_number(value: float | None) -> float | str | None:
+    """A number as json and JavaScript know it: what is not finite becomes the text that JavaScript's + reads."""
+    if value is None or math.isfinite(value):
+        return value
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def page_pair(split: str, row: dict[str, Any], position: int) -> dict[str, Any]:
+    """What the page shows of a pair."""
+    pair = {"prompt": row["caption"], "split": split, "stage": row["stage"], "position": position}
+    pair |= {"margin": json_number(row["margin"]), "candidates": row["num_candidates"]}
+    columns = ("jpg", "score", "source", "seed")
+    for i, side in enumerate(("winner", "loser")):
+        jpg, score, source, seed = (both_sides(row, name)[i] for name in columns)
+        pair[side] = {"jpg": thumbnail(jpg), "score": json_number(score), "source": source, "seed": str(seed)}
+    pair["scores"] = [[name, *map(json_number, both)] for name, both in raw_scores(row).items()]
+    if len(pair["scores"]) > 1:
+        pair["scores"].append(["together", pair["winner"]["score"], pair["loser"]["score"]])
+    return pair
+
+
+def write_page(folder: Path, record: dict[str, Any], count: int = 100) -> None:
+    """pairs.html: `count` of the finished pairs, evenly chosen by the seed, to leaf through and to judge blindly.
+
+    All that users wrote goes in as json without "<", and from there into the page as text, never as HTML.
+    """
+    settings, total = record["settings"], sum(count_pairs(folder).values())
+    positions = spread_evenly(total, count, settings["seed"])
+    columns = [name for name in PAIR_COLUMNS if not name.startswith("latents")]
+    rows = zip(positions, iterate_pairs(folder, columns, positions=positions), strict=True)
+    pairs = [page_pair(split, row, position) for position, (split, row) in rows]
+    words = f"{len(pairs)} of {total} pairs" if len(pairs) < total else f"{total} pairs"
+    words += (
+        f", scored by {' + '.join(scorer_names(folder))}, of images by {settings['pretrained_model_name_or_path']}"
+    )
+    content = {"about": {"words": words, "total": total}, "small": max(record["image_size"]) <= TINY, "pairs": pairs}
+    data = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
+    page = PAGE.replace("@DATA@", data)
+    replace_file(folder / "pairs.html", lambda part: part.write_text(page, encoding="utf-8"))
+
+
+# ---- Exports: the same pairs in the formats of others ---------------------------------------------------------------
+
+
+def file_stem(name: str) -> str:
+    """A name as that of a file: nothing but letters, digits, - and _."""
+    return re.sub(r"[^\w-]", "_", name)
+
+
+def iterate_prompts(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Prompt by prompt its split and its finished pairs, without their latents, under a bar."""
+    columns = [name for name in PAIR_COLUMNS if not name.startswith("latents")]
+    pairs = iterate_pairs(folder, columns)
+    with tqdm(total=sum(count_pairs(folder).values()), desc="exporting", unit="pair", smoothing=0.1) as bar:
+        for (split, _), group in groupby(pairs, lambda pair: (pair[0], pair[1]["prompt_id"])):
+            rows = [row for _, row in group]
+            yield split, rows
+            bar.update(len(rows))
+
+
+def write_export(
+    folder: Path, part: Path, schema: pa.Schema, to_row: Callable[[dict[str, Any], int], dict[str, Any]]
+) -> None:
+    """Writes part/data/ with a row to_row(pair, number of its prompt's pairs) for every finished pair of `folder`."""
+    (part / "data").mkdir()
+    for split, prompts in groupby(iterate_prompts(folder), itemgetter(0)):
+        rows = (to_row(pair, len(pairs)) for _, pairs in prompts for pair in pairs)
+        with pq.ParquetWriter(split_file(part, split), schema) as writer:
+            while some := list(islice(rows, 32)):
+                writer.write_table(pa.Table.from_pylist(some, schema))
+
+
+def export_pickapic(folder: Path, part: Path) -> None:
+    """Pick-a-Pic v2's columns and no others."""
+    model = read_record(folder)["settings"]["pretrained_model_name_or_path"]
+    numbers = iter(range(sum(count_pairs(folder).values())))
+
+    def to_row(pair: dict[str, Any], of_this_prompt: int) -> dict[str, Any]:
+        row = {name: pair[name] for name in PICKAPIC_COLUMNS if name in pair}
+        for side in (0, 1):
+            source = pair[f"source_{side}"]
+            row[f"image_{side}_uid"] = f"{pair['prompt_id']}-{source}-{pair[f'seed_{side}']}"
+            row[f"model_{side}"] = model if source == "generated" else source
+        best = winner_first(pair, (row["image_0_uid"], row["image_1_uid"]))[0]
+        row |= {"are_different": pair["jpg_0"] != pair["jpg_1"], "has_label": True, "best_image_uid": best}
+        return row | {"ranking_id": next(numbers), "num_example_per_prompt": of_this_prompt}
+
+    write_export(folder, part, pa.schema(PICKAPIC_COLUMNS.items()), to_row)
+
+
+def export_chosen(folder: Path, part: Path) -> None:
+    """prompt, chosen, rejected, the images as `datasets.Image`."""
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    features = {"prompt": {"dtype": "string", "_type": "Value"}}
+    features |= {name: {"_type": "Image"} for name in ("chosen", "rejected")}
+    told = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema({"prompt": pa.string(), "chosen": image, "rejected": image}.items(), metadata=told)
+
+    def to_row(pair: dict[str, Any], _: int) -> dict[str, Any]:
+        sides = zip(("chosen", "rejected"), both_sides(pair, "jpg"), strict=True)
+        images = {name: {"bytes": jpg, "path": f"{file_stem(pair['prompt_id'])}-{name}.jpg"} for name, jpg in sides}
+        return {"prompt": pair["caption"], **images}
+
+    write_export(folder, part, schema, to_row)
+
+
+def export_folders(folder: Path, part: Path) -> None:
+    """SPLIT/NAME/w/1.jpg, SPLIT/NAME/l/1.jpg and the caption in SPLIT/NAME/1.txt; NAME is the prompt's id."""
+    for split, pairs in iterate_prompts(folder):
+        place = part / split / file_stem(pairs[0]["prompt_id"])
+        for side in ("w", "l"):
+            (place / side).mkdir(parents=True, exist_ok=True)
+        for number, pair in enumerate(pairs, 1 + len(list(place.glob("*.txt")))):
+            for side, jpg in zip(("w", "l"), both_sides(pair, "jpg"), strict=True):
+                (place / side / f"{number}.jpg").write_bytes(jpg)
+            (place / f"{number}.txt").write_text(pair["caption"], encoding="utf-8")
+
+
+def export_images(folder: Path, part: Path) -> None:
+    """All images of the pool as IMAGE_ID.jpg, and metadata.jsonl with file_name, text and image_id."""
+    shards = [pq.ParquetFile(path) for path in sorted(folder.glob("pool/*.parquet"))]
+    total = sum(shard.metadata.num_rows for shard in shards)
+    with (
+        tqdm(total=total, desc="exporting", unit="img", smoothing=0.1) as bar,
+        (part / "metadata.jsonl").open("w", encoding="utf-8") as lines,
+    ):
+        for shard in shards:
+            columns = [name for name in shard.schema_arrow.names if name != "latents"]
+            for row in (row for batch in shard.iter_batches(16, columns=columns) for row in batch.to_pylist()):
+                bar.update()
+                if row["jpg"]:
+                    name = f"{file_stem(image_id(row))}.jpg"
+                    (part / name).write_bytes(row["jpg"])
+                    line = {"file_name": name, "text": row["caption"], "image_id": image_id(row)}
+                    lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+EXPORTS = {"pickapic": export_pickapic, "chosen": export_chosen, "folders": export_folders, "images": export_images}
+
+
+def export_pairs(folder: Path, kind: str) -> Path:
+    """Writes OUTPUT/export-KIND under a temporary name, then puts it in the place of an earlier one."""
+    path = folder / f"export-{kind}"
+    part = path.with_name(f"{path.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    EXPORTS[kind](folder, part)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(part, path)
+    return path
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
@@ -2248,7 +2998,6 @@ def finish(
     price, full_price = evaluations(args)
     record = {
         "settings": settings,
-        "command": shlex.join(["make_preference_data.py", *sys.argv[1:]]),
         "prompts": len(verdicts),
         "long_prompts": long_prompts,
         "images_without_score": unscored,
@@ -2261,6 +3010,9 @@ def finish(
         "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
     }
     write_record(folder, record)
+    describe_pairs(folder, record)
+    kinds = [kind for kind in EXPORTS if kind in args.export or (folder / f"export-{kind}").exists()]  # none is stale
+    exported = [export_pairs(folder, kind) for kind in kinds]
 
     splits = " and ".join(f"{count} {split}" for split, count in counts.items())
     print(f"pairs      {len(kept)} of {len(verdicts)} prompts: {splits}")
@@ -2274,7 +3026,9 @@ def finish(
         told = ", ".join(f"{speed:.1f} {kind}/s" for kind, speed in speeds.items())
         print(f"speed      {told}, with scoring and writing")
     print(f"memory     {peak_memory()}")
-    print(f"look at    {folder / 'pairs.png'} and {folder / 'pool.png'}")
+    print(f"look at    {folder / 'pairs.html'}, pairs.png, scores.png and pool.png")
+    for path in exported:
+        print(f"exported   {path}")
     print(f"next       {next_command(args)}")
 
 
@@ -2408,6 +3162,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     flag = parser.add_argument_group("output").add_argument
     flag("--output_dir", default="human-preferences", help="folder of the data set; a second start carries on")
+    flag("--export", nargs="+", choices=EXPORTS, default=[], help="also in these formats, as output_dir/export-*")
     flag("--no_latents", action="store_true", help="do not store latents (training then encodes the images)")
     flag("--discard_drafts", action="store_true", help="keep of the drafts their scores, not their images")
     flag("--rescore", action="store_true", help="choose pairs anew from the kept pool, by the flags under pairs")
