@@ -1559,7 +1559,7 @@ def plan_reconstructions(prompts: list[str], timesteps: list[int], seed: int, wi
     return rows
 
 
-def batches(rows: list[Row], size: int, key: Callable[[Row], Any] = lambda row: None) -> Iterator[list[Row]]:
+def batches(rows: list[Row], size: int, key: Callable[[Row], Any] = lambda row: ()) -> Iterator[list[Row]]:
     """Cuts rows into lists of at most `size`, each of one `key`."""
     for _, alike in groupby(sorted(rows, key=key), key=key):
         alike = list(alike)
@@ -1641,7 +1641,12 @@ def complete_shard(
     rows = list(({image_id(row): row for row in rows} | kept).values())
     rows.sort(key=lambda row: (prompts.index(row["caption"]), row["index"]))
     missing = [row for row in rows if "jpg" not in row]
-    jobs = [beside.submit(score_rows, batch, tools.scorers()) for batch in batches([*kept.values()], args.batch_size)]
+    unscored = [row for row in kept.values() if any(s.source not in json.loads(row["scores"]) for s in tools.wanted)]
+    jobs: list[Future] = []
+    for batch in batches(unscored, args.batch_size):
+        jobs.append(beside.submit(score_rows, batch, tools.scorers()))
+        wait(jobs[-2:-1])
+        bar.update(len(batch))
     embeds = encode_prompts(tools.pipe(), prompts, args.negative_prompt) if missing else {}
     for batch in batches(missing, args.batch_size, how_drawn):
         try:
