@@ -10,6 +10,7 @@
 #     "safetensors>=0.5,<0.9",
 #     "pillow>=10.1,<14",
 #     "numpy>=1.26,<3",
+#     "scipy>=1.11,<2",
 #     "tqdm>=4.66,<5",
 # ]
 # ///
@@ -48,6 +49,7 @@ import hashlib
 import html
 import importlib
 import importlib.util
+import inspect
 import io
 import json
 import logging
@@ -61,7 +63,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on shared CPU cores
@@ -432,11 +434,13 @@ def tuned(pipe: DiffusionPipeline, model: Model) -> Iterator[None]:
         pipe.unload_lora_weights()
 
 
-# ---- Scorers -------------------------------------------------------------------------------------------------------
+# ---- Scorers --------------------------------------------------------------------------------------------------------
 # A scorer is a function factory(device, **options) -> score(images, prompts) -> one float per image, higher is better.
-# -inf may lose but never win; nan is used for neither side. Your own: module:factory or path/to/file.py:factory.
+# -inf may lose but never win; nan is used for neither side. Your own: module:factory or path/to/file.py:factory; or
+# file.jsonl, with scores made elsewhere. No score needs torchvision.
 
 Score = Callable[[list[Image.Image], list[str]], list[float]]
+Device = torch.device | str
 
 
 class Scorer(NamedTuple):
@@ -444,80 +448,459 @@ class Scorer(NamedTuple):
 
     label: str  # its name in the data set
     weight: float  # its weight in the ensemble
-    source: str  # NAME[=MODEL] as given
-    load: Callable[[torch.device | str], Score]
+    source: str  # NAME[=MODEL][,option=value...] as given
+    load: Callable[[Device], Score]
 
 
-def clip_score(device: torch.device | str, model: str = "openai/clip-vit-large-patch14", processor: str = "") -> Score:
+CLIP_L = "openai/clip-vit-large-patch14"
+CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+PROCESSORS = {"yuvalkirstain/PickScore_v1": CLIP_H, "adams-story/HPSv2-hf": CLIP_H}  # of all others: the model's own
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_score(device: Device, model: str = CLIP_L, processor: str = "", crop: bool = False) -> Score:
     """100 * cos(image, text) of any CLIPModel."""
-    cosine, _ = clip_cosine(device, model, processor or model)
-    return lambda images, prompts: (100 * cosine(images, prompts)).tolist()
+    embed_images, embed_texts, _ = load_clip(device, model, processor, crop)
+    return lambda images, prompts: (100 * (embed_images(images) * embed_texts(prompts)).sum(-1)).tolist()
 
 
-def pick_score(device: torch.device | str, model: str = "", processor: str = "") -> Score:
+def pick_score(
+    device: Device, model: str = "yuvalkirstain/PickScore_v1", processor: str = "", crop: bool = False
+) -> Score:
     """PickScore (https://arxiv.org/abs/2305.01569): exp(logit_scale) * cos(image, text), of any CLIPModel trained so.
 
     A difference is a Bradley-Terry logit: at 0.5 about 62 % of people agree, at 1 about 73 %.
     """
-    processor = processor or model or "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
-    cosine, scale = clip_cosine(device, model or "yuvalkirstain/PickScore_v1", processor)
-    return lambda images, prompts: (scale * cosine(images, prompts)).tolist()
+    embed_images, embed_texts, scale = load_clip(device, model, processor, crop)
+    return lambda images, prompts: (scale * (embed_images(images) * embed_texts(prompts)).sum(-1)).tolist()
 
 
-def clip_cosine(device: torch.device | str, model: str, processor: str) -> tuple[Callable[..., torch.Tensor], float]:
-    """The function cosine(images, prompts) -> (B,) float32 of a CLIPModel, and its exp(logit_scale).
+def hps_score(device: Device, model: str = "adams-story/HPSv2-hf", processor: str = "", crop: bool = False) -> Score:
+    """Human Preference Score v2 (https://arxiv.org/abs/2306.09341): cos(image, text), about 0.2 to 0.35."""
+    embed_images, embed_texts, _ = load_clip(device, model, processor, crop)
+    return lambda images, prompts: (embed_images(images) * embed_texts(prompts)).sum(-1).tolist()
 
-    fp16 on CUDA, fp32 elsewhere (bf16's noise is a fifth of the scores' spread), the product always in fp32. Images
-    are padded to a square; prompts are cut by tokens and encoded once each.
+
+def aesthetic_score(
+    device: Device,
+    model: str = CLIP_L,
+    head: str = "ttj/sac-logos-ava1-l14-linearMSE",
+    processor: str = "",
+    crop: bool = False,
+) -> Score:
+    """LAION's aesthetic predictor V2, about 1 to 10, of the image's normalised CLIP-L/14 embedding.
+
+    Blind to the prompt. https://github.com/christophschuhmann/improved-aesthetic-predictor, the weights called
+    sac+logos+ava1-l14-linearMSE.
+    """
+    embed_images, _, _ = load_clip(device, model, processor, crop)
+    predict = linear_head(load_tensors(head, "model.safetensors"), "layers.", device)
+    return lambda images, prompts: predict(embed_images(images)).tolist()
+
+
+def clip_iqa(
+    device: Device,
+    model: str = CLIP_L,
+    processor: str = "",
+    crop: bool = False,
+    good: str = "Good photo.",
+    bad: str = "Bad photo.",
+) -> Score:
+    """CLIP-IQA (https://arxiv.org/abs/2207.12396): P(good) of softmax over exp(logit_scale) * cos with both texts.
+
+    Blind to the prompt. The paper's CLIP is an RN50 without position embeddings; here it is any CLIPModel.
+    """
+    embed_images, embed_texts, scale = load_clip(device, model, processor, crop)
+    texts = embed_texts([good, bad])
+    return lambda images, prompts: (scale * embed_images(images) @ texts.T).softmax(-1)[:, 0].tolist()
+
+
+def image_reward(
+    device: Device,
+    model: str = "zai-org/ImageReward",
+    tokenizer: str = "google-bert/bert-base-uncased",
+    crop: bool = False,
+) -> Score:
+    """ImageReward (https://arxiv.org/abs/2304.05977): BLIP reads the prompt while looking at the image; about N(0, 1).
+
+    (mlp(first token) - mean) / std, in fp32. `model` is the published checkpoint ImageReward.pt, or its folder or
+    repository; the sizes are read off its tensors. Prompts are cut at 35 tokens, as in its training.
+    """
+    from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
+    weights = load_tensors(model, "ImageReward.pt")
+    vision, text = (
+        {key.removeprefix(part): value for key, value in weights.items() if key.startswith(part)}
+        for part in ("blip.visual_encoder.", "blip.text_encoder.")
+    )
+    width, _, patch, _ = vision["patch_embed.proj.weight"].shape
+    size = math.isqrt(vision["pos_embed"].shape[1] - 1) * patch
+    see = BlipVisionModel(
+        BlipVisionConfig(
+            hidden_size=width,
+            intermediate_size=len(vision["blocks.0.mlp.fc1.bias"]),
+            num_hidden_layers=sum(key.endswith("norm1.bias") for key in vision),
+            num_attention_heads=max(1, width // 64),
+            image_size=size,
+            patch_size=patch,
+            layer_norm_eps=1e-6,
+        )
+    )
+    words, text_width = text["embeddings.word_embeddings.weight"].shape
+    read = BlipTextModel(
+        BlipTextConfig(
+            vocab_size=words,
+            hidden_size=text_width,
+            encoder_hidden_size=width,
+            intermediate_size=len(text["encoder.layer.0.intermediate.dense.bias"]),
+            num_hidden_layers=sum(key.endswith("intermediate.dense.bias") for key in text),
+            num_attention_heads=max(1, text_width // 64),
+            max_position_embeddings=len(text["embeddings.position_embeddings.weight"]),
+            is_decoder=True,  # gives it the cross-attention; it is called as an encoder, without a causal mask
+        ),
+        add_pooling_layer=False,
+    )
+    for part, tensors in ((see, {blip_key(key): value for key, value in vision.items()}), (read, text)):
+        missing = part.load_state_dict(tensors, strict=False).missing_keys
+        if missing:
+            raise ValueError(f"{model} has no weights {missing[0]}")
+        part.to(device).eval()
+    predict = linear_head(weights, "mlp.layers.", device)
+    to_tokens = AutoTokenizer.from_pretrained(tokenizer)
+    fit = ImageOps.fit if crop else ImageOps.pad
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+
+    @torch.inference_mode()
+    def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        squares = np.stack([np.asarray(fit(image.convert("RGB"), (size, size))) for image in images])
+        pixels = (torch.from_numpy(squares).permute(0, 3, 1, 2) / 255 - mean) / std
+        tokens = to_tokens(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+        seen = see(pixels.to(device)).last_hidden_state
+        hidden = read(
+            tokens.input_ids.to(device),
+            attention_mask=tokens.attention_mask.to(device),
+            encoder_hidden_states=seen,
+        ).last_hidden_state
+        return ((predict(hidden[:, 0]) - 0.16717362830052426) / 1.0333394966054072).tolist()
+
+    return score
+
+
+def people_score(
+    device: Device,
+    model: str = "PekingU/rtdetr_v2_r50vd",
+    pose: str = "usyd-community/vitpose-base-simple",
+    count: int = 0,
+) -> Score:
+    """Are the people there whom the prompt asks for, and can their bodies be read? -inf if not, else 0 to 1.
+
+    A detector (https://arxiv.org/abs/2407.17140) finds persons with a score above 0.5 on at least 2 % of the image;
+    ViTPose (https://arxiv.org/abs/2204.12484) gives their 17 COCO keypoints; see rate_people. `count` overrides the
+    number that count_people reads in the prompt. It sees missing, surplus and unreadable people, not six fingers.
+    """
+    from transformers import AutoImageProcessor, AutoModelForObjectDetection, VitPoseForPoseEstimation
+
+    detector, estimator = (
+        load_weights(kind, name, device)
+        for kind, name in ((AutoModelForObjectDetection, model), (VitPoseForPoseEstimation, pose))
+    )
+    to_pixels, to_crops = (AutoImageProcessor.from_pretrained(name, backend="pil") for name in (model, pose))
+    person = detector.config.label2id.get("person")
+    if person is None:
+        raise ValueError("the detector has no label 'person'")
+
+    def find_people(images: list[Image.Image]) -> list[list[list[float]]]:
+        """Every image's boxes (left, top, width, height) in pixels."""
+        found = to_pixels.post_process_object_detection(
+            detector(**to_pixels(images=images, return_tensors="pt").to(device)),
+            threshold=0.5,
+            target_sizes=[(image.height, image.width) for image in images],
+        )
+        boxes = []
+        for image, result in zip(images, found, strict=True):
+            corners = result["boxes"][result["labels"] == person].view(-1, 2, 2).clamp(min=0)
+            corners = torch.minimum(corners, corners.new_tensor(image.size))
+            sides = corners[:, 1] - corners[:, 0]
+            large = sides.prod(-1) >= 0.02 * image.width * image.height
+            boxes.append(torch.cat([corners[:, 0], sides], dim=-1)[large].tolist())
+        return boxes
+
+    @torch.inference_mode()
+    def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        images = [image.convert("RGB") for image in images]
+        boxes = find_people(images)
+        confidence = torch.zeros(0, 17)
+        if any(boxes):  # ViTPose's processor raises where a batch has no box at all
+            crops = to_crops(images, boxes=boxes, return_tensors="pt").pixel_values.to(device)
+            coco = torch.zeros(len(crops), dtype=torch.long, device=device)  # ViTPose+ has an expert per data set
+            confidence = estimator(crops, dataset_index=coco).heatmaps.amax(dim=(2, 3)).clamp(0, 1).cpu()
+        each = confidence.split([len(found) for found in boxes])
+        return [rate_people(k, count or count_people(prompt)) for k, prompt in zip(each, prompts, strict=True)]
+
+    return score
+
+
+def rate_people(keypoints: torch.Tensor, wanted: int | None) -> float:
+    """Mean confidence of the keypoints (P, 17), each in [0, 1]; -inf unless `wanted` people (None: any) are there.
+
+    A box holds a person if the shoulders (5 and 6) have a mean confidence above 0.3; a profile hides one of them.
+    """
+    people = keypoints[keypoints[:, 5:7].mean(-1) > 0.3]
+    there = len(people) == wanted if wanted else len(people) > 0
+    return people.mean().item() if there else -math.inf
+
+
+NUMBERS = {
+    **dict.fromkeys(("a", "an", "one", "another", "his", "her", "their", "my"), 1),
+    **{"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10},
+}
+PERSON = (
+    "person|human|man|woman|boy|girl|lady|gentleman|guy|child|kid|baby|toddler|teenager|adult|friend|mother|father|"
+    "mom|dad|daughter|son|sister|brother|parent|grandmother|grandfather|bride|groom|husband|wife"
+)
+PEOPLE = f"people|men|women|ladies|gentlemen|children|babies|wives|(?:{PERSON})s"
+TOGETHER = {"couple": 2, "duo": 2, "twins": 2, "trio": 3, "triplets": 3}
+GENERAL = "people|persons|humans|friends|adults|" + "|".join(TOGETHER)
+UNCOUNTED = "crowds?|groups?|family|families|teams?|couples|audience"
+
+
+def count_people(prompt: str) -> int | None:
+    """How many people a prompt asks for, by its English nouns: "a mother and her two sons" is 3; None: not said.
+
+    A bare noun that was there before ("a woman ..., the woman ...") is the same person. The number is left open by a
+    plural without one, by a crowd or group, and by "two people, a man and a woman", which may or may not be two.
+    """
+    text = re.sub(r"\b\d+[ -]?years?[ -]old\b", "", prompt.lower())
+    text = re.sub(r"\b(couple|pair) of\b", "two", text)
+    text = re.sub(rf"\b(group|family|team) of (?=\d|({'|'.join(NUMBERS)})\b)", "", text)
+    number, known, general, special = None, set(), 0, 0
+    for word in re.findall(r"[a-z]+|\d+|[^\w\s]", text):
+        plural = re.fullmatch(PEOPLE, word)
+        if word in NUMBERS or word.isdigit():
+            number = NUMBERS.get(word) or int(word)
+        elif re.fullmatch(UNCOUNTED, word) or (plural and number in (None, 1)):
+            return None
+        elif plural or word in TOGETHER or re.fullmatch(PERSON, word):
+            new = bool(number) or word not in known
+            count = new * (number if plural else TOGETHER.get(word, 1))
+            general, special = (
+                (general + count, special) if re.fullmatch(GENERAL, word) else (general, special + count)
+            )
+            known.add(word)
+            number = None
+        elif word in {"and", "of", "the", "with"} or not word.isalpha():
+            number = None  # other words may stand between a number and its noun
+    return None if general and special else general or special or None
+
+
+def vqa_score(
+    device: Device,
+    model: str,
+    question: str = 'Does this picture show "{prompt}" with correct human anatomy? Answer Yes or No.',
+) -> Score:
+    """P("Yes") of a model that answers questions about images, any decoder of AutoModelForImageTextToText; 0 to 1.
+
+    VQAScore (https://arxiv.org/abs/2404.01291): softmax over the vocabulary at the last position, in fp32. `{prompt}`
+    stands for the prompt. Without a chat template the question has to hold the model's own image token. On CUDA in the
+    precision of the model's files.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    vlm = load_weights(
+        AutoModelForImageTextToText, model, device, "auto" if torch.device(device).type == "cuda" else torch.float32
+    )
+    processor = AutoProcessor.from_pretrained(model, backend="pil")
+    processor.tokenizer.padding_side = "left"  # so that the last position is the answer's
+    processor.tokenizer.pad_token = processor.tokenizer.pad_token or processor.tokenizer.eos_token
+    yes = processor.tokenizer.encode("Yes", add_special_tokens=False)[0]
+
+    def ask(prompt: str) -> str:
+        words = question.replace("{prompt}", prompt)
+        if not processor.chat_template:
+            return words
+        content = [{"type": "image"}, {"type": "text", "text": words}]
+        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+
+    @torch.inference_mode()
+    def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        inputs = processor(
+            images=[[image.convert("RGB")] for image in images],
+            text=[ask(prompt) for prompt in prompts],
+            padding=True,
+            return_tensors="pt",
+        )
+        logits = vlm(**inputs.to(device, vlm.dtype), logits_to_keep=1).logits[:, -1]
+        return logits.float().softmax(-1)[:, yes].tolist()
+
+    return score
+
+
+def load_clip(
+    device: Device, model: str, processor: str, crop: bool
+) -> tuple[Callable[[list[Image.Image]], torch.Tensor], Callable[[list[str]], torch.Tensor], float]:
+    """A CLIPModel's embed_images and embed_texts, both -> (B, D) float32 of length 1, and its exp(logit_scale).
+
+    fp16 on CUDA, fp32 elsewhere (bf16's noise is a fifth of the scores' spread). Images are padded to a square; with
+    `crop` the processor's centre crop is kept, as published. Prompts are cut by tokens and encoded once each.
     """
     from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
-    device = torch.device(device)
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
-    try:
-        clip = CLIPModel.from_pretrained(model, dtype=dtype).to(device).eval()
-        tokenizer = AutoTokenizer.from_pretrained(processor)
-        to_pixels = AutoImageProcessor.from_pretrained(processor, backend="pil")
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the scorer {model}: {str(error).splitlines()[0]}") from error
+    dtype = torch.float16 if torch.device(device).type == "cuda" else torch.float32
+    clip = load_weights(CLIPModel, model, device, dtype)
+    processor = processor or PROCESSORS.get(model, model)
+    to_tokens = AutoTokenizer.from_pretrained(processor)
+    to_pixels = AutoImageProcessor.from_pretrained(processor, backend="pil")
+    length = clip.config.text_config.max_position_embeddings
+
+    @torch.inference_mode()
+    def embed_images(images: list[Image.Image]) -> torch.Tensor:
+        images = [image.convert("RGB") for image in images]
+        if not crop:
+            images = [ImageOps.pad(image, (max(image.size), max(image.size))) for image in images]
+        pixels = to_pixels(images=images, return_tensors="pt").pixel_values.to(device, dtype)
+        embeds = clip.visual_projection(clip.vision_model(pixels).pooler_output)
+        return torch.nn.functional.normalize(embeds.float(), dim=-1)
 
     @lru_cache(maxsize=4096)
     @torch.inference_mode()
     def embed_text(prompt: str) -> torch.Tensor:
-        tokens = tokenizer(
-            prompt, truncation=True, max_length=clip.config.text_config.max_position_embeddings, return_tensors="pt"
-        )
-        pooled = clip.text_model(**tokens.to(device)).pooler_output
-        return torch.nn.functional.normalize(clip.text_projection(pooled).float(), dim=-1)[0]
+        tokens = to_tokens(prompt, truncation=True, max_length=length, return_tensors="pt").to(device)
+        embeds = clip.text_projection(clip.text_model(**tokens).pooler_output)
+        return torch.nn.functional.normalize(embeds.float(), dim=-1)[0]
 
-    @torch.inference_mode()
-    def cosine(images: list[Image.Image], prompts: list[str]) -> torch.Tensor:
-        squares = [ImageOps.pad(image.convert("RGB"), (max(image.size), max(image.size))) for image in images]
-        pixels = to_pixels(images=squares, return_tensors="pt").pixel_values.to(device, dtype)
-        image_embeds = clip.visual_projection(clip.vision_model(pixels).pooler_output).float()
-        text_embeds = torch.stack([embed_text(prompt) for prompt in prompts])
-        return (torch.nn.functional.normalize(image_embeds, dim=-1) * text_embeds).sum(-1).cpu()
+    def embed_texts(prompts: list[str]) -> torch.Tensor:
+        return torch.stack([embed_text(prompt) for prompt in prompts])
 
-    return cosine, clip.logit_scale.float().exp().item()
+    return embed_images, embed_texts, clip.logit_scale.float().exp().item()
 
 
-BUILT_IN_SCORERS = {"pickscore": pick_score, "clip": clip_score}
+def load_weights(kind: Any, name: str, device: Device, dtype: torch.dtype | str = torch.float32) -> Any:
+    """A transformers model, ready to score. Weights that its files lack would be random: they are an error."""
+    model, report = kind.from_pretrained(name, dtype=dtype, output_loading_info=True)
+    missing = set(report["missing_keys"]) & {key for key, _ in model.named_parameters()}
+    if missing:
+        raise ValueError(f"{name} has no weights {min(missing)}")
+    return model.to(device).eval()
+
+
+def load_tensors(name: str, filename: str) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors, .pt or .pth file: `name` itself, or `filename` in the folder or repository."""
+    from huggingface_hub import hf_hub_download
+    from safetensors.torch import load_file
+
+    path = Path(name) / filename if Path(name).is_dir() else Path(name)
+    if not path.is_file():
+        path = Path(hf_hub_download(name, filename))
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+
+
+def linear_head(
+    weights: dict[str, torch.Tensor], prefix: str, device: Device
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """LAION's and ImageReward's head (B, D) -> (B,): Linear layers, without activations, numbered after `prefix`."""
+    numbers = sorted({int(key.removeprefix(prefix).split(".")[0]) for key in weights if key.startswith(prefix)})
+    layers = [[weights[f"{prefix}{i}.{part}"].float().to(device) for part in ("weight", "bias")] for i in numbers]
+
+    def predict(embeds: torch.Tensor) -> torch.Tensor:
+        for weight, bias in layers:
+            embeds = torch.nn.functional.linear(embeds, weight, bias)
+        return embeds[:, 0]
+
+    return predict
+
+
+def blip_key(key: str) -> str:
+    """The name in transformers of a weight of BLIP's image encoder, which has timm's names."""
+    for theirs, ours in {
+        "cls_token": "embeddings.class_embedding",
+        "pos_embed": "embeddings.position_embedding",
+        "patch_embed.proj": "embeddings.patch_embedding",
+        "blocks.": "encoder.layers.",
+        "attn.": "self_attn.",
+        "attn.proj.": "attn.projection.",
+        "norm1": "layer_norm1",
+        "norm2": "layer_norm2",
+    }.items():
+        key = key.replace(theirs, ours)
+    return re.sub(r"^norm\.", "post_layernorm.", key)
+
+
+def file_score(path: str) -> Callable[[Device], Score]:
+    """Scores made elsewhere: lines {"image_id": "...", "score": number or null}; null is used for neither side.
+
+    They are joined on the images' `info["image_id"]`.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no such file: {path}")
+    table: dict[str, float] = {}
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            image_id, value = row["image_id"], row["score"]
+            table[image_id] = math.nan if value is None else float(value)
+        except (ValueError, KeyError, TypeError):
+            form = '{"image_id": "...", "score": number or null}'
+            raise UserError(f"{path}, line {number}: not of the form {form}") from None
+
+    def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        ids = [image.info.get("image_id") for image in images]
+        for image_id in ids:
+            if image_id not in table:
+                raise UserError(
+                    f"{path} has no score for the image {image_id}: --export images writes the images with their ids"
+                )
+        return [table[image_id] for image_id in ids]
+
+    return lambda device: score
+
+
+BUILT_IN_SCORERS: dict[str, Callable[..., Score]] = {
+    "pickscore": pick_score,
+    "clip": clip_score,
+    "hpsv2": hps_score,
+    "aesthetic": aesthetic_score,
+    "imagereward": image_reward,
+    "clip_iqa": clip_iqa,
+    "clip_iqa_sharpness": partial(clip_iqa, good="Sharp photo.", bad="Blurry photo."),
+    "people": people_score,
+    "vqa": vqa_score,
+}
+# The options that name weights, and the file by which their folder is known.
+WEIGHTS = {
+    "model": "config.json",
+    "pose": "config.json",
+    "processor": "tokenizer_config.json",
+    "tokenizer": "tokenizer_config.json",
+    "head": "model.safetensors",
+}
+
+
+def split_spec(spec: str) -> tuple[str, str | None, str, str, dict[str, str]]:
+    """A spec's label, weight (None: not given), source (all but the weight), NAME and options, unchecked."""
+    weight, source = re.fullmatch(r"(?:([^*=:,]*)\*)?(.*)", spec, re.DOTALL).groups()
+    first, *rest = re.split(r",(?=\w+=)", source)
+    name, _, model = first.partition("=")
+    options = {"model": model} if model else {}
+    options |= dict(option.split("=", 1) for option in rest)
+    label = options.pop("label", Path(name).stem if name.endswith(".jsonl") else name.rpartition(":")[2])
+    return label, weight, source, name, options
 
 
 def parse_scorer(spec: str) -> Scorer:
-    """Reads `[WEIGHT*]NAME[=MODEL]`: NAME is pickscore, clip, module:function or file.py:function. No weights yet."""
-    weight, name, model = re.fullmatch(r"(?:([-+.\de]+)\*)?([^=]*)(?:=(.*))?", spec).groups()
-    try:
-        weight = float(weight or 1)
-    except ValueError:
-        raise UserError(f"scorer {spec}: {weight} is not a number") from None
-    label = name.rpartition(":")[2]
-    factory = BUILT_IN_SCORERS.get(name) or find_plugin(name)
-    if name in BUILT_IN_SCORERS and model:
-        check_model(model, "config.json")
-    if model:
-        return Scorer(label, weight, f"{name}={model}", partial(factory, model=model))
-    return Scorer(label, weight, name, factory)
+    """Reads `[WEIGHT*]NAME[=MODEL][,option=value...]` and checks all that can be checked without loading weights.
+
+    NAME is one of BUILT_IN_SCORERS, module:function, file.py:function or file.jsonl. An option begins at a comma that
+    a word and = follow, so that a question may hold commas. `label` is an option of every scorer.
+    """
+    label, weight, source, name, options = split_spec(spec)
+    weight = 1.0 if weight is None else read_number(float, f"scorer {spec}", weight)
+    factory = BUILT_IN_SCORERS.get(name) or find_factory(name)
+    options = read_options(name, factory, options)
+    if name in BUILT_IN_SCORERS:
+        factory = partial(load_built_in, source, factory)
+    return Scorer(label, weight, source, partial(factory, **options))
 
 
 def parse_scorers(specs: list[str]) -> list[Scorer]:
@@ -525,17 +908,55 @@ def parse_scorers(specs: list[str]) -> list[Scorer]:
     scorers = [parse_scorer(spec) for spec in specs]
     twice = [label for label, count in Counter(scorer.label for scorer in scorers).items() if count > 1]
     if twice:
-        raise UserError(f"two scorers are called {twice[0]}")
+        raise UserError(f"two scorers are called {twice[0]}: give one of them another name with ,label=...")
     return scorers
 
 
-def find_plugin(name: str) -> Callable[..., Score]:
-    """The function that `module:function` or `path/to/file.py:function` names."""
+def read_options(name: str, factory: Callable[..., Score], options: dict[str, str]) -> dict[str, Any]:
+    """The options in the types of the factory's defaults; weights have to be there or to be a hub id."""
+    _, *parameters = inspect.signature(factory).parameters.values()  # the device comes first
+    known = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
+    read: dict[str, Any] = {}
+    for option, text in options.items():
+        if option not in known and len(known) == len(parameters):
+            raise UserError(f"scorer {name} has no option {option}, only {', '.join([*known, 'label'])}")
+        kind = type(known.get(option))
+        read[option] = read_number(kind, f"scorer {name}", text) if kind in (bool, int, float) else text
+        if name in BUILT_IN_SCORERS and option in WEIGHTS:
+            check_weights(text, "ImageReward.pt" if (name, option) == ("imagereward", "model") else WEIGHTS[option])
+    for option, default in known.items():
+        if default is inspect.Parameter.empty and option not in read:
+            raise UserError(f"scorer {name} needs a {option}: {name}{'' if option == 'model' else ',' + option}=...")
+    return read
+
+
+def read_number(kind: type, what: str, text: str) -> Any:
+    """A finite number of the kind int, float, or bool (0 or 1)."""
+    try:
+        number = float(text) if kind is float else kind(int(text))
+    except ValueError:
+        raise UserError(f"{what}: {text} is not a number") from None
+    if not math.isfinite(number):
+        raise UserError(f"{what}: {text} is not a finite number")
+    return number
+
+
+def check_weights(name: str, needs: str) -> None:
+    """Refuses what is neither a file of weights, nor a folder that holds the file `needs`, nor a hub id."""
+    if Path(name).suffix not in {".safetensors", ".pt", ".pth"}:
+        check_model(name, needs)
+    elif not Path(name).is_file():
+        raise UserError(f"no such file: {name}")
+
+
+def find_factory(name: str) -> Callable[..., Score]:
+    """The scorer of a file.jsonl, or the function that `module:function` or `path/to/file.py:function` names."""
+    if name.endswith(".jsonl"):
+        return file_score(name)
     module_name, colon, function = name.rpartition(":")
     if not colon:
-        raise UserError(
-            f"unknown scorer {name!r}: use {', '.join(BUILT_IN_SCORERS)}, module:function or file.py:function"
-        )
+        known = ", ".join(BUILT_IN_SCORERS)
+        raise UserError(f"unknown scorer {name!r}: use {known}, module:function, file.py:function or file.jsonl")
     try:
         if module_name.endswith(".py"):
             spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
@@ -548,6 +969,15 @@ def find_plugin(name: str) -> Callable[..., Score]:
     if not callable(getattr(module, function, None)):
         raise UserError(f"scorer {name}: {module_name} has no function {function}")
     return getattr(module, function)
+
+
+def load_built_in(source: str, factory: Callable[..., Score], device: Device, **options: Any) -> Score:
+    """factory(device, **options); what a hub, a file or a library raises becomes one line that names the scorer."""
+    try:
+        return factory(device, **options)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot load the scorer {source}: {reason}") from error
 
 
 def run_scorer(score: Score, label: str, images: list[Image.Image], prompts: list[str]) -> list[float]:
@@ -1236,7 +1666,7 @@ def recorded_training_scorers(models: list[Model]) -> list[str]:
     for folder in {model.path if model.path.is_dir() else model.path.parent for model in models if model.path}:
         data = read_settings(folder / "training_settings.json").get("train_data_dir") or folder
         specs = read_settings(Path(data) / "preference_data.json").get("scorer", [])
-        found += [spec.split("*")[-1].partition("=")[0].rpartition(":")[2] for spec in specs]
+        found += [split_spec(spec)[0] for spec in specs]
     return sorted(set(found)) or ["pickscore"]
 
 
@@ -1396,7 +1826,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     flag = parser.add_argument_group("measures").add_argument
     scorer_help = (
-        "clip, pickscore, each with =MODEL, module:function or file.py:function; the first held-out one leads"
+        "clip, pickscore, hpsv2, aesthetic, imagereward, clip_iqa, clip_iqa_sharpness, people, vqa, each with "
+        "[=MODEL][,option=value...]; module:function or file.py:function; the first held-out one leads"
     )
     flag("--scorers", nargs="+", metavar="SPEC", default=["clip", "pickscore"], help=scorer_help)
     training_help = (

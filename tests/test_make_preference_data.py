@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,55 +201,6 @@ def test_a_negative_prompt_and_the_sampler_count(pipe):
     ]
     assert difference(images[0], images[1]).max() > 0
     assert difference(images[0], images[2]).max() > 0
-
-
-# ---- Scorers --------------------------------------------------------------------------------------------------------
-
-
-def pictures(count: int) -> list[Image.Image]:
-    noise = np.random.default_rng(0).integers(0, 256, (count, 80, 48, 3), dtype=np.uint8)
-    return [Image.fromarray(pixels) for pixels in noise]
-
-
-def test_pickscore_by_hand():
-    from transformers import CLIPModel, CLIPProcessor
-
-    data.quiet_libraries()
-    clip = CLIPModel.from_pretrained(WORLD / "scorer").float().eval()
-    processor = CLIPProcessor.from_pretrained(WORLD / "scorer")
-    images, prompts = pictures(3), CAPTIONS[:3]
-    squares = [ImageOps.pad(image, (80, 80)) for image in images]
-    with torch.no_grad():
-        out = clip(**processor(images=squares, text=prompts, padding=True, return_tensors="pt"))
-    cosine = torch.nn.functional.cosine_similarity(out.image_embeds, out.text_embeds)
-    scale = math.exp(clip.logit_scale.item())
-    pick, clip_score = (data.parse_scorer(spec).load("cpu") for spec in (SCORER, SCORER.replace("pickscore", "clip")))
-    np.testing.assert_allclose(pick(images, prompts), scale * cosine, atol=1e-4)
-    np.testing.assert_allclose(clip_score(images, prompts), 100 * cosine, atol=1e-3)
-    assert np.ptp(pick(images, prompts)) > 1e-3
-
-
-def test_a_score_does_not_depend_on_the_batch():
-    score, images, prompts = data.parse_scorer(SCORER).load("cpu"), pictures(5), CAPTIONS[:5]
-    together = score(images, prompts)
-    np.testing.assert_allclose(score(images[::-1], prompts[::-1])[::-1], together, atol=1e-4)
-    np.testing.assert_allclose([score([i], [p])[0] for i, p in zip(images, prompts, strict=True)], together, atol=1e-4)
-
-
-def test_a_long_prompt_is_cut_by_tokens():
-    score, image = data.parse_scorer(SCORER).load("cpu"), pictures(1)
-    long = " ".join(["a walking person in a purple shirt"] * 30)
-    assert score(image, [long]) == score(image, [long + " on a pink background"])
-    assert score(image, [long]) != score(image, ["on a pink background"])
-
-
-def test_scorer_specs(inputs):
-    path = inputs / "plugin.py"
-    scorers = data.parse_scorers([SCORER, f"0.5*clip={WORLD / 'scorer'}", f"-2*{path}:redness"])
-    assert [(s.label, s.weight) for s in scorers] == [("pickscore", 1.0), ("clip", 0.5), ("redness", -2.0)]
-    assert [s.source for s in scorers] == [SCORER, f"clip={WORLD / 'scorer'}", f"{path}:redness"]
-    red = Image.new("RGB", (8, 8), "#ff0000")
-    assert data.run_scorer(scorers[2].load("cpu"), "redness", [red], ["x"]) == [255.0]
 
 
 # ---- The data set ---------------------------------------------------------------------------------------------------
