@@ -442,6 +442,30 @@ def test_people(detector, pose):
     check_order_and_batch(score, images, ["people", "a man", "two men"] * 4)
 
 
+@pytest.mark.parametrize(
+    ("box", "confidence", "counted"),  # box: centre, width and height as shares of the image
+    [
+        ((0.5, 0.5, 0.2, 0.11), 0.6, 1),
+        ((0.5, 0.5, 0.2, 0.09), 0.6, 0),
+        ((0.5, 0.5, 0.5, 0.5), 0.4, 0),
+        ((0.95, 0.5, 0.2, 0.11), 0.6, 0),  # what sticks out does not count
+        ((0.05, 0.5, 0.2, 0.11), 0.6, 0),
+        ((0.5, 0.95, 0.11, 0.2), 0.6, 0),
+        ((0.5, 0.05, 0.11, 0.2), 0.6, 0),
+    ],
+)
+def test_boxes_that_count(box, confidence, counted, detector, pose, monkeypatch):
+    from transformers import RTDetrV2ForObjectDetection
+    from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import RTDetrV2ObjectDetectionOutput
+
+    logits = torch.tensor([[[-9.0, math.log(confidence / (1 - confidence))]]])
+    output = RTDetrV2ObjectDetectionOutput(logits=logits, pred_boxes=torch.tensor([[box]]))
+    score = load(f"people={detector / 'seeing'},pose={pose}")
+    monkeypatch.setattr(RTDetrV2ForObjectDetection, "forward", lambda self, **inputs: output)
+    monkeypatch.setattr(data, "rate_people", lambda keypoints, wanted: len(keypoints))
+    assert score(pictures(1), ["a woman"]) == [counted]
+
+
 def test_pictures_without_people(detector, pose):
     score = load(f"people={detector / 'blind'},pose={pose}")
     assert score(pictures(2), ["a woman", "a landscape"]) == [-INF, -INF]
