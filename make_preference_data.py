@@ -1281,7 +1281,7 @@ def listed(text: str) -> list[str]:
 # what stands before "and"), what one person does, what one does with the whole body in view, and what two or three do.
 # {c} is a colour; "a" becomes "an" where it has to. Children are in every scene but those with a cast of adults.
 SCENES = """
-where in a snow-covered park @ on a bench; beside a frozen lake @ on a log; in a snowy mountain village @ on a low wall
+where in a snow-covered park @ on a bench; beside a frozen lake @ on a log; in a snowy village @ on a low wall
   light under a pale winter sky; in low winter sun; in the blue light of dusk; in softly falling snow
   wears a {c} winter coat and boots; a {c} padded jacket and warm trousers; a {c} parka and a woollen hat
   does throwing a snowball; shaping a snowball with both hands; catching snowflakes with open palms; holding an icicle
@@ -1297,7 +1297,7 @@ where in a sunny park @ on a bench; on a seaside promenade @ on a low wall; on a
   moves balancing on one leg with outstretched arms; walking a small dog on a lead
   group holding hands; sharing a picnic on a blanket; giving each other a high five; walking and waving
 where on a rainy street @ in a bus shelter; on a rainy market square @ under an awning; in a wet park @ in a bandstand
-  light under a heavy grey sky; in the glow of street lamps; in soft diffuse light; with reflections on the wet ground
+  light under a heavy grey sky; in the glow of street lamps; in soft diffuse light; with puddles all around
   wears a {c} raincoat and rubber boots; a {c} waterproof jacket and jeans; a {c} hooded jacket and dark trousers
   does holding an open umbrella; folding up a wet umbrella; wringing out a wet scarf with both hands
   does pulling up {their} hood with both hands; pointing at the clouds; buttoning up {their} collar with both hands
@@ -1311,13 +1311,13 @@ where in a bright kitchen @ at the table; in a farmhouse kitchen @ on a wooden c
   moves sweeping the floor with a broom; carrying a large pot in both arms; reaching up for a jar on a high shelf
   group kneading dough; rolling out a pizza; filling jars with jam; sharing a bowl of cherries; drying the dishes
 where in a cosy living room @ in an armchair; in a quiet library @ at a desk; in a bookshop @ in a leather armchair
-  light in warm lamplight; lit by a tall window; in soft morning light; in the last light of the afternoon
+  light in warm lamplight; lit by a tall window; in soft morning light; in late afternoon light
   wears a {c} knitted sweater and jeans; a {c} cardigan and corduroy trousers; a {c} dress and woollen tights
   does turning the pages of a large book; writing in a notebook with a pencil; drawing a picture; folding a letter
   does holding a paperback in one hand; winding a clock; folding a paper plane; holding up an old photograph
   moves carrying a tall stack of books in both arms; reaching up for a book on a high shelf; dusting a globe
   group playing chess; playing cards; bending over a large atlas; reading from one book; doing a jigsaw puzzle
-where on a small concert stage @ on a chair; in a music room @ on a stool; in a rehearsal room @ on a wooden chair
+where on a concert stage @ on a chair; in a music room @ on a stool; in a rehearsal room @ on a wooden chair
   light in a warm spotlight; in soft daylight; in coloured light; lit by a row of tall windows
   wears a {c} shirt and black trousers; a {c} blouse and a long skirt; a {c} velvet jacket and dark trousers
   does playing the violin; playing an acoustic guitar; playing the flute; playing the trumpet; playing the ukulele
@@ -1334,7 +1334,7 @@ where at a running track @ on the grass; in a sports hall @ on a wooden bench; a
   group giving each other a high five; passing a ball; stretching side by side; running in a row; lifting a trophy
 where in a carpenter's workshop @ on a stool; in a tidy garage @ on a crate; in a boatbuilder's shed @ on a trestle
   cast adults
-  light in dusty sunlight; under a bright work lamp; in light from an open door; in cool daylight from a skylight
+  light in dusty sunlight; under a bright work lamp; in light from an open door; in light from above
   wears a {c} work shirt and a leather apron; a {c} boiler suit and sturdy boots; a {c} work jacket and canvas trousers
   does hammering a nail into a board; tightening a screw with a screwdriver; measuring a board with a tape measure
   does sanding a chair leg; wiping {their} hands on a cloth; putting on a pair of work gloves; pointing at a drawing
@@ -1342,7 +1342,7 @@ where in a carpenter's workshop @ on a stool; in a tidy garage @ on a crate; in 
   group lifting a heavy crate; bending over a plan; carrying a long plank; holding mugs of tea; painting a wooden boat
 where in a hotel ballroom @ on a velvet chair; in an opera foyer @ on a marble bench; on a roof terrace @ at a table
   cast adults
-  light by candlelight; in the light of chandeliers; in soft golden light; in the glow of small lamps
+  light by candlelight; in the light of chandeliers; in soft golden light; under strings of lamps
   wears a {c} evening dress and long earrings; a {c} suit and a silk scarf; a {c} velvet jacket and a white shirt
   does raising a glass in a toast; holding a bouquet of roses; holding an open fan; straightening {their} collar
   does fastening a wristwatch; slipping a ring onto one finger; blowing out a candle; clapping {their} hands
@@ -1371,7 +1371,7 @@ ORIGINS = listed("""
 ADULTS = ("woman", "man", "person")
 AGES = {"young": ADULTS, "middle-aged": ADULTS, "elderly": ADULTS, "little": ("girl", "boy", "child")}
 THEIR = {"woman": "her", "girl": "her", "man": "his", "boy": "his", "person": "their", "child": "their"}
-COVERED = {"woman": "a patterned headscarf", "man": "a shaved head and a beard", "person": "a shaved head"}
+COVERED = {"woman": "a patterned headscarf", "man": "a shaved head", "person": "a shaved head"}
 COLOURS = ("red", "yellow", "orange", "green", "blue", "purple", "pink", "white", "black", "grey", "brown", "beige")
 SHOTS = {"full": ("full-body photo", "wide shot"), "half": ("half-body photo", "waist-up photo")}
 SHOTS["close"] = ("close-up portrait", "head-and-shoulders portrait")
@@ -1439,7 +1439,7 @@ def human_prompts(count: int, seed: int) -> list[str]:
         place, seat = rng.choice(scene["where"]).split(" @ ")
         shot, who, action = draw_one(rng, scene, place, seat) if people == 1 else draw_group(rng, scene, people, place)
         what, light = f"a {rng.choice(SHOTS[shot])}", rng.choice(scene["light"])
-        parts = rng.choice(([f"{what} of {who}", action, light], [who, action, light, what]))
+        parts = rng.choice(([f"{what} of {who}", action, light], [who, action, light, what], [who, action, what]))
         prompt = re.sub(r"\b[Aa](?= [aeio]| u(?!ku|ni))", r"\g<0>n", ", ".join(parts))
         prompts[prompt[0].upper() + prompt[1:]] = None
     return list(prompts)

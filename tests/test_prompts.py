@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer
 
+import eval_human as ev
 import make_preference_data as data
 
 
 WAVING, JUMPING, READING = "a woman waving", "an old man jumping", "two people reading"
 LINES = [WAVING, "", f"  {JUMPING} ", WAVING, " \t", READING, "a  woman\twaving"]  # 2 blank, 2 repeated, 3 left
-CONVERTED = dict(zip(("prompt", "caption", "text"), ([WAVING], [JUMPING], [READING]), strict=True))
 
 
 @pytest.fixture(autouse=True)
@@ -77,13 +77,14 @@ def test_text_file(name, start, end, tmp_path):
     assert remark == f"prompts: the first 2 of 3 in {where} (2 blank lines and 2 repeated prompts left out)"
 
 
+@pytest.mark.parametrize("script", [data, ev], ids=["data", "eval"])
 @pytest.mark.parametrize("kind", TABLES)
-def test_tables(kind, tmp_path):
+def test_tables(kind, script, tmp_path):
     """Order kept, blanks (and nulls) and repeated ones left out and counted; a column that is no text does no harm."""
     texts = [None if text == "" else text for text in LINES]
     source = write_source(kind, tmp_path, {"number": list(range(len(LINES))), "text": texts})
     unit = "line" if kind.endswith("jsonl") else "row"
-    assert data.read_prompts(source, None, None) == (
+    assert script.read_prompts(source, None, None) == (
         [WAVING, JUMPING, READING],
         f"prompts: the first 3 of 3 in {source} (2 blank {unit}s and 2 repeated prompts left out)",
     )
@@ -222,8 +223,9 @@ def test_photo_folder(album):
     assert remark == f"photos: 4 of 6 in {album} (1 without caption and 1 of a repeated one left out)"
 
 
-def test_prompts_of_photos_are_their_keys(album):
-    prompts, remark = data.read_prompts(str(album), None, None)
+@pytest.mark.parametrize("script", [data, ev], ids=["data", "eval"])
+def test_prompts_of_photos_are_their_keys(script, album):
+    prompts, remark = script.read_prompts(str(album), None, None)
     assert prompts == list(data.read_photos(str(album), None)[0])
     assert remark.endswith("(1 blank captions and 1 repeated prompts left out)")
 
@@ -564,6 +566,13 @@ def test_caption_model_before_prompts(tmp_path, captioner):
     data.main(data.parse_args([*map(str, args), *small]))
     (caption,) = data.read_prompts(str(tmp_path / "photos"), None, None)[0]
     assert (tmp_path / "out" / "pool" / "prompts.txt").read_text() == caption + "\n"
+
+
+def test_eval_reads_a_column(tmp_path, capsys):
+    source = write_source("p.csv", tmp_path, {"story": [WAVING, JUMPING], "text": [READING, READING]})
+    with pytest.raises(SystemExit):
+        ev.parse_args(["--prompts", source, "--prompt_column", "tale"])
+    assert capsys.readouterr().err.strip().endswith("no column tale: --prompt_column can be one of story, text")
 
 
 # ---- Tokens ---------------------------------------------------------------------------------------------------------
