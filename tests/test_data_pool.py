@@ -55,6 +55,12 @@ def pool_rows(out: Path, kind: str) -> list[dict]:
     return [row for shard in sorted(out.glob(f"pool/{kind}-*.parquet")) for row in pq.read_table(shard).to_pylist()]
 
 
+def rescore(folder: Path, *extra: object) -> None:
+    """--rescore as one types it: all that it does not name is as it was."""
+    command = ["--output_dir", folder / "out", "--rescore", *extra]
+    data.main(data.parse_args([str(flag) for flag in command]))
+
+
 def score(row: dict) -> float:
     return json.loads(row["scores"])[SCORER]
 
@@ -154,15 +160,15 @@ def test_rescore_draws_what_comes_newly_to_the_final_and_forgets_nothing(drafted
     make(inputs, *DRAFTS)
     assert pool_bytes(out) == pool_bytes(drafted)
     plugin = f"{inputs}/plugin.py:redness"
-    make(inputs, "--rescore", "--scorer", plugin)
+    rescore(inputs, "--scorer", plugin)
     drafts, images = pool_rows(out, "drafts"), pool_rows(out, "images")
     assert 12 < len(images) <= 24
     for pair in data_of(out):
         red = {row["seed"]: json.loads(row["scores"])[plugin] for row in drafts if row["caption"] == pair["caption"]}
         assert {pair["seed_0"], pair["seed_1"]} == {max(red, key=red.get), min(red, key=red.get)}
-    make(inputs, "--rescore", "--scorer", SCORER)
+    rescore(inputs, "--scorer", SCORER)
     assert data_of(out) == data_of(drafted)  # what was drawn for the other scorer takes no part
-    make(inputs, "--rescore", "--scorer", SCORER, "--finalists", 2)
+    rescore(inputs, "--scorer", SCORER, "--finalists", 2)
     assert {row["num_candidates"] for row in data_of(out)} == {6}
     margins = [{row["caption"]: row["margin"] for row in data_of(folder)} for folder in (drafted, out)]
     assert all(margins[1][caption] >= margins[0][caption] for caption in margins[0])
@@ -172,10 +178,10 @@ def test_discarded_drafts_can_be_chosen_anew_but_not_scored_anew(inputs):
     out = make(inputs, *DRAFTS, "--discard_drafts", "--max_prompts", 2)
     assert {row["jpg"] for row in pool_rows(out, "drafts")} == {b""}
     before = data_of(out)
-    make(inputs, "--rescore", "--min_margin", "0.0")
+    rescore(inputs, "--min_margin", "0.0")
     assert data_of(out) == before
     with pytest.raises(data.UserError, match="--discard_drafts"):
-        make(inputs, "--rescore", "--scorer", f"{inputs}/plugin.py:redness")
+        rescore(inputs, "--scorer", f"{inputs}/plugin.py:redness")
 
 
 def test_agree(drafted, inputs):
