@@ -137,11 +137,6 @@ def image_seed(seed: int, prompt: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}|{prompt}|{index}".encode()).digest()[:6], "big")
 
 
-def draft_timesteps(timesteps: Sequence[int], num_drafts: int) -> list[int]:
-    """A draft's timesteps: `num_drafts` of the full run's, from its first on, evenly spread."""
-    return [timesteps[i] for i in np.linspace(0, len(timesteps), num_drafts, endpoint=False).round().astype(int)]
-
-
 def finalists(draft_scores: Sequence[float], per_side: int) -> list[int]:
     """The indices, ascending, of the best and the worst `per_side` drafts: those that are worth drawing in full.
 
@@ -271,13 +266,19 @@ def sample(
     return decode(pipe, latents), latents.to("cpu", torch.float16)
 
 
-def draft_schedule(pipe: DiffusionPipeline, num_inference_steps: int, draft_steps: int) -> int | list[int]:
-    """The `steps` of a draft for `sample`: some of the full run's timesteps; a number where the sampler takes none."""
-    config, set_timesteps = pipe.scheduler.config, pipe.scheduler.set_timesteps
-    if "timesteps" not in inspect.signature(set_timesteps).parameters or any(config.get(name) for name in OWN_SIGMAS):
-        return draft_steps
-    set_timesteps(num_inference_steps)
-    return draft_timesteps(pipe.scheduler.timesteps.tolist(), draft_steps)
+@contextlib.contextmanager
+def drafting(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Within the block `pipe` samples with UniPC (https://arxiv.org/abs/2302.04867), good in few steps.
+
+    A deterministic sampler solves the same equation from the same noise, so a draft foretells the full image of any.
+    """
+    from diffusers import UniPCMultistepScheduler
+
+    full = pipe.scheduler
+    own = dict.fromkeys(OWN_SIGMAS, False)
+    pipe.scheduler = UniPCMultistepScheduler.from_config(full.config, timestep_spacing="trailing", **own)
+    yield
+    pipe.scheduler = full
 
 
 def draws_fresh_noise(scheduler: Any) -> bool:
@@ -1586,9 +1587,11 @@ def draw_batch(
         photos = [ImageOps.fit(tools.photos[row["caption"]](), (args.width, args.height)) for row in batch]
         t = int(source.rpartition("-")[2])
         return sd_recon(pipe, embeds, which, seeds, photos, t, steps, args.guidance_scale)
+    size = (args.guidance_scale, args.height, args.width)
     if source == "draft":
-        steps = draft_schedule(pipe, steps, args.draft_steps)
-    return sample(pipe, embeds, which, seeds, steps, args.guidance_scale, args.height, args.width)
+        with drafting(pipe):
+            return sample(pipe, embeds, which, seeds, args.draft_steps, *size)
+    return sample(pipe, embeds, which, seeds, steps, *size)
 
 
 def keep_images(
@@ -1680,10 +1683,13 @@ def complete_shards(
     A folder that another process fills is asked once, at the start: each process has every K-th shard to itself.
     """
     lacking = {path: count_lacking(path, plan(shards[path]), tools.wanted) for path in process_share(shards, state)}
-    todo, failed, start = [path for path, count in lacking.items() if count], {}, time.perf_counter()
+    todo, failed = [path for path, count in lacking.items() if count], {}
     if not todo:
         return Done(0, 0.0, {})
-    what = todo[0].stem.partition("-")[0]
+    tools.scorers()  # what is loaded here is not counted as drawing
+    if not all(path.exists() for path in todo):
+        tools.vae_hash()
+    what, start = todo[0].stem.partition("-")[0], time.perf_counter()
     with progress(sum(lacking.values()), state, what, "img") as bar, ThreadPoolExecutor(1) as beside:
         for _ in range(2):  # what a scorer fails on is tried once more
             started = ((path, complete_shard(path, plan(shards[path]), tools, args, beside, bar)) for path in todo)
@@ -2965,6 +2971,19 @@ def plan_pool(args: argparse.Namespace, inputs: Inputs, scorers: list[Scorer], a
     return Pool(drafts, plan_shards(folder, "images", inputs.prompts, 2 * args.finalists), plan_drafts, plan_images)
 
 
+def prepare_tools(args: argparse.Namespace, device: torch.device, wanted: list[Scorer], inputs: Inputs) -> Tools:
+    """The models, each loaded at its first use."""
+    pipe = lru_cache(partial(load_sampler, args, device))
+    return Tools(
+        wanted=wanted,
+        scorers=lru_cache(lambda: {scorer: scorer.load(device) for scorer in wanted}),
+        pipe=pipe,
+        vae_hash=lru_cache(lambda: weights_hash(pipe().vae)),
+        photos=inputs.photos,
+        winners=inputs.winners,
+    )
+
+
 def make_pool(pool: Pool, tools: Tools, args: argparse.Namespace, state: PartialState) -> dict[str, float]:
     """Draws and scores all shards, every process its own; images per second of each kind over all processes."""
     speeds = {}
@@ -3092,15 +3111,7 @@ def main(args: argparse.Namespace) -> None:
         prepare_folder(folder, settings, inputs.prompts, args.overwrite)
     state.wait_for_everyone()
 
-    pipe = lru_cache(partial(load_sampler, args, state.device))
-    tools = Tools(
-        wanted=wanted,
-        scorers=lru_cache(lambda: {scorer: scorer.load(state.device) for scorer in wanted}),
-        pipe=pipe,
-        vae_hash=lru_cache(lambda: weights_hash(pipe().vae)),
-        photos=inputs.photos,
-        winners=inputs.winners,
-    )
+    tools = prepare_tools(args, state.device, wanted, inputs)
     votes, agree = wanted[: len(args.scorer)], wanted[len(args.scorer) :]
     pool = plan_pool(args, inputs, votes, agree)
     speeds = make_pool(pool, tools, args, state)

@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measures what the scripts cost. `train` runs diffusers' train_diffusion_dpo.py and ours side by side.
+"""Measures what the scripts cost. `train` runs diffusers' train_diffusion_dpo.py and ours side by side, `data` the
+loop that everybody writes and make_preference_data.py, `price` what a pair costs with drafts and without.
+
+    python tests/benchmark.py data                                           the embedded world
+    python tests/benchmark.py data --model YOUR_MODEL --resolution 512 --guidance_scale 5 --steps 50    on a GPU
+    python tests/benchmark.py price --work_dir price          an hour and a half on two cores; a second start carries on
 
     curl -O https://raw.githubusercontent.com/huggingface/diffusers/main/examples/research_projects/diffusion_dpo/train_diffusion_dpo.py
     python tests/benchmark.py train --peer train_diffusion_dpo.py
@@ -8,7 +13,7 @@
     python tests/benchmark.py train --peer train_diffusion_dpo.py --model tests/tiny_human/pipeline --resolution 64
     python tests/benchmark.py train --peer train_diffusion_dpo.py --variants compile channels_last 8bit
 
-In alternating rounds, each run a process of its own: the peer, ours, ours with a pre-computed reference, and the floor:
+`train`, in alternating rounds, each run a process of its own: the peer, ours, ours with a pre-computed reference, and the floor:
 the same U-Net with the same LoRA, one forward pass without gradients and one with, and back, on tensors that are ready.
 Same weights (without --model the full SD 1.5 architecture with random ones), pairs, batch, precision, rank and steps.
 
@@ -26,6 +31,15 @@ Same weights (without --model the full SD 1.5 architecture with random ones), pa
   Pillow), because neither is needed here otherwise. All four wait passively for their threads, as ours asks for.
 
 Linux, for the memory of a CPU run.
+
+`data`: images per second from the first to the last image, models loaded before. "loop" is pipe(prompt,
+num_images_per_prompt=N), the code of the scorer's model card for each image, and a PNG for each; "ours" is the script
+with N full images and all that it writes for a shard; "floor" is nothing but the U-Net, the sampler's step and the VAE,
+in the same batches as ours, on embeddings that are ready.
+
+`price`: for each of --prompts prompts N full images with their scores, once; then drafts in so many steps, and the
+score gap between the best and the worst finalist as a share of the whole pool's. The held-out judge says how often the
+winner is truly better. Intervals are 95 % bootstrap over prompts. A draft in few steps without guidance is shown too.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -62,7 +76,10 @@ from PIL import Image, ImageOps
 
 
 TESTS = Path(__file__).resolve().parent
+sys.path.insert(0, str(TESTS.parent))
 OURS = TESTS.parent / "train_dpo_human.py"
+PROMPTS = TESTS / "tiny_human" / "prompts_train.txt"
+SCORER = f"pickscore={TESTS / 'tiny_human' / 'scorer'}"
 RANK, BETA, LEARNING_RATE = 8, 2500, 1e-5
 RATIOS = [  # of what to what, which figure, and the bar: on a CPU, on a GPU
     ("ours", "peer", "pairs/s", ">=", 1.4, 1.6),
@@ -414,6 +431,261 @@ def train(args: argparse.Namespace) -> None:
         args.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
+# ---- Data: throughput ----------------------------------------------------------------------------------------------
+
+
+def data_flags(args: argparse.Namespace, output: Path, *extra: object) -> argparse.Namespace:
+    """make_preference_data.py's own command line for a pool of `args`."""
+    import make_preference_data
+
+    flags = ["--num_inference_steps", args.steps, "--num_images_per_prompt", args.images, "--output_dir", output]
+    flags += ["--guidance_scale", args.guidance_scale, "--batch_size", args.batch_size, "--max_prompts", args.prompts]
+    if args.model is not None:
+        flags += ["--pretrained_model_name_or_path", args.model, "--scorer", args.scorer, "--prompts", PROMPTS]
+        flags += ["--resolution", args.resolution]
+    return make_preference_data.parse_args([str(flag) for flag in [*flags, *extra]])
+
+
+def timed_loop(settings: str) -> dict[str, Any]:
+    """What everybody writes: a call of the pipeline for each prompt, the model card's code for each image, a file."""
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from transformers import AutoModel, AutoProcessor
+
+    import make_preference_data as data
+
+    args = SimpleNamespace(**json.loads(settings))
+    ours = data_flags(args, Path("unused"), "--draft_steps", 0)
+    data.quiet_libraries()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    half = torch.float16 if device == "cuda" else torch.float32
+    pipe = StableDiffusionPipeline.from_pretrained(
+        ours.pretrained_model_name_or_path, torch_dtype=half, safety_checker=None
+    ).to(device)
+    pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    scorer = ours.scorer[0].partition("=")[2]
+    processor = AutoProcessor.from_pretrained(scorer, backend="pil")
+    model = AutoModel.from_pretrained(scorer, dtype=torch.float32).eval().to(device)
+    prompts = data.read_prompts(ours.prompts, None, args.prompts)[0]
+    folder = Path(tempfile.mkdtemp(dir=args.work_dir))
+    start, before = time.perf_counter(), time.process_time()
+    for number, prompt in enumerate(prompts):
+        images = pipe(
+            prompt,
+            num_images_per_prompt=args.images,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance_scale,
+            height=ours.height,
+            width=ours.width,
+            generator=torch.Generator(device).manual_seed(number),
+        ).images
+        for index, image in enumerate(images):
+            options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+            pixels = processor(images=image, return_tensors="pt").to(device)
+            text = processor.tokenizer(prompt, max_length=model.config.text_config.max_position_embeddings, **options)
+            with torch.no_grad():
+                seen = model.get_image_features(**pixels)
+                read = model.get_text_features(**text.to(device))
+                seen, read = (one if torch.is_tensor(one) else one.pooler_output for one in (seen, read))
+                seen, read = (one / one.norm(dim=-1, keepdim=True) for one in (seen, read))
+                (model.logit_scale.exp() * (read @ seen.T)[0]).item()
+            image.save(folder / f"{number}-{index}.png")
+    done = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - before}
+    shutil.rmtree(folder)
+    return {**done, "images": args.images * len(prompts)}
+
+
+def timed_data(settings: str) -> dict[str, Any]:
+    """make_preference_data.py as it is, N full images of each prompt; timed is its function that makes the pool."""
+    import make_preference_data as data
+
+    args, found = SimpleNamespace(**json.loads(settings)), {}
+    folder, complete = Path(tempfile.mkdtemp(dir=args.work_dir)), data.complete_shards
+
+    def timed(*arguments: Any) -> Any:
+        before = time.process_time()
+        done = complete(*arguments)
+        if done.images:
+            found.update(seconds=done.seconds, images=done.images, cpu=time.process_time() - before)
+        return done
+
+    data.complete_shards = timed
+    data.main(data_flags(args, folder / "out", "--draft_steps", 0))
+    shutil.rmtree(folder)
+    return found
+
+
+@torch.inference_mode()
+def timed_bare(settings: str) -> dict[str, Any]:
+    """The U-Net, the sampler's steps and the VAE, in ours' batches, on embeddings that are ready."""
+    import make_preference_data as data
+
+    args = SimpleNamespace(**json.loads(settings))
+    ours = data_flags(args, Path("unused"), "--draft_steps", 0)
+    data.quiet_libraries()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipe = data.load_pipeline(ours, device)
+    unet, vae, scheduler = pipe.unet, pipe.vae, pipe.scheduler
+    prompts = data.read_prompts(ours.prompts, None, args.prompts)[0]
+    embeds = data.encode_prompts(pipe, prompts, "")
+    positive, negative = embeds["prompt_embeds"].repeat_interleave(args.images, 0), embeds["negative_prompt_embeds"]
+    scale = pipe.vae_scale_factor
+    height, width = (side // scale if side else unet.config.sample_size for side in (ours.height, ours.width))
+    start, before = time.perf_counter(), time.process_time()
+    for text in positive.split(args.batch_size):
+        latents = torch.randn(len(text), unet.config.in_channels, height, width, device=device, dtype=unet.dtype)
+        both = torch.cat([negative.expand_as(text), text])
+        scheduler.set_timesteps(args.steps)
+        for t in scheduler.timesteps:
+            without, guided = unet(torch.cat([latents] * 2), t, both, return_dict=False)[0].chunk(2)
+            latents = scheduler.step(without + args.guidance_scale * (guided - without), t, latents).prev_sample
+        for one in (latents.float() / vae.config.scaling_factor).split(1):
+            vae.decode(one)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    done = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - before}
+    return {**done, "images": len(positive)}
+
+
+MEASURES |= {"_loop": timed_loop, "_data": timed_data, "_bare": timed_bare}
+
+
+def data(args: argparse.Namespace) -> None:
+    """The sub-command `data`: images per second of the usual loop, of ours and of the floor, in alternating rounds."""
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    figures: dict[str, list[dict[str, float]]] = {"loop": [], "ours": [], "floor": []}
+    with tempfile.TemporaryDirectory() as work:
+        settings = json.dumps({**vars(args), "run": "data", "work_dir": work}, default=str)
+        for number in range(1, args.rounds + 1):
+            for name, measure in (("loop", "_loop"), ("ours", "_data"), ("floor", "_bare")):
+                result = Path(work, "result.json")
+                line = [sys.executable, __file__, measure, str(result), settings]
+                done = subprocess.run(line, capture_output=True, text=True, check=False)
+                if done.returncode:
+                    sys.exit(f"{done.stderr[-4000:]}\n\nbenchmark.py: the run {name!r} failed, see above")
+                run = json.loads(result.read_text())
+                figures[name].append(
+                    {"images/s": run["images"] / run["seconds"], "CPU s/image": run["cpu"] / run["images"]}
+                )
+                print_row(f"round {number}, {name}", figures[name][-1])
+    print()
+    for of, to, sign, bar in (("ours", "loop", ">=", 1.3), ("floor", "ours", "<=", 1.05)):
+        ratios = [a["images/s"] / b["images/s"] for a, b in zip(figures[of], figures[to], strict=True)]
+        median = statistics.median(ratios)
+        met = "met" if (median >= bar if sign == ">=" else median <= bar) else "NOT met"
+        each = "".join(f"{ratio:8.3f}" for ratio in ratios)
+        print(f"images/s, {of} / {to:8}{each}   median {median:.3f}, asked {sign} {bar}: {met}")
+
+
+# ---- Data: the price of a pair --------------------------------------------------------------------------------------
+
+
+def scored_pool(args: argparse.Namespace, folder: Path, kind: str, *extra: object) -> dict[str, list[dict[str, Any]]]:
+    """The rows of drafts or of images of every prompt, made by the script's own functions where they are not yet."""
+    from accelerate import PartialState
+
+    import make_preference_data as data
+
+    ours = data_flags(args, folder, *extra)
+    inputs, wanted = data.read_inputs(ours), data.parse_scorers(ours.scorer)
+    data.quiet_libraries()
+    state = PartialState(cpu=not torch.cuda.is_available())
+    (folder / "pool").mkdir(parents=True, exist_ok=True)
+    tools = data.prepare_tools(ours, state.device, wanted, inputs)
+    pool = data.plan_pool(ours, inputs, wanted, [])
+    if kind == "drafts":
+        data.complete_shards(pool.drafts, pool.plan_drafts, tools, ours, state)
+        return dict(data.read_pools(pool.drafts))
+    plan, _ = pool.plan_images()
+    data.complete_shards(pool.images, plan, tools, ours, state)
+    return dict(data.read_pools(pool.images, ["caption", "index", "scores", "jpg"]))
+
+
+def interval(values: np.ndarray) -> str:
+    """The mean of (P,) or the ratio of means of (P, 2), with its 95 % bootstrap interval over prompts."""
+    draws = values[np.random.default_rng(0).integers(0, len(values), (4000, len(values)))].mean(axis=1)
+    centre = values.mean(axis=0)
+    if values.ndim == 2:
+        draws, centre = draws[:, 0] / draws[:, 1], centre[0] / centre[1]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return f"{centre:6.3f} [{low:.3f}, {high:.3f}]"
+
+
+Pair = tuple[dict[str, Any], dict[str, Any]]
+
+
+def score_of(row: dict[str, Any]) -> float:
+    """The scorer's score of a row of the pool."""
+    return next(iter(json.loads(row["scores"]).values()))
+
+
+def ends(rows: list[dict[str, Any]]) -> Pair:
+    """The best and the worst row."""
+    return max(rows, key=score_of), min(rows, key=score_of)
+
+
+def finals(drafts: list[dict[str, Any]], rows: list[dict[str, Any]], per_side: int) -> Pair:
+    """The best and the worst of a prompt's rows among those whose drafts are finalists."""
+    import make_preference_data as data
+
+    chosen = data.finalists([score_of(row) for row in drafts], per_side)
+    return ends([row for row in rows if row["index"] in chosen])
+
+
+def report(name: str, share: float, pairs: dict[str, Pair], full_gaps: dict[str, float], judge: Any) -> None:
+    """One line: the price and what the pairs are worth, by the scorer and by the judge."""
+    import make_preference_data as data
+
+    gaps, marks = [], []
+    for caption, pair in pairs.items():
+        gaps.append([score_of(pair[0]) - score_of(pair[1]), full_gaps[caption]])
+        marks.append(judge([data.from_jpeg(row["jpg"]) for row in pair], [caption] * 2))
+    winner, loser = np.array(marks).T
+    better = (winner > loser) + 0.5 * (winner == loser)
+    told = {"gap": np.array(gaps), "truly better": better, "judge's margin": winner - loser}
+    print(f"{name:26}{share:6.3f}" + "".join(f"   {key} {interval(value)}" for key, value in told.items()), flush=True)
+
+
+def price(args: argparse.Namespace) -> None:
+    """The sub-command `price`: score gap and truth of pairs against their U-Net evaluations."""
+    import make_preference_data
+
+    judge = make_preference_data.parse_scorer(f"{TESTS / 'tiny_human' / 'judge.py'}:judge").load("cpu")
+    print(f"{args.prompts} prompts, {args.images} images of {args.steps} steps, guidance {args.guidance_scale}")
+    full = scored_pool(args, args.work_dir / "full", "images", "--draft_steps", 0)
+    gaps = {caption: score_of(best) - score_of(worst) for caption, (best, worst) in map_values(ends, full).items()}
+
+    def tell(name: str, evaluations: int, pairs: dict[str, Pair]) -> None:
+        report(name, evaluations / (args.images * args.steps), pairs, gaps, judge)
+
+    tell("all in full", args.images * args.steps, map_values(ends, full))
+    for count in args.fewer_images:
+        tell(f"{count} in full", count * args.steps, {caption: ends(rows[:count]) for caption, rows in full.items()})
+    for steps in args.draft_steps:
+        flags = ("--draft_steps", steps, "--finalists", 2)
+        folder = args.work_dir / f"drafts-{steps}"
+        drafts = scored_pool(args, folder, "drafts", *flags)
+        ranks = [[np.argsort(np.argsort(list(map(score_of, one[c])))) for one in (drafts, full)] for c in full]
+        spearman = np.array([np.corrcoef(*pair)[0, 1] for pair in ranks])
+        print(f"drafts of {steps} steps: Spearman with the full scores {interval(spearman)}")
+        for per_side in (1, 2, 3):
+            pairs = {caption: finals(drafts[caption], full[caption], per_side) for caption in full}
+            tell(f"  {per_side} a side in full", args.images * steps + 2 * per_side * args.steps, pairs)
+        for final in args.final_steps:
+            made = args.work_dir / f"drafts-{steps}-{final}"
+            if not made.exists():
+                shutil.copytree(folder, made)
+            images = scored_pool(argparse.Namespace(**{**vars(args), "steps": final}), made, "images", *flags)
+            for per_side in (1, 2):
+                pairs = {caption: finals(drafts[caption], images[caption], per_side) for caption in full}
+                tell(f"  {per_side} a side in {final} steps", args.images * steps + 2 * per_side * final, pairs)
+
+
+def map_values(function: Any, table: dict[str, Any]) -> dict[str, Any]:
+    """function of every value."""
+    return {key: function(value) for key, value in table.items()}
+
+
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
 
@@ -439,6 +711,31 @@ def add_train(commands: Any) -> None:
     flag("--output", type=Path, help="json file for the raw figures")
 
 
+def add_data(commands: Any) -> None:
+    """The flags of `data` and `price`."""
+    for name, run, told in (("data", data, "images per second"), ("price", price, "U-Net evaluations for a pair")):
+        parser = commands.add_parser(name, help=told, allow_abbrev=False)
+        parser.set_defaults(run=run)
+        flag = parser.add_argument
+        flag("--model", help="pipeline; none: the embedded world")
+        flag(
+            "--scorer", default=SCORER, help="with --model: a CLIPModel as pickscore=NAME; none: the embedded world's"
+        )
+        flag("--resolution", type=int, default=64, help="with --model: height and width")
+        flag("--prompts", type=int, default={"data": 16, "price": 128}[name], help="how many")
+        flag("--images", type=int, default=20, help="images of each prompt")
+        flag("--steps", type=int, default={"data": 10, "price": 50}[name], help="steps of a full image")
+        flag("--guidance_scale", type=float, default=3.0, help="classifier-free guidance")
+        flag("--batch_size", type=int, default=32, help="of ours; the usual loop draws a prompt's images at once")
+        if name == "data":
+            flag("--rounds", type=int, default=3, help="how often everything runs")
+        else:
+            flag("--draft_steps", type=int, nargs="*", default=[5, 8], help="steps of a draft")
+            flag("--final_steps", type=int, nargs="*", default=[20], help="also with finalists in so many steps")
+            flag("--fewer_images", type=int, nargs="*", default=[10, 4], help="also so many full images")
+            flag("--work_dir", type=Path, required=True, help="where all images are kept; a second start carries on")
+
+
 def main() -> None:
     """Calls the sub-command's function; one of MEASURES, which `train` starts, leaves its result in a file."""
     if len(sys.argv) > 2 and sys.argv[1] in MEASURES:
@@ -446,7 +743,9 @@ def main() -> None:
         Path(result).write_text(json.dumps(MEASURES[name](*arguments)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_train(parser.add_subparsers(required=True, metavar="COMMAND"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    add_train(commands)
+    add_data(commands)
     args = parser.parse_args()
     args.run(args)
 

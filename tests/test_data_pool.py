@@ -28,7 +28,17 @@ from diffusers import (
     PNDMScheduler,
     UniPCMultistepScheduler,
 )
-from test_make_preference_data import SCORER, data, data_of, flags, make, pool_bytes, rows_of, write_inputs
+from test_make_preference_data import (
+    SCORER,
+    data,
+    data_of,
+    difference,
+    flags,
+    make,
+    pool_bytes,
+    rows_of,
+    write_inputs,
+)
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,18 +151,35 @@ def test_drafts_are_refused_with_a_sampler_that_draws_fresh_noise(inputs, monkey
         make(inputs, *DRAFTS)
 
 
-def test_a_sampler_whose_timesteps_cannot_be_named_gets_their_number():
-    class Pipe:
-        scheduler = DDIMScheduler()
+@pytest.fixture(scope="module")
+def pipe():
+    data.quiet_libraries()
+    return data.load_pipeline(data.parse_args([]), torch.device("cpu"))
 
-    assert data.draft_schedule(Pipe, 50, 5) == 5
-    Pipe.scheduler = DPMSolverMultistepScheduler(use_karras_sigmas=True)
-    assert data.draft_schedule(Pipe, 50, 5) == 5
-    Pipe.scheduler = DPMSolverMultistepScheduler(timestep_spacing="leading", steps_offset=1)
-    schedule = data.draft_schedule(Pipe, 50, 5)
-    Pipe.scheduler.set_timesteps(50)
-    assert schedule[0] == Pipe.scheduler.timesteps[0]  # 5 steps of its own would begin at 831
-    assert len(schedule) == 5
+
+def test_drafts_use_unipc_on_the_models_own_schedule_and_leave_the_sampler_as_it_was(pipe):
+    config = {"use_karras_sigmas": True, "timestep_spacing": "leading", "steps_offset": 1}
+    pipe.scheduler = full = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **config)
+    with data.drafting(pipe):
+        assert isinstance(pipe.scheduler, UniPCMultistepScheduler)
+        assert pipe.scheduler.config.prediction_type == "v_prediction"
+        assert pipe.scheduler.config.beta_end == full.config.beta_end
+        pipe.scheduler.set_timesteps(5)
+        assert pipe.scheduler.timesteps.tolist() == [999, 799, 599, 399, 199]
+    assert pipe.scheduler is full
+
+
+@pytest.mark.parametrize("sampler", [DPMSolverMultistepScheduler, DDIMScheduler, EulerDiscreteScheduler])
+def test_a_draft_foretells_the_full_image_of_its_own_noise(pipe, sampler):
+    captions = [row["caption"] for row in (data.new_row("a standing person in a red shirt", 0, "", 0),)]
+    embeds, seeds = data.encode_prompts(pipe, captions, ""), list(range(6))
+    pipe.scheduler = sampler.from_config(pipe.scheduler.config, use_karras_sigmas=False, timestep_spacing="trailing")
+    full, _ = data.sample(pipe, embeds, [0] * 6, seeds, 30, 2.0)
+    with data.drafting(pipe):
+        drafts, _ = data.sample(pipe, embeds, [0] * 6, seeds, 8, 2.0)
+    distance = np.array([[difference(a, b).mean() for b in full] for a in drafts])
+    assert (distance.argmin(axis=1) == np.arange(6)).all()
+    assert np.diag(distance).mean() < distance.mean() / 2
 
 
 def test_rescore_draws_what_comes_newly_to_the_final_and_forgets_nothing(drafted, inputs):

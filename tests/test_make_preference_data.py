@@ -162,18 +162,6 @@ def test_finalists(scores, per_side, chosen):
     assert data.finalists(scores, per_side) == chosen
 
 
-def test_a_drafts_timesteps_are_some_of_the_full_runs():
-    full = list(range(999, -1, -20))
-    assert data.draft_timesteps(full, 5) == [999, 799, 599, 399, 199]
-    assert data.draft_timesteps(full, 50) == full
-    for count in range(1, 51):
-        drafts = data.draft_timesteps(full, count)
-        assert len(set(drafts)) == count
-        assert set(drafts) <= set(full)
-        assert drafts == sorted(drafts, reverse=True)
-        assert drafts[0] == 999
-
-
 @pytest.mark.parametrize(
     ("spec", "least"), [(None, -INF), ("1.5", 1.5), ("-2", -2.0), ("25%", 1.0), ("50%", 2.0), ("0%", 0.0)]
 )
