@@ -16,10 +16,10 @@
 # ///
 """Makes DPO preference pairs from your own text-to-image model, with AI feedback instead of human labels.
 
-HG-DPO (https://arxiv.org/abs/2405.20216). The Easy stage: for every prompt c, a pool of N = 20 images,
+HG-DPO (https://arxiv.org/abs/2405.20216). The Easy stage: for every prompt c, a pool of N = 24 images,
 
     d_i  = sample(model, c, seed_i, few steps)     drafts; seed_i = image_seed(seed, c, i), i = 0 .. N-1
-    f    = finalists(score(d_0) .. score(d_N-1))   the best and the worst draft
+    f    = finalists(score(d_0) .. score(d_N-1))   the two best and the two worst drafts
     x_i  = sample(model, c, seed_i, all steps)     for i in f alone, from the same noise
     pair = best_and_worst(score(x_f))              the winner and the loser; ties and non-finite scores are left out
 
@@ -42,8 +42,8 @@ A start in the same folder carries on where the last one ended. An image is a fu
 whatever the batch size and the number of processes.
 
 Differences from the paper:
-1. Drafts: a deterministic sampler orders them nearly as it orders full images, so that N images cost about a fifth.
-   `--draft_steps 0` draws all in full.
+1. Drafts: 24 drafts of 5 steps and 4 images of 20 cost a fifth of 20 images of 50 steps, with as large a score gap. A
+   deterministic sampler orders drafts nearly as it orders full images. `--draft_steps 0` draws all of them in full.
 2. Images are padded to a square before CLIP sees them; the published crop would cut heads and feet off a portrait.
 3. Several scorers can vote, each in units of its own spread within a prompt; one with weight 0 only vetoes.
 4. A seeded coin decides which side is jpg_0, and the latents of the sampler are kept, so that training needs no VAE.
@@ -1495,6 +1495,7 @@ class Tools(NamedTuple):
     vae_hash: Callable[[], str]
     photos: dict[str, Callable[[], Image.Image]]
     winners: dict[str, Winner]
+    winners_latents: dict[str, Any] | None  # their shape, type and VAE
 
 
 class Done(NamedTuple):
@@ -1581,8 +1582,7 @@ def draw_batch(
     which, seeds = [prompts.index(row["caption"]) for row in batch], [row["seed"] for row in batch]
     steps: int | list[int] = args.num_inference_steps
     if batch[0]["index"] == PREVIOUS:
-        images = [from_jpeg(read_winner(tools.winners[row["caption"]])["jpg"]) for row in batch]
-        return images, encode(pipe, images).to("cpu", torch.float16)
+        return restore_winners([tools.winners[row["caption"]] for row in batch], tools)
     if source.startswith("sdrecon"):
         photos = [ImageOps.fit(tools.photos[row["caption"]](), (args.width, args.height)) for row in batch]
         t = int(source.rpartition("-")[2])
@@ -1594,45 +1594,62 @@ def draw_batch(
     return sample(pipe, embeds, which, seeds, steps, *size)
 
 
+def restore_winners(winners: list[Winner], tools: Tools) -> tuple[list[Image.Image], torch.Tensor]:
+    """Images and latents of the previous stage; decoded again if the latents are this VAE's, else from the files."""
+    pipe, rows = tools.pipe(), [read_winner(winner) for winner in winners]
+    known = tools.winners_latents or {}
+    if known.get("vae_hash") == tools.vae_hash():
+        arrays = [np.frombuffer(row["latents"], known["dtype"]).reshape(known["shape"]) for row in rows]
+        latents = torch.from_numpy(np.stack(arrays))
+        return decode(pipe, latents), latents
+    images = [from_jpeg(row["jpg"]) for row in rows]
+    return images, encode(pipe, images).to("cpu", torch.float16)
+
+
 def keep_images(
     batch: list[Row], images: list[Image.Image], latents: torch.Tensor, tools: Tools, args: argparse.Namespace
 ) -> None:
-    """Notes a batch's images in its rows, as files, and scores them. An image that is not finite gets no file."""
-    for row, image, latent in zip(batch, images, latents, strict=True):
-        finite, draft = bool(latent.isfinite().all()), row["source"] == "draft"
-        row["jpg"] = to_jpeg(image) if finite else None
-        row["latents"] = latent.numpy().tobytes() if finite and not draft and not args.no_latents else None
-        if row["index"] == PREVIOUS:
-            row |= {name: value for name, value in read_winner(tools.winners[row["caption"]]).items() if value}
-    score_rows(batch, tools.scorers())
-    if args.discard_drafts and batch[0]["source"] == "draft":
-        for row in batch:
-            row["jpg"] = row["jpg"] and DISCARDED
+    """Scores a batch's images and notes them in its rows, as files. An image that is not finite gets no file."""
+    finite = latents.isfinite().flatten(1).all(1).tolist()
+    for row, image, latent, good in zip(batch, images, latents, finite, strict=True):
+        draft, previous = row["source"] == "draft", row["index"] == PREVIOUS
+        jpg = read_winner(tools.winners[row["caption"]])["jpg"] if previous else to_jpeg(image)
+        row["jpg"] = (DISCARDED if draft and args.discard_drafts else jpg) if good else None
+        row["latents"] = latent.numpy().tobytes() if good and not draft and not args.no_latents else None
+    score_rows(batch, [image if good else None for image, good in zip(images, finite, strict=True)], tools.scorers())
 
 
-def score_rows(rows: list[Row], scorers: dict[Scorer, Score]) -> None:
-    """Adds to the rows' json the raw score of every scorer that has not seen them; nan where there is no image.
+def score_kept(rows: list[Row], scorers: dict[Scorer, Score]) -> None:
+    """Scores images of the pool by their files, with the scorers that have not seen them."""
+    unseen = {s: score for s, score in scorers.items() if any(s.source not in json.loads(r["scores"]) for r in rows)}
+    if any(row["jpg"] == DISCARDED for row in rows):
+        raise UserError(
+            f"{next(iter(unseen)).label} cannot score drafts that --discard_drafts did not keep: make a new pool"
+        )
+    score_rows(rows, [row["jpg"] and from_jpeg(row["jpg"]) for row in rows], unseen)
 
-    Scored is the file, not what it was before: so --rescore gives the same.
-    """
+
+def score_rows(rows: list[Row], images: list[Image.Image | None], scorers: dict[Scorer, Score]) -> None:
+    """Adds every scorer's raw scores to the rows' json; nan where there is no image."""
+    there = [(row, image) for row, image in zip(rows, images, strict=True) if image]
+    for row, image in there:
+        image.info["image_id"] = image_id(row)
     for scorer, score in scorers.items():
-        unseen = [row for row in rows if scorer.source not in json.loads(row.get("scores", "{}"))]
-        drawn = [row for row in unseen if row["jpg"] is not None]
-        if any(row["jpg"] == DISCARDED for row in drawn):
-            raise UserError(f"{scorer.label} cannot score drafts that --discard_drafts did not keep: make a new pool")
-        images = [from_jpeg(row["jpg"]) for row in drawn]
-        for row, image in zip(drawn, images, strict=True):
-            image.info["image_id"] = image_id(row)
-        try:
-            values = run_scorer(score, scorer.label, images, [row["caption"] for row in drawn]) if drawn else []
-        except UserError:
-            raise
-        except Exception as error:  # whatever a plug-in may raise must not end a run of days
-            raise LeftOut(f"scorer {scorer.label} raised {type(error).__name__}: {error}") from error
-        found = dict(zip(map(image_id, drawn), values, strict=True))
-        for row in unseen:
+        values = ask(scorer, score, [image for _, image in there], [row["caption"] for row, _ in there])
+        found = dict(zip((image_id(row) for row, _ in there), values, strict=True))
+        for row in rows:
             known = json.loads(row.get("scores", "{}"))
             row["scores"] = json.dumps(known | {scorer.source: found.get(image_id(row), math.nan)})
+
+
+def ask(scorer: Scorer, score: Score, images: list[Image.Image], prompts: list[str]) -> list[float]:
+    """run_scorer; whatever a scorer may raise, it must not end a run of days."""
+    try:
+        return run_scorer(score, scorer.label, images, prompts) if images else []
+    except UserError:
+        raise
+    except Exception as error:
+        raise LeftOut(f"scorer {scorer.label} raised {type(error).__name__}: {error}") from error
 
 
 def complete_shard(
@@ -1648,7 +1665,7 @@ def complete_shard(
     unscored = [row for row in kept.values() if any(s.source not in json.loads(row["scores"]) for s in tools.wanted)]
     jobs: list[Future] = []
     for batch in batches(unscored, args.batch_size):
-        jobs.append(beside.submit(score_rows, batch, tools.scorers()))
+        jobs.append(beside.submit(score_kept, batch, tools.scorers()))
         wait(jobs[-2:-1])
         bar.update(len(batch))
     embeds = encode_prompts(tools.pipe(), prompts, args.negative_prompt) if missing else {}
@@ -2883,6 +2900,7 @@ class Inputs(NamedTuple):
     remarks: list[str]
     photos: dict[str, Callable[[], Image.Image]]  # of the later stages
     winners: dict[str, Winner]
+    winners_latents: dict[str, Any] | None = None  # their shape, type and VAE
 
 
 def read_inputs(args: argparse.Namespace) -> Inputs:
@@ -2903,7 +2921,9 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         raise UserError(f"{args.previous_pairs} holds images of {size[0]}x{size[1]}: both sides must be of one size")
     args.width, args.height = size
     told = f"prompts: {len(prompts)} of the {len(winners)} pairs in {args.previous_pairs} have a photo"
-    return Inputs(prompts, [remark, told], photos, winners)
+    record = Path(args.previous_pairs, "preference_data.json")
+    latents = json.loads(record.read_text()).get("latents") if record.is_file() else None
+    return Inputs(prompts, [remark, told], photos, winners, latents)
 
 
 def tell_long_prompts(args: argparse.Namespace, prompts: list[str]) -> int:
@@ -2981,6 +3001,7 @@ def prepare_tools(args: argparse.Namespace, device: torch.device, wanted: list[S
         vae_hash=lru_cache(lambda: weights_hash(pipe().vae)),
         photos=inputs.photos,
         winners=inputs.winners,
+        winners_latents=inputs.winners_latents,
     )
 
 
@@ -3146,10 +3167,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--caption_model", help="image-to-text model that captions the photos without caption of a folder")
 
     flag = parser.add_argument_group("pool").add_argument
-    flag("--num_images_per_prompt", type=int, default=20, help="candidates per prompt, of which two become the pair")
+    flag("--num_images_per_prompt", type=int, default=24, help="candidates per prompt, of which two become the pair")
     flag("--draft_steps", type=int, help="steps of a draft, 0: all in full; none: 5, or 0 where that spares little")
-    flag("--finalists", type=int, default=1, help="best and as many worst drafts that are drawn in full")
-    flag("--num_inference_steps", type=int, default=50, help="steps of the sampler")
+    flag("--finalists", type=int, default=2, help="so many best and so many worst drafts are drawn in full")
+    flag("--num_inference_steps", type=int, default=20, help="steps of a full image")
     flag("--guidance_scale", type=float, default=5.0, help="classifier-free guidance")
     flag("--negative_prompt", default="", help="one for all prompts")
     flag("--sampler", choices=["dpmsolver", "pipeline"], default="dpmsolver", help="the paper's, or the model's own")

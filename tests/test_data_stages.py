@@ -132,7 +132,7 @@ def test_normal_is_the_best_reconstruction_against_the_easy_winner(curriculum):
         assert loser(row, "jpg") == winner(before, "jpg")
         assert loser(row, "latents") == winner(before, "latents")
         assert (loser(row, "source"), loser(row, "seed")) == ("generated", winner(before, "seed"))
-        assert loser(row, "score") == pytest.approx(winner(before, "score"))
+        assert loser(row, "score") == pytest.approx(winner(before, "score"), abs=0.01)  # latents are kept in fp16
         ours = [one for one in pool if one["caption"] == row["caption"] and one["index"] != data.PREVIOUS]
         scores = {one["source"]: next(iter(json.loads(one["scores"]).values())) for one in ours}
         assert winner(row, "source") == max(scores, key=scores.get)
