@@ -1498,6 +1498,19 @@ class Tools(NamedTuple):
     winners_latents: dict[str, Any] | None  # their shape, type and VAE
 
 
+class Inline(Executor):
+    """Does what it is given at once: on a CPU, where a second thread would only take cores from the first."""
+
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future:
+        """As Executor.submit."""
+        job: Future = Future()
+        try:
+            job.set_result(function(*args))
+        except Exception as error:
+            job.set_exception(error)
+        return job
+
+
 class Done(NamedTuple):
     """What complete_shards did: images, seconds, and the shards that it left out, with the reason."""
 
@@ -1655,7 +1668,7 @@ def ask(scorer: Scorer, score: Score, images: list[Image.Image], prompts: list[s
 def complete_shard(
     path: Path, rows: list[Row], tools: Tools, args: argparse.Namespace, beside: Executor, bar: tqdm
 ) -> Future:
-    """Draws the rows that a shard lacks; the thread `beside` encodes, scores and writes while the next are drawn."""
+    """Draws the rows that a shard lacks; on a GPU the thread `beside` scores and writes while the next are drawn."""
     prompts = list(dict.fromkeys(row["caption"] for row in rows))
     kept = {image_id(row): row for row in read_shard(path)} if path.exists() else {}
     facts = read_facts(path) if kept else {}
@@ -1707,7 +1720,8 @@ def complete_shards(
     if not all(path.exists() for path in todo):
         tools.vae_hash()
     what, start = todo[0].stem.partition("-")[0], time.perf_counter()
-    with progress(sum(lacking.values()), state, what, "img") as bar, ThreadPoolExecutor(1) as beside:
+    executor = Inline() if state.device.type == "cpu" else ThreadPoolExecutor(1)
+    with progress(sum(lacking.values()), state, what, "img") as bar, executor as beside:
         for _ in range(2):  # what a scorer fails on is tried once more
             started = ((path, complete_shard(path, plan(shards[path]), tools, args, beside, bar)) for path in todo)
             failed, finished = {}, 0

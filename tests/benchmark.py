@@ -37,9 +37,9 @@ num_images_per_prompt=N), the code of the scorer's model card for each image, an
 with N full images and all that it writes for a shard; "floor" is nothing but the U-Net, the sampler's step and the VAE,
 in the same batches as ours, on embeddings that are ready.
 
-`price`: for each of --prompts prompts N full images with their scores, once; then drafts in so many steps, and the
-score gap between the best and the worst finalist as a share of the whole pool's. The held-out judge says how often the
-winner is truly better. Intervals are 95 % bootstrap over prompts. A draft in few steps without guidance is shown too.
+`price`: for each prompt N images in full, then drafts and finalists as the script draws them. Told are the U-Net
+evaluations as a share of the first, the score gap between winner and loser as a share of the full pool's, and what the
+held-out judge says: how often the winner is truly better, and by how much. 95 % bootstrap intervals over prompts.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -662,23 +662,19 @@ def price(args: argparse.Namespace) -> None:
     for count in args.fewer_images:
         tell(f"{count} in full", count * args.steps, {caption: ends(rows[:count]) for caption, rows in full.items()})
     for steps in args.draft_steps:
-        flags = ("--draft_steps", steps, "--finalists", 2)
-        folder = args.work_dir / f"drafts-{steps}"
-        drafts = scored_pool(args, folder, "drafts", *flags)
-        ranks = [[np.argsort(np.argsort(list(map(score_of, one[c])))) for one in (drafts, full)] for c in full]
+        few = argparse.Namespace(**{**vars(args), "images": args.draft_images, "steps": args.final_steps})
+        flags, folder = ("--draft_steps", steps, "--finalists", 3), args.work_dir / f"drafts-{steps}"
+        drafts, images = (scored_pool(few, folder, kind, *flags) for kind in ("drafts", "images"))
+        ranks = [
+            [np.argsort(np.argsort([score_of(row) for row in one[caption][: args.images]])) for one in (drafts, full)]
+            for caption in full
+        ]
         spearman = np.array([np.corrcoef(*pair)[0, 1] for pair in ranks])
-        print(f"drafts of {steps} steps: Spearman with the full scores {interval(spearman)}")
+        print(f"{args.draft_images} drafts of {steps}: Spearman with the full scores {interval(spearman)}")
         for per_side in (1, 2, 3):
-            pairs = {caption: finals(drafts[caption], full[caption], per_side) for caption in full}
-            tell(f"  {per_side} a side in full", args.images * steps + 2 * per_side * args.steps, pairs)
-        for final in args.final_steps:
-            made = args.work_dir / f"drafts-{steps}-{final}"
-            if not made.exists():
-                shutil.copytree(folder, made)
-            images = scored_pool(argparse.Namespace(**{**vars(args), "steps": final}), made, "images", *flags)
-            for per_side in (1, 2):
-                pairs = {caption: finals(drafts[caption], images[caption], per_side) for caption in full}
-                tell(f"  {per_side} a side in {final} steps", args.images * steps + 2 * per_side * final, pairs)
+            pairs = {caption: finals(drafts[caption], images[caption], per_side) for caption in full}
+            cost = args.draft_images * steps + 2 * per_side * args.final_steps
+            tell(f"  and {2 * per_side} of {args.final_steps} steps", cost, pairs)
 
 
 def map_values(function: Any, table: dict[str, Any]) -> dict[str, Any]:
@@ -730,8 +726,9 @@ def add_data(commands: Any) -> None:
         if name == "data":
             flag("--rounds", type=int, default=3, help="how often everything runs")
         else:
-            flag("--draft_steps", type=int, nargs="*", default=[5, 8], help="steps of a draft")
-            flag("--final_steps", type=int, nargs="*", default=[20], help="also with finalists in so many steps")
+            flag("--draft_images", type=int, default=24, help="drafts of each prompt")
+            flag("--draft_steps", type=int, nargs="*", default=[5], help="steps of a draft, one pool for each")
+            flag("--final_steps", type=int, default=20, help="steps of a finalist")
             flag("--fewer_images", type=int, nargs="*", default=[10, 4], help="also so many full images")
             flag("--work_dir", type=Path, required=True, help="where all images are kept; a second start carries on")
 
