@@ -922,6 +922,23 @@ def vqa_score(
     return score
 
 
+def safety_score(device: Device, model: str = "CompVis/stable-diffusion-safety-checker") -> Score:
+    """Stable Diffusion's safety checker as a veto, to be used with weight 0: nan where it flags the image, else 0."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import AutoImageProcessor
+
+    checker = load_weights(StableDiffusionSafetyChecker, model, device)
+    to_pixels = AutoImageProcessor.from_pretrained(model, backend="pil")
+
+    @torch.inference_mode()
+    def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        pixels = to_pixels(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values
+        _, flagged = checker(clip_input=pixels.to(device), images=np.zeros((len(images), 1, 1, 3)))
+        return [math.nan if one else 0.0 for one in flagged]
+
+    return score
+
+
 def load_clip(
     device: Device, model: str, processor: str, crop: bool
 ) -> tuple[Callable[[list[Image.Image]], torch.Tensor], Callable[[list[str]], torch.Tensor], float]:
@@ -1053,6 +1070,7 @@ BUILT_IN_SCORERS: dict[str, Callable[..., Score]] = {
     "clip_iqa_sharpness": partial(clip_iqa, good="Sharp photo.", bad="Blurry photo."),
     "people": people_score,
     "vqa": vqa_score,
+    "safety": safety_score,
 }
 # The options that name weights, and the file by which their folder is known.
 WEIGHTS = {
@@ -2019,7 +2037,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     flag = parser.add_argument_group("measures").add_argument
     scorer_help = (
-        "clip, pickscore, hpsv2, aesthetic, imagereward, clip_iqa, clip_iqa_sharpness, people, vqa, each with "
+        "clip, pickscore, hpsv2, aesthetic, imagereward, clip_iqa, clip_iqa_sharpness, people, vqa, safety, each with "
         "[=MODEL][,option=value...]; module:function or file.py:function; the first held-out one leads"
     )
     flag("--scorers", nargs="+", metavar="SPEC", default=["clip", "pickscore"], help=scorer_help)

@@ -115,7 +115,8 @@ POOL_SETTINGS = [*MODEL_SETTINGS, *STAGE_SETTINGS, *IMAGE_SETTINGS]
 PAIR_SETTINGS = ["scorer", "agree", "finalists", "min_margin", "validation_share"]
 
 SCORER_HELP = (
-    "pickscore, clip, hpsv2, aesthetic, imagereward, clip_iqa, clip_iqa_sharpness, people, vqa, module:function, "
+    "pickscore, clip, hpsv2, aesthetic, imagereward, clip_iqa, clip_iqa_sharpness, people, vqa, safety, "
+    "module:function, "
     "file.py:function or file.jsonl; with several, a weighted vote in units of each one's spread"
 )
 
@@ -637,6 +638,23 @@ def vqa_score(
     return score
 
 
+def safety_score(device: Device, model: str = "CompVis/stable-diffusion-safety-checker") -> Score:
+    """Stable Diffusion's safety checker as a veto, to be used with weight 0: nan where it flags the image, else 0."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import AutoImageProcessor
+
+    checker = load_weights(StableDiffusionSafetyChecker, model, device)
+    to_pixels = AutoImageProcessor.from_pretrained(model, backend="pil")
+
+    @torch.inference_mode()
+    def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
+        pixels = to_pixels(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values
+        _, flagged = checker(clip_input=pixels.to(device), images=np.zeros((len(images), 1, 1, 3)))
+        return [math.nan if one else 0.0 for one in flagged]
+
+    return score
+
+
 def load_clip(
     device: Device, model: str, processor: str, crop: bool
 ) -> tuple[Callable[[list[Image.Image]], torch.Tensor], Callable[[list[str]], torch.Tensor], float]:
@@ -768,6 +786,7 @@ BUILT_IN_SCORERS: dict[str, Callable[..., Score]] = {
     "clip_iqa_sharpness": partial(clip_iqa, good="Sharp photo.", bad="Blurry photo."),
     "people": people_score,
     "vqa": vqa_score,
+    "safety": safety_score,
 }
 # The options that name weights, and the file by which their folder is known.
 WEIGHTS = {

@@ -27,6 +27,7 @@ WORLD = data.WORLD
 SCORER = f"pickscore={WORLD / 'scorer'}"
 CAPTIONS = [line for line in (WORLD / "prompts_train.txt").read_text().splitlines() if line][:6]
 NAN, INF = math.nan, math.inf
+LATER = ["--stage", "normal", "--real_data_dir", "{folder}", "--previous_pairs", "{folder}"]
 
 PLUGIN = """
 def redness(device):
@@ -376,17 +377,48 @@ def data_of(out: Path) -> list[dict]:
         (["--scorer", "no_such_module:f"], 1, "cannot import"),
         (["--scorer", "..*clip"], 1, "not a number"),
         (["--scorer", SCORER, SCORER], 1, "two scorers are called pickscore"),
+        (["--scorer", "pickscore,colour=red"], 1, "has no option colour"),
+        (["--scorer", "vqa"], 1, "needs a model"),
+        (["--scorer", "{folder}/none.jsonl"], 1, "no such file"),
+        (["--scorer", "{folder}/bad.jsonl"], 1, "bad.jsonl, line 2"),
+        (["--agree", "beauty"], 1, "unknown scorer 'beauty'"),
+        (["--agree", SCORER], 1, "two scorers are called pickscore"),
+        (["--prompts", "{folder}/bad.csv"], 1, "has no column prompt, caption, text"),
+        (["--prompts", "{folder}/bad.csv", "--prompt_column", "colour"], 1, "has no column colour"),
+        (["--prompts", "{folder}/bad.jsonl"], 1, "has no column"),
+        (["--prompts", "{folder}/latin.txt"], 1, "line 2: not utf-8"),
+        (["--caption_model", "a/b"], 1, "needs a folder of photos"),
+        (["--write_prompts", "5"], 1, "prompts.txt"),
         (["--num_images_per_prompt", "1"], 2, "at least 2"),
         (["--resolution", "60"], 2, "not a multiple of 8"),
         (["--batch_size", "0"], 2, "at least 1"),
+        (["--max_prompts", "0"], 2, "at least 1"),
+        (["--finalists", "0"], 2, "at least 1"),
+        (["--draft_steps", "2"], 2, "below --num_inference_steps 2"),
+        (["--draft_steps", "-1"], 2, "at least 0"),
+        (["--draft_steps", "1", "--finalists", "3"], 2, "more than --num_images_per_prompt"),
         (["--validation_share", "1"], 2, "below 1"),
-        (["--rescore"], 1, "preference_data.json"),
+        (["--min_margin", "much"], 2, "give a number"),
+        (["--min_margin", "100%"], 2, "give a number"),
+        (["--min_margin", "nan"], 2, "give a number"),
+        (["--stage", "normal"], 2, "needs --real_data_dir"),
+        (["--stage", "hard", "--real_data_dir", "{folder}"], 2, "needs --previous_pairs"),
+        (["--real_data_dir", "{folder}"], 2, "belongs to --stage normal and hard"),
+        ([*LATER, "--sampler", "pipeline"], 2, "needs --sampler dpmsolver"),
+        ([*LATER, "--draft_steps", "1"], 2, "belongs to --stage easy"),
+        ([*LATER, "--sdrecon_timesteps", "1000"], 2, "between 0 and 1000"),
+        ([*LATER, "--sdrecon_timesteps", "400", "400"], 2, "one twice"),
+        (["--rescore", "--output_dir", "{folder}"], 1, "preference_data.json"),
+        (["--export", "webdataset"], 2, "invalid choice"),
         (["--num_images", "4"], 2, "unrecognized arguments"),
     ],
 )
 def test_bad_input(extra, status, words, inputs, capsys, monkeypatch):
     (inputs / "empty.txt").write_text("")
     (inputs / "blank.txt").write_text(" \n\n\t\n")
+    (inputs / "bad.jsonl").write_text('{"image_id": "a", "score": 1}\n{"image_id": "b"}\n')
+    (inputs / "bad.csv").write_text("words,shade\na person,red\n")
+    (inputs / "latin.txt").write_bytes("a person\na caf\u00e9\n".encode("latin-1"))
     monkeypatch.setattr(data, "quiet_libraries", lambda: pytest.fail("got as far as loading"))
     with pytest.raises(SystemExit) as stop:
         data.cli(flags(inputs, *[flag.format(folder=inputs) for flag in extra]))

@@ -557,6 +557,34 @@ def test_vqa(vlm):
     check_order_and_batch(load(spec), pictures(5), PROMPTS)
 
 
+# ---- Safety ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_safety_checker_vetoes_what_it_flags(tmp_path):
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
+    vision = sizes | {"image_size": 32, "patch_size": 8}
+    checker = shake(StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16)))
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    images = pictures(4)
+    pixels = processor(images=images, return_tensors="pt").pixel_values
+    with torch.no_grad():
+        embeds = F.normalize(checker.visual_projection(checker.vision_model(pixels)[1]), dim=-1)
+        checker.special_care_embeds.zero_()  # cosine 0 with everything
+        checker.special_care_embeds_weights.fill_(1.0)
+        checker.concept_embeds.copy_(embeds[2].expand_as(checker.concept_embeds))
+        similar = sorted((embeds @ embeds[2]).tolist())
+        checker.concept_embeds_weights.fill_((similar[-1] + similar[-2]) / 2)  # between the third image and the next
+    checker.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    scores = load(f"safety={tmp_path}")(images, PROMPTS[:4])
+    assert [math.isnan(score) for score in scores] == [False, False, True, False]
+    assert [score for score in scores if not math.isnan(score)] == [0.0, 0.0, 0.0]
+
+
 # ---- Your own -------------------------------------------------------------------------------------------------------
 
 
