@@ -2100,7 +2100,7 @@ dataset_info:
 
 # Preference pairs that a model made for itself
 
-{pairs}. Each is the best and the worst of {images} images of one prompt by {scorers}; the model is {model}.
+{pairs}. Each is {each} by {scorers}; the model is {model}.
 
 ![winners above losers](pairs.png)
 
@@ -2431,6 +2431,17 @@ def show(score: float | None) -> str:
     return "none" if score is None else f"{score:.4g}"
 
 
+def what_a_pair_is(settings: dict[str, Any]) -> str:
+    """A stage's pairs in words."""
+    count, drafts, full = (settings[name] for name in ("num_images_per_prompt", "draft_steps", "num_inference_steps"))
+    if settings["stage"] == "easy":
+        how = f", chosen as drafts of {drafts} steps and drawn in {full}" if drafts else ""
+        return f"the best and the worst of {count} images of one prompt{how},"
+    timesteps, before = settings["sdrecon_timesteps"], {"normal": "Easy", "hard": "Normal"}[settings["stage"]]
+    photo = f"a real photo noised to timestep {' or '.join(map(str, timesteps))} and denoised by the model"
+    return f"{photo}, against the {before} stage's winner of the same prompt, chosen"
+
+
 def data_card(folder: Path, record: dict[str, Any]) -> str:
     """README.md of the finished pairs and their record; its yaml is what datasets.load_dataset and the Hub read."""
     settings, counts, scores = record["settings"], count_pairs(folder), scores_of_pairs(folder)
@@ -2450,7 +2461,7 @@ def data_card(folder: Path, record: dict[str, Any]) -> str:
             for column in pq.read_schema(split_file(folder, next(iter(counts))))
         ),
         pairs=" and ".join(f"{count:,} {split} pairs" for split, count in counts.items()),
-        images=settings["num_images_per_prompt"],
+        each=what_a_pair_is(settings),
         scorers=markdown_text(" + ".join(means)),
         model=markdown_text(settings["pretrained_model_name_or_path"]),
         counts=markdown_table(("", "number"), numbers),

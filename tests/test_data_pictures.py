@@ -67,6 +67,7 @@ def write_folder(folder: Path, train_rows: list[dict], validation_rows: list[dic
                 for some in data.batches(rows, per_group):
                     writer.write_table(pa.Table.from_pylist(some, schema))
     settings = {"pretrained_model_name_or_path": MODEL, "seed": 0, "num_images_per_prompt": 4, "scorer": ["pickscore"]}
+    settings |= {"stage": "easy", "draft_steps": 5, "num_inference_steps": 20}
     record = {"settings": settings | {"revision": None}, "prompts": 40, "dropped": {"all scores equal": 3}}
     record |= {"image_size": [32, 32], "versions": {"torch": "2.13"}}
     data.write_record(folder, record)
@@ -332,6 +333,17 @@ def test_data_card_tells_counts_and_scores(finished):
     assert "](scores.png)" in card
     assert f"| margin | 10 | {np.percentile([10 + 2 * i for i in finite], 10):.4g} |" in card
     assert card.count("> prompt ") == 3
+
+
+def test_what_a_pair_is_in_words():
+    easy = {"num_images_per_prompt": 24, "draft_steps": 5, "num_inference_steps": 20, "stage": "easy"}
+    told = data.what_a_pair_is(easy)
+    assert told == "the best and the worst of 24 images of one prompt, chosen as drafts of 5 steps and drawn in 20,"
+    assert "drafts" not in data.what_a_pair_is(easy | {"draft_steps": 0})
+    normal = data.what_a_pair_is(easy | {"stage": "normal", "sdrecon_timesteps": [400, 500]})
+    assert "timestep 400 or 500" in normal
+    assert "the Easy stage's winner" in normal
+    assert "the Normal stage's winner" in data.what_a_pair_is(easy | {"stage": "hard", "sdrecon_timesteps": [100]})
 
 
 def test_data_card_escapes_what_users_wrote(tmp_path):
