@@ -1171,7 +1171,7 @@ def find_factory(name: str) -> Callable[..., Score]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(module_name)
-    except (ImportError, OSError, SyntaxError) as error:
+    except Exception as error:  # it is the user's code
         raise UserError(f"scorer {name}: cannot import {module_name}: {error}") from error
     if not callable(getattr(module, function, None)):
         raise UserError(f"scorer {name}: {module_name} has no function {function}")
@@ -1231,14 +1231,19 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPi
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            name, revision=args.revision, variant=args.variant, torch_dtype=dtype, safety_checker=None
+            name,
+            revision=args.revision,
+            variant=args.variant,
+            torch_dtype={"vae": torch.float32, "default": dtype},
+            safety_checker=None,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
+    if not hasattr(pipe, "unet"):
+        raise UserError(f"{name} is a {type(pipe).__name__}; SD 1.x, SD 2.x and SDXL can be used")
     if args.sampler == "dpmsolver":
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    pipe.vae.to(torch.float32)
     pipe.to(device)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)

@@ -278,8 +278,10 @@ def drafting(pipe: DiffusionPipeline) -> Iterator[None]:
     full = pipe.scheduler
     own = dict.fromkeys(OWN_SIGMAS, False)
     pipe.scheduler = UniPCMultistepScheduler.from_config(full.config, timestep_spacing="trailing", **own)
-    yield
-    pipe.scheduler = full
+    try:
+        yield
+    finally:
+        pipe.scheduler = full
 
 
 def draws_fresh_noise(scheduler: Any) -> bool:
@@ -887,7 +889,7 @@ def find_factory(name: str) -> Callable[..., Score]:
             spec.loader.exec_module(module)
         else:
             module = importlib.import_module(module_name)
-    except (ImportError, OSError, SyntaxError) as error:
+    except Exception as error:  # it is the user's code
         raise UserError(f"scorer {name}: cannot import {module_name}: {error}") from error
     if not callable(getattr(module, function, None)):
         raise UserError(f"scorer {name}: {module_name} has no function {function}")
@@ -947,14 +949,19 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPi
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            name, revision=args.revision, variant=args.variant, torch_dtype=dtype, safety_checker=None
+            name,
+            revision=args.revision,
+            variant=args.variant,
+            torch_dtype={"vae": torch.float32, "default": dtype},
+            safety_checker=None,
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
+    if not hasattr(pipe, "unet"):
+        raise UserError(f"{name} is a {type(pipe).__name__}; SD 1.x, SD 2.x and SDXL can be used")
     if args.sampler == "dpmsolver":
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
-    pipe.vae.to(torch.float32)
     pipe.to(device)
     pipe.unet.to(memory_format=torch.channels_last)
     pipe.vae.to(memory_format=torch.channels_last)
@@ -1490,7 +1497,7 @@ PREVIOUS = -1  # the index of the previous stage's winner among a prompt's image
 
 
 class LeftOut(Exception):
-    """A scorer failed on some images: their shard is tried once more, then left out and counted."""
+    """A scorer or a photo failed: the shard is tried once more, then left out and counted."""
 
 
 class Winner(NamedTuple):
@@ -1585,6 +1592,14 @@ def plan_finalists(prompts: list[str], drafts: dict[str, Path], per_side: int, v
     return rows
 
 
+def plan_kept(prompts: list[str], images: dict[str, Path]) -> list[Row]:
+    """--rescore: the images that are there; `images` tells in which shard a prompt's are."""
+    pools = read_pools(dict.fromkeys(images[prompt] for prompt in prompts))
+    return [
+        new_row(*(row[name] for name in ("caption", "index", "source", "seed"))) for _, rows in pools for row in rows
+    ]
+
+
 def plan_reconstructions(prompts: list[str], timesteps: list[int], seed: int, winners: dict[str, Winner]) -> list[Row]:
     """For each prompt the winner of the previous stage, and a row per timestep of SDRecon."""
     rows = []
@@ -1616,7 +1631,10 @@ def draw_batch(
     if batch[0]["index"] == PREVIOUS:
         return restore_winners([tools.winners[row["caption"]] for row in batch], tools)
     if source.startswith("sdrecon"):
-        photos = [ImageOps.fit(tools.photos[row["caption"]](), (args.width, args.height)) for row in batch]
+        try:
+            photos = [ImageOps.fit(tools.photos[row["caption"]](), (args.width, args.height)) for row in batch]
+        except UserError as error:
+            raise LeftOut(str(error)) from error
         t = int(source.rpartition("-")[2])
         return sd_recon(pipe, embeds, which, seeds, photos, t, steps, args.guidance_scale)
     size = (args.guidance_scale, args.height, args.width)
@@ -1645,10 +1663,19 @@ def keep_images(
     finite = latents.isfinite().flatten(1).all(1).tolist()
     for row, image, latent, good in zip(batch, images, latents, finite, strict=True):
         draft, previous = row["source"] == "draft", row["index"] == PREVIOUS
-        jpg = read_winner(tools.winners[row["caption"]])["jpg"] if previous else to_jpeg(image)
-        row["jpg"] = (DISCARDED if draft and args.discard_drafts else jpg) if good else None
+        if previous:
+            row["jpg"] = read_winner(tools.winners[row["caption"]])["jpg"]
+        else:
+            row["jpg"] = (DISCARDED if draft and args.discard_drafts else to_jpeg(image)) if good else None
         row["latents"] = latent.numpy().tobytes() if good and not draft and not args.no_latents else None
-    score_rows(batch, [image if good else None for image, good in zip(images, finite, strict=True)], tools.scorers())
+    score_rows(
+        batch, [image if good else None for image, good in zip(images, finite, strict=True)], chosen_scorers(tools)
+    )
+
+
+def chosen_scorers(tools: Tools) -> dict[Scorer, Score]:
+    """The loaded scorers of these shards: drafts are not shown to those of --agree."""
+    return {scorer: score for scorer, score in tools.scorers().items() if scorer in tools.wanted}
 
 
 def score_kept(rows: list[Row], scorers: dict[Scorer, Score]) -> None:
@@ -1685,19 +1712,24 @@ def ask(scorer: Scorer, score: Score, images: list[Image.Image], prompts: list[s
 
 
 def complete_shard(
-    path: Path, rows: list[Row], tools: Tools, args: argparse.Namespace, beside: Executor, bar: tqdm
+    path: Path,
+    prompts: list[str],
+    rows: list[Row],
+    tools: Tools,
+    args: argparse.Namespace,
+    beside: Executor,
+    bar: tqdm,
 ) -> Future:
     """Draws the rows that a shard lacks; on a GPU the thread `beside` scores and writes while the next are drawn."""
-    prompts = list(dict.fromkeys(row["caption"] for row in rows))
     kept = {image_id(row): row for row in read_shard(path)} if path.exists() else {}
-    facts = read_facts(path) if kept else {}
+    facts, scorers = read_facts(path) if kept else {}, chosen_scorers(tools)
     rows = list(({image_id(row): row for row in rows} | kept).values())
     rows.sort(key=lambda row: (prompts.index(row["caption"]), row["index"]))
     missing = [row for row in rows if "jpg" not in row]
     unscored = [row for row in kept.values() if any(s.source not in json.loads(row["scores"]) for s in tools.wanted)]
     jobs: list[Future] = []
     for batch in batches(unscored, args.batch_size):
-        jobs.append(beside.submit(score_kept, batch, tools.scorers()))
+        jobs.append(beside.submit(score_kept, batch, scorers))
         wait(jobs[-2:-1])
         bar.update(len(batch))
     embeds = encode_prompts(tools.pipe(), prompts, args.negative_prompt) if missing else {}
@@ -1711,6 +1743,16 @@ def complete_shard(
         wait(jobs[-2:-1])  # so that no more than two batches are held
         bar.update(len(batch))
     return beside.submit(finish_shard, path, rows, facts, jobs)
+
+
+def start_shard(path: Path, prompts: list[str], plan: Plan, *others: Any) -> Future:
+    """complete_shard; a photo that cannot be read costs its shard."""
+    try:
+        return complete_shard(path, prompts, plan(prompts), *others)
+    except LeftOut as error:
+        failed: Future = Future()
+        failed.set_exception(error)
+        return failed
 
 
 def finish_shard(path: Path, rows: list[Row], facts: dict[str, Any], jobs: list[Future]) -> None:
@@ -1741,8 +1783,8 @@ def complete_shards(
     what, start = todo[0].stem.partition("-")[0], time.perf_counter()
     executor = Inline() if state.device.type == "cpu" else ThreadPoolExecutor(1)
     with progress(sum(lacking.values()), state, what, "img") as bar, executor as beside:
-        for _ in range(2):  # what a scorer fails on is tried once more
-            started = ((path, complete_shard(path, plan(shards[path]), tools, args, beside, bar)) for path in todo)
+        for attempt in (1, 2):  # what a scorer fails on is tried once more
+            started = ((path, start_shard(path, shards[path], plan, tools, args, beside, bar)) for path in todo)
             failed, finished = {}, 0
             for (path, job), _ in pairwise(chain(started, [None])):  # each is looked at when the next one is drawn
                 error = job.exception()
@@ -1751,7 +1793,7 @@ def complete_shards(
                 elif error:
                     raise error
                 finished += not error
-                if len(failed) == 3 and not finished:
+                if attempt == 1 and len(failed) == 3 and not finished and all(lacking.values()):
                     raise UserError(f"{error} (on all of the first three shards)")
             todo = list(failed)
     return Done(sum(lacking.values()), time.perf_counter() - start, failed)
@@ -1832,8 +1874,8 @@ def read_pools(shards: Iterable[Path], columns: list[str] | None = None) -> Iter
 
 
 def scores_of(rows: list[Row], scorer: Scorer) -> np.ndarray:
-    """A scorer's raw scores of rows, (N,)."""
-    return np.array([json.loads(row["scores"])[scorer.source] for row in rows], np.float64)
+    """A scorer's raw scores of rows, (N,); nan where it failed."""
+    return np.array([json.loads(row["scores"]).get(scorer.source, math.nan) for row in rows], np.float64)
 
 
 def count_votes(scorers: list[Scorer], agree: list[Scorer], shards: Iterable[Path]) -> Votes:
@@ -1974,8 +2016,8 @@ def pair_row(choice: Choice, images: dict[str, Row], scorers: list[Scorer], args
 
 
 def choose_validation(captions: list[str], share: float, seed: int) -> set[str]:
-    """A seeded `share` of the prompts, rounded, at least one if any is asked for and there are two."""
-    count = max(round(share * len(captions)), int(share > 0 and len(captions) > 1))
+    """A seeded `share` of the prompts, rounded; at least one if any is asked for, and one at least is left."""
+    count = min(max(round(share * len(captions)), int(share > 0)), len(captions) - 1)
     return set(sorted(captions, key=lambda caption: unit_hash(seed, caption, "validation"))[:count])
 
 
@@ -2195,9 +2237,10 @@ def contact_sheet(title: str, cards: list[Card], per_row: int, cell: int = 192) 
 
 def draw_pool(args: argparse.Namespace, pool: Pool, votes: Votes) -> None:
     """pool.png: all candidates of the first prompt that has some, best to worst; the finalists are marked."""
-    rows = next(rows for _, rows in read_pools(pool.drafts or pool.images, list(POOL_COLUMNS)) if rows[0]["jpg"])
-    totals = votes.totals(rows)
-    chosen = finalists(totals, args.finalists if args.draft_steps else 1)
+    pools = read_pools([*pool.drafts, *pool.images], list(POOL_COLUMNS))
+    rows = next(rows for _, rows in pools if any(row["jpg"] for row in rows))
+    drafts, totals = rows[0]["source"] == "draft", votes.totals(rows)
+    chosen = finalists(totals, args.finalists if drafts else 1)
     colours = dict(zip(chosen, [BAD] * len(chosen), strict=True))
     colours |= dict.fromkeys(sorted(chosen, key=lambda i: -totals[i])[: (len(chosen) + 1) // 2], GOOD)
     cards = [
@@ -2205,7 +2248,7 @@ def draw_pool(args: argparse.Namespace, pool: Pool, votes: Votes) -> None:
         for i in np.argsort(-totals)  # nan comes last
         if rows[i]["jpg"]
     ]
-    what = f"Drafts in {args.draft_steps} steps, best to worst" if args.draft_steps else "Best to worst"
+    what = f"Drafts in {args.draft_steps} steps, best to worst" if drafts else "Best to worst"
     title = textwrap.shorten(f"{what}: {rows[0]['caption']}", 110)
     save_png(contact_sheet(title, cards, per_row=10, cell=144), Path(args.output_dir) / "pool.png")
 
@@ -2844,21 +2887,19 @@ def export_folders(folder: Path, part: Path) -> None:
 
 def export_images(folder: Path, part: Path) -> None:
     """All images of the pool as IMAGE_ID.jpg, and metadata.jsonl with file_name, text and image_id."""
-    shards = [pq.ParquetFile(path) for path in sorted(folder.glob("pool/*.parquet"))]
-    total = sum(shard.metadata.num_rows for shard in shards)
+    shards = sorted(folder.glob("pool/*.parquet"))
+    total = sum(pq.read_metadata(shard).num_rows for shard in shards)
     with (
         tqdm(total=total, desc="exporting", unit="img", smoothing=0.1) as bar,
         (part / "metadata.jsonl").open("w", encoding="utf-8") as lines,
     ):
-        for shard in shards:
-            columns = [name for name in shard.schema_arrow.names if name != "latents"]
-            for row in (row for batch in shard.iter_batches(16, columns=columns) for row in batch.to_pylist()):
-                bar.update()
-                if row["jpg"]:
-                    name = f"{file_stem(image_id(row))}.jpg"
-                    (part / name).write_bytes(row["jpg"])
-                    line = {"file_name": name, "text": row["caption"], "image_id": image_id(row)}
-                    lines.write(json.dumps(line, ensure_ascii=False) + "\n")
+        for row in chain.from_iterable(read_shard(shard, [*SCORE_COLUMNS, "jpg"]) for shard in shards):
+            bar.update()
+            if row["jpg"]:
+                name = f"{file_stem(image_id(row))}.jpg"
+                (part / name).write_bytes(row["jpg"])
+                line = {"file_name": name, "text": row["caption"], "image_id": image_id(row)}
+                lines.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 EXPORTS = {"pickapic": export_pickapic, "chosen": export_chosen, "folders": export_folders, "images": export_images}
@@ -2894,6 +2935,8 @@ def write_record(folder: Path, record: dict[str, Any]) -> None:
 
 def check_folder(folder: Path, settings: dict[str, Any], fixed: Sequence[str], overwrite: bool) -> None:
     """Refuses a folder that is not ours, or that holds a run whose `fixed` settings differ."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --output_dir")
     if not folder.exists() or all(path.suffix == ".part" for path in folder.iterdir()):
         return
     old = read_record(folder)["settings"]
@@ -2905,15 +2948,24 @@ def check_folder(folder: Path, settings: dict[str, Any], fixed: Sequence[str], o
         raise UserError(f"{folder} holds a run with other settings ({differences}): {ways}")
 
 
-def prepare_folder(folder: Path, settings: dict[str, Any], prompts: list[str], overwrite: bool) -> None:
-    """Makes the folder, empties it if asked to, and notes the settings and prompts before the first image."""
-    if overwrite:
-        shutil.rmtree(folder / "pool", ignore_errors=True)
-        shutil.rmtree(folder / "data", ignore_errors=True)
-    (folder / "pool").mkdir(parents=True, exist_ok=True)
-    write_record(folder, {"settings": settings})
-    text = "\n".join(prompts) + "\n"
-    replace_file(folder / "pool" / "prompts.txt", lambda part: part.write_text(text, encoding="utf-8"))
+def prepare_folder(folder: Path, settings: dict[str, Any], inputs: Inputs, overwrite: bool) -> None:
+    """Makes the folder, empties it if asked to, and notes settings and prompts before the first image.
+
+    The record of a finished run stays until the next is finished.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            shutil.rmtree(folder / "pool", ignore_errors=True)
+            shutil.rmtree(folder / "data", ignore_errors=True)
+        if overwrite or not (folder / "preference_data.json").exists():
+            write_record(folder, {"settings": settings})
+        (folder / "pool").mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    for name, lines in (("prompts.txt", inputs.prompts), ("held_out.txt", sorted(inputs.held_out))):
+        text = "".join(f"{line}\n" for line in lines)
+        replace_file(folder / "pool" / name, lambda part, text=text: part.write_text(text, encoding="utf-8"))
 
 
 def start_processes() -> PartialState:
@@ -2944,14 +2996,30 @@ class Inputs(NamedTuple):
     remarks: list[str]
     photos: dict[str, Callable[[], Image.Image]]  # of the later stages
     winners: dict[str, Winner]
-    winners_latents: dict[str, Any] | None = None  # their shape, type and VAE
+    winners_latents: dict[str, Any] | None  # their shape, type and VAE
+    held_out: set[str]  # prompts of the validation split
+
+
+def read_kept_inputs(args: argparse.Namespace) -> Inputs:
+    """--rescore: the prompts as they were noted; of the later stages with their split."""
+    try:
+        pool = Path(args.output_dir, "pool")
+        prompts, held_out = ((pool / name).read_text("utf-8").splitlines() for name in ("prompts.txt", "held_out.txt"))
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: this pool cannot be scored again") from error
+    if args.stage == "easy":
+        held_out = choose_validation(prompts, args.validation_share, args.seed)
+    return Inputs(prompts, [], {}, {}, None, set(held_out))
 
 
 def read_inputs(args: argparse.Namespace) -> Inputs:
-    """The prompts; of Normal and Hard those of the stage before that have a photo, which also gives the size."""
+    """The prompts; of Normal and Hard those of the stage before that have a photo; that stage gives the size too."""
+    if args.rescore:
+        return read_kept_inputs(args)
     if args.stage == "easy":
         prompts, remark = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
-        return Inputs(prompts, [remark], {}, {})
+        held_out = choose_validation(prompts, args.validation_share, args.seed)
+        return Inputs(prompts, [remark], {}, {}, None, held_out)
     photos, remark = read_photos(args.real_data_dir, args.prompt_column)
     winners = find_winners(args.previous_pairs)
     prompts = [caption for caption in winners if caption in photos][: args.max_prompts]
@@ -2966,8 +3034,12 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
     args.width, args.height = size
     told = f"prompts: {len(prompts)} of the {len(winners)} pairs in {args.previous_pairs} have a photo"
     record = Path(args.previous_pairs, "preference_data.json")
-    latents = json.loads(record.read_text()).get("latents") if record.is_file() else None
-    return Inputs(prompts, [remark, told], photos, winners, latents)
+    before = json.loads(record.read_text()) if record.is_file() else {}
+    stage, expected = before.get("settings", {}).get("stage"), {"normal": "easy", "hard": "normal"}[args.stage]
+    if stage not in (None, expected):
+        told += f"; note: they are of the stage {stage}, the paper's {args.stage} takes those of {expected}"
+    held_out = {caption for caption in prompts if winners[caption].split == "validation"}  # out of training it stays
+    return Inputs(prompts, [remark, told], photos, winners, before.get("latents"), held_out)
 
 
 def tell_long_prompts(args: argparse.Namespace, prompts: list[str]) -> int:
@@ -3015,6 +3087,11 @@ def plan_pool(args: argparse.Namespace, inputs: Inputs, scorers: list[Scorer], a
     """Easy: N images of each prompt, or N drafts and its finalists. Normal and Hard: the photos' reconstructions."""
     folder, count = Path(args.output_dir), args.num_images_per_prompt
     plan_drafts = partial(plan_candidates, count=count, seed=args.seed, source="draft")
+    if args.rescore and not args.refine:
+        per_prompt = len(args.sdrecon_timesteps) + 1 if args.stage != "easy" else 4 if args.draft_steps else count
+        images = plan_shards(folder, "images", inputs.prompts, per_prompt)
+        plan = partial(plan_kept, images={prompt: path for path, prompts in images.items() for prompt in prompts})
+        return Pool({}, images, plan_drafts, lambda: (plan, count_votes(scorers, agree, images)))
     if args.stage != "easy":
         timesteps = args.sdrecon_timesteps
         plan = partial(plan_reconstructions, timesteps=timesteps, seed=args.seed, winners=inputs.winners)
@@ -3032,7 +3109,7 @@ def plan_pool(args: argparse.Namespace, inputs: Inputs, scorers: list[Scorer], a
         votes = count_votes(scorers, agree, drafts)
         return partial(plan_finalists, drafts=shard_of, per_side=args.finalists, votes=votes), votes
 
-    return Pool(drafts, plan_shards(folder, "images", inputs.prompts, 2 * args.finalists), plan_drafts, plan_images)
+    return Pool(drafts, plan_shards(folder, "images", inputs.prompts, 4), plan_drafts, plan_images)
 
 
 def prepare_tools(args: argparse.Namespace, device: torch.device, wanted: list[Scorer], inputs: Inputs) -> Tools:
@@ -3054,7 +3131,8 @@ def make_pool(pool: Pool, tools: Tools, args: argparse.Namespace, state: Partial
     speeds = {}
     for kind, shards in (("drafts", pool.drafts), ("images", pool.images)):
         plan = pool.plan_drafts if kind == "drafts" else pool.plan_images()[0]
-        done = complete_shards(shards, plan, tools, args, state)
+        shown = tools if kind == "images" else tools._replace(wanted=tools.wanted[: len(args.scorer)])
+        done = complete_shards(shards, plan, shown, args, state)
         for path, reason in done.left_out.items():
             print(f"left out: {path.name}, because {reason}; the same command tries it again", file=sys.stderr)
         if done.images:
@@ -3077,10 +3155,7 @@ def finish(
     dropped += Counter({"margin below --min_margin": len(margins) - len(kept)})
     if not kept:
         raise UserError(f"no pairs from {len(verdicts)} prompts: {count_words(dropped)}")
-    held_out = choose_validation(inputs.prompts, args.validation_share, args.seed)
-    if inputs.winners:  # what one stage held out stays out of the next one's training
-        held_out = {caption for caption in inputs.prompts if inputs.winners[caption].split == "validation"}
-    counts = write_pairs(args, pool.images, plan, votes, floor, held_out)
+    counts = write_pairs(args, pool.images, plan, votes, floor, inputs.held_out)
     unscored = count_unscored([*pool.drafts, *pool.images], votes.scorers)
     draw_pool(args, pool, votes)
     facts = next(read_facts(shard) for shard in pool.images if shard.exists())
@@ -3089,6 +3164,7 @@ def finish(
     record = {
         "settings": settings,
         "prompts": len(verdicts),
+        "prompts_from": {name: getattr(args, name) for name in ("prompts", "prompt_column", "max_prompts")},
         "long_prompts": long_prompts,
         "images_without_score": unscored,
         "pairs": counts,
@@ -3124,8 +3200,8 @@ def finish(
 
 def count_unscored(shards: Iterable[Path], scorers: list[Scorer]) -> int:
     """How many images some scorer gave nan, as it gets every image that is not finite."""
-    raw = (scores_of(rows, scorer) for _, rows in read_pools(shards) for scorer in scorers[:1])
-    return int(sum(np.isnan(one).sum() for one in raw))
+    missing = (np.isnan([scores_of(rows, scorer) for scorer in scorers]).any(axis=0) for _, rows in read_pools(shards))
+    return int(sum(one.sum() for one in missing))
 
 
 def next_command(args: argparse.Namespace) -> str:
@@ -3155,25 +3231,35 @@ def load_sampler(args: argparse.Namespace, device: torch.device) -> DiffusionPip
 def main(args: argparse.Namespace) -> None:
     """Draws and scores the pool, every process its own shards; then the main process keeps best against worst."""
     if args.write_prompts:
+        if os.environ.get("RANK", "0") != "0":
+            return
         prompts = write_prompts(Path(args.prompts), args.write_prompts, args.seed)
         print("\n    ".join([f"{len(prompts)} prompts in {args.prompts}, such as", *prompts[:3]]))
         return
     wanted = parse_scorers([*args.scorer, *args.agree])
+    if not any(scorer.weight for scorer in wanted[: len(args.scorer)]):
+        raise UserError("every --scorer has weight 0: one at least has to vote")
     if args.caption_model:
         caption_photos(args)
     folder, inputs = Path(args.output_dir), read_inputs(args)
     settings = {name: getattr(args, name) for name in (*POOL_SETTINGS, *PAIR_SETTINGS)}
-    digest = hashlib.sha256(str(inputs.prompts).encode()).hexdigest()[:12]
+    before = [
+        (inputs.winners[prompt].source, inputs.winners[prompt].seed) for prompt in inputs.prompts if inputs.winners
+    ]
+    digest = hashlib.sha256(f"{inputs.prompts}{before or ''}".encode()).hexdigest()[:12]
     settings["prompts"] = f"{len(inputs.prompts)} prompts, sha256 {digest}"
+    if args.rescore:
+        settings["prompts"] = read_record(folder)["settings"]["prompts"]
     fixed = [name for name in settings if not (args.rescore and name in PAIR_SETTINGS)]
     check_folder(folder, settings, fixed, args.overwrite)
     check_model(args.pretrained_model_name_or_path, "model_index.json")
 
     state, long_prompts = start_processes(), 0
+    state.wait_for_everyone()  # all have seen the folder as it was
     if state.is_main_process:
         print(*inputs.remarks, sep="\n")
         long_prompts = tell_long_prompts(args, inputs.prompts)
-        prepare_folder(folder, settings, inputs.prompts, args.overwrite)
+        prepare_folder(folder, settings, inputs, args.overwrite)
     state.wait_for_everyone()
 
     tools = prepare_tools(args, state.device, wanted, inputs)
@@ -3181,7 +3267,10 @@ def main(args: argparse.Namespace) -> None:
     pool = plan_pool(args, inputs, votes, agree)
     speeds = make_pool(pool, tools, args, state)
     if state.is_main_process:
-        finish(args, pool, inputs, settings, long_prompts, speeds)
+        try:
+            finish(args, pool, inputs, settings, long_prompts, speeds)
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error}; the pool is kept, start again to go on") from error
     state.destroy_process_group()
 
 
@@ -3238,7 +3327,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         metavar="[WEIGHT*]NAME[=MODEL][,option=value...]",
         help=SCORER_HELP,
     )
-    flag("--agree", nargs="+", default=[], metavar="SCORER", help="drop pairs that these scorers order otherwise")
+    flag("--agree", nargs="*", default=[], metavar="SCORER", help="drop pairs that these scorers order otherwise")
     flag("--min_margin", metavar="GAP", help="drop pairs below it; a number, or as 25%% the quarter of least gap")
     flag("--validation_share", type=float, default=0.1, help="share of the prompts kept out of training")
 
@@ -3247,7 +3336,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--export", nargs="+", choices=EXPORTS, default=[], help="also in these formats, as output_dir/export-*")
     flag("--no_latents", action="store_true", help="do not store latents (training then encodes the images)")
     flag("--discard_drafts", action="store_true", help="keep of the drafts their scores, not their images")
-    flag("--rescore", action="store_true", help="choose pairs anew from the kept pool, by the flags under pairs")
+    flag(
+        "--rescore",
+        action="store_true",
+        help="choose pairs anew among the images of the pool, by the flags under pairs",
+    )
+    flag("--refine", action="store_true", help="with --rescore: draw drafts that newly come to the final in full")
     flag("--overwrite", action="store_true", help="empty the output folder first, if it is one of ours")
 
     args = parser.parse_args(argv)
@@ -3269,6 +3363,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Refuses what cannot work, before anything is loaded."""
+    check_numbers(parser, args)
+    if args.refine and not args.rescore:
+        parser.error("--refine belongs to --rescore")
+    if args.rescore and args.overwrite:
+        parser.error("--rescore keeps the pool, --overwrite deletes it: choose one")
+    check_margin(parser, args.min_margin)
+    check_stage(parser, args)
+    check_drafts(parser, args)
+
+
+def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses numbers out of their range."""
     for name in ("num_inference_steps", "batch_size", "max_prompts", "write_prompts", "height", "width", "finalists"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
@@ -3277,13 +3383,12 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
             parser.error(f"--{name} {getattr(args, name)} is not a multiple of 8")
     if args.num_images_per_prompt < 2:
         parser.error("--num_images_per_prompt must be at least 2: a pair has a winner and a loser")
+    if args.seed < 0:
+        parser.error("--seed must be at least 0")
+    if not math.isfinite(args.guidance_scale):
+        parser.error("--guidance_scale is not a finite number")
     if not 0 <= args.validation_share < 1:
         parser.error("--validation_share must be at least 0 and below 1")
-    if args.rescore and args.overwrite:
-        parser.error("--rescore keeps the pool, --overwrite deletes it: choose one")
-    check_margin(parser, args.min_margin)
-    check_stage(parser, args)
-    check_drafts(parser, args)
 
 
 def check_margin(parser: argparse.ArgumentParser, spec: str | None) -> None:
@@ -3298,17 +3403,24 @@ def check_margin(parser: argparse.ArgumentParser, spec: str | None) -> None:
 
 
 def check_stage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Easy needs prompts; the later stages photos, the pairs before and a sampler whose timesteps can be named."""
-    if args.stage == "easy":
-        for name in ("real_data_dir", "previous_pairs", "sdrecon_timesteps"):
-            if getattr(args, name):
-                parser.error(f"--{name} belongs to --stage normal and hard")
-        if args.prompts is None:
-            parser.error("no prompts: set --prompts to a text file with one prompt per line, or see --help")
+    """Easy needs prompts, the later stages photos and the pairs before."""
+    if args.stage != "easy":
+        check_later_stage(parser, args)
         return
+    for name in ("real_data_dir", "previous_pairs", "sdrecon_timesteps"):
+        if getattr(args, name):
+            parser.error(f"--{name} belongs to --stage normal and hard")
+    if args.prompts is None:
+        parser.error("no prompts: set --prompts to a text file with one prompt per line, or see --help")
+
+
+def check_later_stage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Normal and Hard need photos, the pairs before and a sampler whose timesteps can be named."""
     for name in ("real_data_dir", "previous_pairs"):
         if getattr(args, name) is None:
             parser.error(f"--stage {args.stage} needs --{name}")
+    if Path(args.previous_pairs).resolve() == Path(args.output_dir).resolve():
+        parser.error("--output_dir is --previous_pairs: give this stage a folder of its own")
     if args.sampler != "dpmsolver":
         parser.error(f"--stage {args.stage} needs --sampler dpmsolver, whose timesteps can be named")
     if not all(0 < t < 1000 for t in args.sdrecon_timesteps):

@@ -442,21 +442,21 @@ def test_export_images_writes_the_pool(tmp_path):
     for i in range(5):
         sources = {
             "jpg": jpg((40 * i, 0, 0)) if i != 3 else None,
-            "source": [None, "draft-5", "sdrecon-400", "x", "a/b"][i],
+            "source": ["generated", "draft", "sdrecon-400", "x", "a/b"][i],
         }
-        rows.append({"prompt_id": f"id{i // 2}", "caption": HOSTILE, "index": i, "latents": b"x", **sources})
+        rows.append({"prompt_id": f"id{i // 2}", "caption": HOSTILE, "index": i, "seed": i, "scores": "{}", **sources})
     (out / "pool").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), out / "pool" / "pool-00000.parquet")
     place = data.export_pairs(out, "images")
-    names = ["id0-generated-0", "id0-draft-5-1", "id1-sdrecon-400-2", "id2-a_b-4"]
+    names = ["id0-generated-0", "id0-draft-1", "id1-sdrecon-400-2", "id2-a_b-4"]
     assert sorted(path.stem for path in place.glob("*.jpg")) == sorted(names)
-    assert (place / "id0-draft-5-1.jpg").read_bytes() == rows[1]["jpg"]
+    assert (place / "id0-draft-1.jpg").read_bytes() == rows[1]["jpg"]
     lines = [json.loads(line) for line in (place / "metadata.jsonl").read_text().splitlines()]
     assert lines[3] == {"file_name": "id2-a_b-4.jpg", "text": HOSTILE, "image_id": "id2-a/b-4"}
     loaded = datasets.load_dataset(str(place), cache_dir=str(tmp_path / "cache"))["train"]
     assert len(loaded) == 4
     assert loaded.features["image"] == datasets.Image()
-    assert data.image_id({"prompt_id": "p", "index": 2}) == "p-generated-2"
+    assert data.image_id({"prompt_id": "p", "source": "draft", "index": 2}) == "p-draft-2"
 
 
 # ---- The script -----------------------------------------------------------------------------------------------------

@@ -31,6 +31,7 @@ from diffusers import (
 from test_make_preference_data import (
     SCORER,
     data,
+    data_of,
     difference,
     flags,
     make,
@@ -62,10 +63,6 @@ def drafted(tmp_path_factory):
 
 def pool_rows(out: Path, kind: str) -> list[dict]:
     return [row for shard in sorted(out.glob(f"pool/{kind}-*.parquet")) for row in pq.read_table(shard).to_pylist()]
-
-
-def data_of(out: Path) -> list[dict]:
-    return [row for _, row in data.iterate_pairs(out)]
 
 
 def rescore(folder: Path, *extra: object) -> None:
@@ -186,21 +183,43 @@ def test_a_draft_foretells_the_full_image_of_its_own_noise(pipe, sampler):
     assert np.diag(distance).mean() < distance.mean() / 2
 
 
-def test_rescore_draws_what_comes_newly_to_the_final_and_forgets_nothing(drafted, inputs):
+def test_rescore_chooses_among_the_images_that_are_there(drafted, inputs, monkeypatch):
+    out = inputs / "out"
+    make(inputs, *DRAFTS, "--finalists", 2)
+    before = [row["jpg"] for row in pool_rows(out, "images")]
+    monkeypatch.setattr(data, "load_pipeline", lambda *args: pytest.fail("nothing is to be drawn"))
+    plugin = f"{inputs}/plugin.py:redness"
+    rescore(inputs, "--scorer", plugin, "--validation_share", 0)
+    assert [row["jpg"] for row in pool_rows(out, "images")] == before
+    for pair in data_of(out):
+        rows = [row for row in pool_rows(out, "images") if row["caption"] == pair["caption"]]
+        red = {row["seed"]: json.loads(row["scores"])[plugin] for row in rows}
+        assert {red[pair["seed_0"]], red[pair["seed_1"]]} == {max(red.values()), min(red.values())}
+
+
+def test_a_rescore_that_fails_leaves_the_record_as_it_was(inputs):
+    out = make(inputs, *DRAFTS, "--max_prompts", 2)
+    before = (out / "preference_data.json").read_bytes()
+    with pytest.raises(data.UserError, match="no pairs"):
+        rescore(inputs, "--min_margin", 1000)
+    assert (out / "preference_data.json").read_bytes() == before
+    make(inputs, *DRAFTS, "--max_prompts", 2)  # the same command is the same run still
+
+
+def test_refine_draws_what_comes_newly_to_the_final_and_forgets_nothing(drafted, inputs):
     out = inputs / "out"
     make(inputs, *DRAFTS)
     assert pool_bytes(out) == pool_bytes(drafted)
     plugin = f"{inputs}/plugin.py:redness"
-    rescore(inputs, "--scorer", plugin)
+    rescore(inputs, "--refine", "--scorer", plugin)
     drafts, images = pool_rows(out, "drafts"), pool_rows(out, "images")
     assert 12 < len(images) <= 24
     for pair in data_of(out):
         red = {row["seed"]: json.loads(row["scores"])[plugin] for row in drafts if row["caption"] == pair["caption"]}
         assert {red[pair["seed_0"]], red[pair["seed_1"]]} == {max(red.values()), min(red.values())}
-    rescore(inputs, "--scorer", SCORER)
+    rescore(inputs, "--refine", "--scorer", SCORER)
     assert data_of(out) == data_of(drafted)  # what was drawn for the other scorer takes no part
-    rescore(inputs, "--scorer", SCORER, "--finalists", 2)
-    assert {row["num_candidates"] for row in data_of(out)} == {6}
+    rescore(inputs, "--refine", "--scorer", SCORER, "--finalists", 2)
     margins = [{row["caption"]: row["margin"] for row in data_of(folder)} for folder in (drafted, out)]
     assert all(margins[1][caption] >= margins[0][caption] for caption in margins[0])
 
@@ -208,11 +227,12 @@ def test_rescore_draws_what_comes_newly_to_the_final_and_forgets_nothing(drafted
 def test_discarded_drafts_can_be_chosen_anew_but_not_scored_anew(inputs):
     out = make(inputs, *DRAFTS, "--discard_drafts", "--max_prompts", 2)
     assert {row["jpg"] for row in pool_rows(out, "drafts")} == {b""}
+    assert (out / "pool.png").exists()
     before = data_of(out)
     rescore(inputs, "--min_margin", "0.0")
     assert data_of(out) == before
     with pytest.raises(data.UserError, match="--discard_drafts"):
-        rescore(inputs, "--scorer", f"{inputs}/plugin.py:redness")
+        rescore(inputs, "--refine", "--scorer", f"{inputs}/plugin.py:redness")
 
 
 def test_agree(drafted, inputs):

@@ -3,13 +3,14 @@
 
 import contextlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
-from test_make_preference_data import data, data_of, difference, make, read_image, rows_of, write_inputs
+from test_make_preference_data import SCORER, data, data_of, difference, make, read_image, rows_of, write_inputs
 from tiny_human import figures
 
 
@@ -216,6 +217,32 @@ def test_photos_of_another_shape_are_cut_to_the_size(curriculum, tmp_path):
     later = ["--stage", "hard", "--real_data_dir", photos, "--previous_pairs", curriculum / "easy"]
     for row in data_of(make(folder, *EASY, *later)):
         assert read_image(winner(row, "jpg")).size == (64, 64)
+
+
+def test_a_photo_that_cannot_be_read_costs_its_shard(curriculum, tmp_path, capsys, monkeypatch):
+    folder = write_inputs(tmp_path)
+    photos = draw_photos(folder / "photos")
+    (photos / "0.png").write_bytes(b"no picture")
+    monkeypatch.setattr(data, "SHARD_IMAGES", 4)  # two prompts
+    later = ["--stage", "hard", "--real_data_dir", photos, "--previous_pairs", curriculum / "easy"]
+    out = make(folder, *EASY, *later)
+    told = capsys.readouterr()
+    assert "left out: images-0000" in told.err
+    assert "cannot read the photo" in told.err
+    assert "note: they are of the stage easy" in told.out
+    assert len(data_of(out)) == 4
+
+
+def test_a_later_stage_is_scored_again_without_photos(curriculum, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_IMAGES", 10)
+    out = shutil.copytree(curriculum / "normal", tmp_path / "out")
+    write_inputs(tmp_path)
+    before = {row["caption"]: row for row in data_of(out)}
+    plugin = f"{tmp_path}/plugin.py:redness"
+    data.main(data.parse_args(["--output_dir", str(out), "--rescore", "--scorer", SCORER, f"0.1*{plugin}"]))
+    assert {row["source_0"] for row in data_of(out)} | {row["source_1"] for row in data_of(out)} > {"generated"}
+    data.main(data.parse_args(["--output_dir", str(out), "--rescore", "--scorer", SCORER]))
+    assert {row["caption"]: row for row in data_of(out)} == before
 
 
 @pytest.mark.parametrize(

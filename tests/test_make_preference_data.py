@@ -356,7 +356,7 @@ def pool_bytes(out: Path) -> dict[str, bytes]:
 
 
 def data_of(out: Path) -> list[dict]:
-    return rows_of(out, "train") + rows_of(out, "validation")
+    return [row for _, row in data.iterate_pairs(out)]
 
 
 # ---- Bad input ------------------------------------------------------------------------------------------------------
@@ -394,6 +394,11 @@ def data_of(out: Path) -> list[dict]:
         (["--batch_size", "0"], 2, "at least 1"),
         (["--max_prompts", "0"], 2, "at least 1"),
         (["--finalists", "0"], 2, "at least 1"),
+        (["--seed", "-1"], 2, "at least 0"),
+        (["--guidance_scale", "nan"], 2, "finite"),
+        (["--refine"], 2, "belongs to --rescore"),
+        (["--scorer", "0*pickscore"], 1, "has to vote"),
+        ([*LATER, "--output_dir", "{folder}"], 2, "a folder of its own"),
         (["--draft_steps", "2"], 2, "below --num_inference_steps 2"),
         (["--draft_steps", "-1"], 2, "at least 0"),
         (["--draft_steps", "1", "--finalists", "3"], 2, "more than --num_images_per_prompt"),
