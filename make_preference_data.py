@@ -2674,7 +2674,7 @@ function card(pair) {
   const sides = names.map((name, i) => side(pair, name, i + 1, open));
   const node = make("article", {}, make("blockquote", {}, pair.prompt), make("div", {className: "pair"}, ...sides));
   if (!open) node.append(table(pair), make("p", {className: "soft"}, `margin ${show(pair.margin)} · ${pair.split} · `
-    + `stage ${pair.stage} · best and worst of ${pair.candidates} · seeds ${pair.winner.seed}, ${pair.loser.seed} · `
+    + `stage ${pair.stage} · ${pair.candidates} candidates · seeds ${pair.winner.seed}, ${pair.loser.seed} · `
     + `pair ${pair.position + 1} of ${about.total}`));
   return node;
 }
