@@ -1621,7 +1621,7 @@ def how_drawn(row: Row) -> tuple[bool, str]:
     return row["index"] == PREVIOUS, row["index"] != PREVIOUS and row["source"]
 
 
-def draw_batch(
+def draw_rows(
     batch: list[Row], prompts: list[str], embeds: dict[str, torch.Tensor], tools: Tools, args: argparse.Namespace
 ) -> tuple[list[Image.Image], torch.Tensor]:
     """The images and latents of rows that are drawn alike."""
@@ -1735,7 +1735,7 @@ def complete_shard(
     embeds = encode_prompts(tools.pipe(), prompts, args.negative_prompt) if missing else {}
     for batch in batches(missing, args.batch_size, how_drawn):
         try:
-            images, latents = draw_batch(batch, prompts, embeds, tools, args)
+            images, latents = draw_rows(batch, prompts, embeds, tools, args)
         except torch.OutOfMemoryError as error:
             raise UserError(f"out of memory: set --batch_size below {args.batch_size}") from error
         facts = facts or describe_images(images[0], latents, tools, args)
@@ -3369,7 +3369,7 @@ def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Non
     if args.rescore and args.overwrite:
         parser.error("--rescore keeps the pool, --overwrite deletes it: choose one")
     check_margin(parser, args.min_margin)
-    check_stage(parser, args)
+    check_curriculum(parser, args)
     check_drafts(parser, args)
 
 
@@ -3402,7 +3402,7 @@ def check_margin(parser: argparse.ArgumentParser, spec: str | None) -> None:
         parser.error(f"--min_margin {spec}: give a number, or as 25% the share of the pairs to drop")
 
 
-def check_stage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_curriculum(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Easy needs prompts, the later stages photos and the pairs before."""
     if args.stage != "easy":
         check_later_stage(parser, args)

@@ -417,7 +417,7 @@ def test_images_that_are_not_finite_are_counted_and_used_for_neither_side(drafte
 
 def test_what_is_held_grows_with_a_shard_not_with_the_prompts(inputs, monkeypatch):
     """No more than three batches of images are alive at any time, and rows are read shard by shard."""
-    alive, most, draw, keep = set(), [], data.draw_batch, data.keep_images
+    alive, most, draw, keep = set(), [], data.draw_rows, data.keep_images
 
     def count_drawn(batch, *args):
         drawn = draw(batch, *args)
@@ -429,7 +429,7 @@ def test_what_is_held_grows_with_a_shard_not_with_the_prompts(inputs, monkeypatc
         keep(batch, *args)
         alive.discard(id(batch))
 
-    monkeypatch.setattr(data, "draw_batch", count_drawn)
+    monkeypatch.setattr(data, "draw_rows", count_drawn)
     monkeypatch.setattr(data, "keep_images", count_kept)
     make(inputs, *DRAFTS, "--batch_size", 1, "--draft_steps", 1, "--num_inference_steps", 2)
     assert len(most) == 48
