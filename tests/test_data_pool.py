@@ -6,10 +6,12 @@ import errno
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import numpy as np
@@ -316,8 +318,13 @@ def test_twenty_kills(inputs, drafted):
         while kills < 20:
             process.stdin.write("go\n")
             child = int(process.stdout.readline())
-            watcher = subprocess.Popen(["sleep", str(rng.uniform(0.0, 6.0))])
-            watcher.wait()
+            before = list(out.rglob("*.part*"))
+            if kills % 2:  # at any moment; or, every other time, a moment after a file came
+                time.sleep(rng.uniform(0.0, 3.0))
+            else:
+                while list(out.rglob("*.part*")) == before and not select.select([process.stdout], [], [], 0.01)[0]:
+                    pass
+                time.sleep(rng.uniform(0.0, 0.3))
             with contextlib.suppress(ProcessLookupError):
                 os.kill(child, signal.SIGKILL)
             killed = os.WIFSIGNALED(int(process.stdout.readline()))
