@@ -63,6 +63,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -79,6 +80,7 @@ from tqdm.auto import tqdm
 
 
 if TYPE_CHECKING:  # the large libraries are imported where they are used, so that a mistyped flag is told at once
+    from accelerate import PartialState
     from datasets import Dataset
     from diffusers import DiffusionPipeline
 
@@ -241,6 +243,9 @@ COLOURS = {  # what colour_statistics measures, in words
 }
 
 
+COLOUR_COLUMNS = ("hue", *COLOURS, "red", "green", "blue")
+
+
 def delta_e(base_lab: np.ndarray, tuned_lab: np.ndarray) -> float:
     """CIE76 distance of the models' mean colours, (P, 3) each; 2.3 is just noticeable."""
     return float(np.linalg.norm(tuned_lab.mean(axis=0) - base_lab.mean(axis=0)))
@@ -249,6 +254,11 @@ def delta_e(base_lab: np.ndarray, tuned_lab: np.ndarray) -> float:
 def latent_shift(base_means: np.ndarray, tuned_means: np.ndarray, base_std: np.ndarray) -> float:
     """Mean over channels of |mean(tuned) - mean(base)| in units of base's std: channel means (P, C) each, std (C,)."""
     return float(np.mean(np.abs(tuned_means.mean(axis=0) - base_means.mean(axis=0)) / base_std))
+
+
+def latent_std(means: np.ndarray, stds: np.ndarray) -> np.ndarray:
+    """Std of each latent channel over all pixels of all images, by the images' means and stds (N, C): (C,)."""
+    return np.sqrt((stds**2 + means**2).mean(axis=0) - means.mean(axis=0) ** 2)
 
 
 def hue_shift(base_hues: np.ndarray, tuned_hues: np.ndarray) -> float:
@@ -263,6 +273,173 @@ def diversity(features: np.ndarray) -> float:
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     first, second = np.triu_indices(len(unit), k=1)
     return float(np.mean(np.sum((unit[first] - unit[second]) ** 2, axis=1) / 2))  # exactly 0 where 1 - cos would round
+
+
+# ---- The method: distances to real photos --------------------------------------------------------------------------
+
+
+def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """FID's distance of two feature sets, (N, D) and (M, D), in squared units of the features; nan below two rows.
+
+    |mean(x) - mean(y)|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)) (https://arxiv.org/abs/1706.08500), without a matrix square
+    root and so for N < D too: with X = (x - mean) / sqrt(N - 1) = Qx Rx, Cx = X^T X, and the last trace is the sum of
+    the singular values of X Y^T, which are those of Rx Ry^T. It reads too high for few rows: their covariances differ
+    by chance, and a chance difference counts as distance.
+    """
+    if min(len(x), len(y)) < 2:
+        return math.nan
+    means = [sample.mean(axis=0, dtype=np.float64) for sample in (x, y)]
+    scaled = [(rows - m) / math.sqrt(len(rows) - 1) for rows, m in zip((x, y), means, strict=True)]
+    rx, ry = (np.linalg.qr(rows, mode="r") for rows in scaled)
+    shared = np.linalg.norm(rx @ ry.T, "nuc")
+    return float(((means[0] - means[1]) ** 2).sum() + (rx**2).sum() + (ry**2).sum() - 2 * shared)
+
+
+def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """KID's distance of two feature sets, (N, D) and (M, D): unbiased MMD^2 with the kernel (x.y / D + 1)^3.
+
+    https://arxiv.org/abs/1801.01401; of DINOv2 features it is called KD (https://arxiv.org/abs/2306.04675). All rows
+    at once, not the mean over subsets of 1000. It has no unit and is not multiplied (papers often print 1000 * KID).
+    Equal distributions give 0 on average, whatever the number of rows, so that a single value may be negative.
+    """
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        root = a @ b.T / a.shape[1] + 1
+        return root * root * root
+
+    return unbiased_mmd(kernel, x, y)
+
+
+def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0) -> float:
+    """CMMD: 1000 * unbiased MMD^2 with the kernel exp(-|x - y|^2 / (2 sigma^2)) of CLIP embeddings of length 1.
+
+    https://arxiv.org/abs/2401.09603, embeddings (N, D) and (M, D). The paper's is biased: it also counts the pairs of
+    an image with itself, which adds 1000 * (1 - mean kernel) / N for each set; here equal distributions give 0 on
+    average.
+    """
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
+        return np.exp(squares / (-2 * sigma**2))
+
+    return 1000 * unbiased_mmd(kernel, x, y)
+
+
+def unbiased_mmd(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], x: np.ndarray, y: np.ndarray) -> float:
+    """Mean kernel of two rows of x, plus that of two rows of y, minus twice that of a row of each; nan below two rows.
+
+    The squared maximum mean discrepancy (https://jmlr.org/papers/v13/gretton12a.html, Lemma 6), a U-statistic: no row
+    is paired with itself. `kernel` maps (N, D) and (M, D) to (N, M).
+    """
+    if min(len(x), len(y)) < 2:
+        return math.nan
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    within = sum(mean_kernel(kernel, rows, rows, diagonal=False) for rows in (x, y))
+    return float(within - 2 * mean_kernel(kernel, x, y))
+
+
+def mean_kernel(
+    kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], x: np.ndarray, y: np.ndarray, diagonal: bool = True
+) -> float:
+    """Mean of kernel(x, y) over all pairs of rows, or without the diagonal; 1024 rows at a time, to save memory."""
+    total = 0.0
+    for start in range(0, len(x), 1024):
+        values = kernel(x[start : start + 1024], y)
+        total += values.sum() - (0 if diagonal else values.trace(offset=start))
+    return total / (len(x) * (len(y) - (not diagonal)))
+
+
+def jackknife_interval(
+    statistic: Callable[..., float], *samples: np.ndarray, blocks: int = 20, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of `statistic(*samples)` by the delete-a-block jackknife; nan where there are not two rows.
+
+    The rows of the samples, (P, ...) each, are shuffled and cut into B = `blocks` blocks together, and each block is
+    left out once: error^2 = (B - 1) / B * sum of (value without a block - mean of these values)^2
+    (https://doi.org/10.1214/aos/1176347263). The interval is the value -/+ error * Student's t of B - 1 degrees.
+    Not the bootstrap: its samples hold rows twice. A row and its copy are as close as rows can be, so that
+    U-statistics such as unbiased_mmd, and the Frechet distance, come out too high on them, by more than the error.
+    """
+    count = len(samples[0])
+    blocks = min(blocks, count)
+    if blocks < 2:
+        return math.nan, math.nan
+    parts = np.array_split(np.random.default_rng(seed).permutation(count), blocks)
+    values = np.array([statistic(*(np.delete(sample, part, axis=0) for sample in samples)) for part in parts])
+    error = math.sqrt((blocks - 1) * values.var())
+    value, reach = statistic(*samples), student_t(blocks - 1) * error
+    return value - reach, value + reach
+
+
+def student_t(degrees: int) -> float:
+    """Two-sided 95 % quantile of Student's t, 1.96 for many degrees (Cornish-Fisher; within 1 % from 5 degrees)."""
+    z = 1.959964
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+
+
+def real_floor(statistic: Callable[..., float], photos: np.ndarray, n: int, seed: int) -> float:
+    """The distance of `n` random photos from all others, (M, D): about what `n` images of a perfect model would read.
+
+    At most half of the photos are set apart. Where that is less than `n`, the floor of frechet_distance is too high.
+    """
+    order = np.random.default_rng(seed).permutation(len(photos))
+    size = min(n, len(photos) // 2)
+    return statistic(photos[order[:size]], photos[order[size:]])
+
+
+def compare_realism(
+    features: dict[str, np.ndarray],
+    prompt_ids: np.ndarray,
+    photos: np.ndarray,
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    seed: int = 0,
+) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
+    """How far every model's images are from photos by `statistic`, and how far tuned models moved; lower is better.
+
+    features: {model: (N, D)}, "base" first, rows in the same order for all; a row with a nan in any model is left out
+    for all of them, so that each has the same number of images of the same prompts. prompt_ids (N,), photos (M, D).
+    Returns the distance: {"images", "floor", "models": {model: value}, "note"}, and the moves: {tuned model: {"base",
+    "tuned", "difference", "interval"}}. The interval is a jackknife over blocks of prompts, paired; the photos are
+    fixed, so that it does not tell how the difference would be against other photos.
+    """
+    known = np.logical_and.reduce([np.isfinite(found).all(axis=1) for found in features.values()])
+    ids = prompt_ids[known]
+    prompts, images = np.unique(ids), len(ids)
+
+    @lru_cache(None)  # base's distances serve every tuned model
+    def distance(name: str, kept: tuple[int, ...]) -> float:
+        return statistic(features[name][known][np.isin(ids, kept)], photos)
+
+    def difference(name: str, kept: np.ndarray) -> float:
+        return distance(name, tuple(kept)) - distance("base", tuple(kept))
+
+    values = {name: distance(name, tuple(prompts)) for name in features}
+    moves = {
+        name: {
+            "base": values["base"],
+            "tuned": value,
+            "difference": value - values["base"],
+            "interval": jackknife_interval(partial(difference, name), prompts, seed=seed),
+        }
+        for name, value in values.items()
+        if name != "base"
+    }
+    floor, note = real_floor(statistic, photos, images, seed), realism_note(statistic, images, len(photos))
+    return {"images": images, "floor": floor, "models": values, "note": note}, moves
+
+
+def realism_note(statistic: Callable[..., float], images: int, photos: int) -> str:
+    """Why to read a distance with care, in a sentence or two; "" where there is no reason."""
+    told = f"{images} images of each model and {photos} photos"
+    notes = []
+    if min(images, photos) < 100:
+        notes.append(f"With {told} this distance says little: use 100 of both or more.")
+    if statistic is frechet_distance and min(images, photos) < 2048:
+        notes.append(
+            f"A Frechet distance of {told} reads too high, and more so for varied images: below 2048 of both, trust "
+            "the kernel distances."
+        )
+    return " ".join(notes)
 
 
 # ---- Prompts ------------------------------------------------------------------------------------------------------
@@ -381,20 +558,21 @@ def read_json(path: Path) -> list[dict[str, Any]]:
 
 
 def load_rows(source: str) -> Dataset:
-    """The rows of a folder, or of a hub name with or without :split, that `datasets` reads: of train, else the first.
+    """The rows of a folder or hub name, with or without :split, that `datasets` reads: of train, else the first split.
 
     A folder is read anew, because one that changed under its old name would come out of the cache as it was.
     """
     import datasets
 
-    folder = Path(source).is_dir()
-    name, _, split = (source, "", "") if folder else source.partition(":")
+    named = None if Path(source).is_dir() else re.fullmatch(r"(.+):([\w.-]+)", source)
+    name, split = named.groups() if named else (source, None)
+    folder = Path(name).is_dir()
     if not folder and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise UserError(f"no such file or folder: {source}")
     datasets.disable_progress_bars()
     mode = "force_redownload" if folder else "reuse_dataset_if_exists"
     try:
-        loaded = datasets.load_dataset(name, split=split or None, download_mode=mode)
+        loaded = datasets.load_dataset(name, split=split, download_mode=mode)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise UserError(f"{source} is not a file, nor can datasets load it: {reason}") from error
@@ -458,88 +636,22 @@ def read_caption_file(photo: Path) -> str:
     return next(filter(None, (" ".join("".join(read_lines(file)).split()) for file in files)), "")
 
 
-# ---- Data: models, images, values ----------------------------------------------------------------------------------
-
-
-class Model(NamedTuple):
-    """One side of the comparison: the base model (path None), a LoRA, or a folder with a full U-Net in unet/."""
-
-    name: str
-    path: Path | None
-    lora_scale: float = 1.0
-
-
-def parse_model(spec: str) -> Model:
-    """`base` or `NAME=PATH[,lora_scale=S]`; UserError for anything else and for a path without weights."""
-    name, _, rest = spec.partition("=")
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"{spec!r}: a model's name is made of letters, digits, '.', '-' and '_'")
-    if name == "base":
-        if rest:
-            raise UserError(f"{spec!r}: 'base' is --pretrained_model_name_or_path; give this model another name")
-        return Model("base", None)
-    path, *options = rest.split(",")
-    if not path:
-        raise UserError(f"{spec!r}: expected 'base' or NAME=FOLDER, as in dpo=dpo-human-lora")
-    model = Model(name, Path(path))
-    weight_files(model.path)
-    for option in options:
-        key, _, value = option.partition("=")
-        if key != "lora_scale" or not re.fullmatch(r"-?\d*\.?\d+", value):
-            raise UserError(f"{spec!r}: unknown option {option!r}; there is lora_scale=NUMBER")
-        model = model._replace(lora_scale=float(value))
-    return model
-
-
-def parse_models(specs: list[str]) -> list[Model]:
-    """All of --models, base first; UserError without base, without any other, or with two of one name."""
-    models = [parse_model(spec) for spec in specs]
-    names = [model.name for model in models]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise UserError(f"--models: two models are called {min(twice)}")
-    if "base" not in names:
-        raise UserError("--models needs base: every model is compared with it")
-    if len(models) == 1:
-        raise UserError("--models needs a tuned model beside base, as in dpo=dpo-human-lora")
-    return sorted(models, key=lambda model: model.name != "base")
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The files with a tuned model's weights: unet/*.safetensors or one LoRA file. UserError where there are none."""
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"no model at {path}: train one first, or give its folder")
-    patterns = ("unet/*.safetensors", "pytorch_lora_weights.safetensors", "*.safetensors")
-    found = next((files for files in map(sorted, map(path.glob, patterns)) if files), None)
-    if not found:
-        raise UserError(f"{path} holds neither pytorch_lora_weights.safetensors nor unet/: training has not finished")
-    if found[0].parent == path and len(found) > 1:
-        raise UserError(f"{path} holds {len(found)} weight files; name the one to load, as in NAME={found[0]}")
-    return found
-
-
-def fingerprint(files: list[Path]) -> str:
-    """A short hash of the files' sizes and last mebibytes: quick, and enough, for training moves every weight."""
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as stream:
-            size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - 2**20))
-            digest.update(f"{size}|".encode() + stream.read())
-    return digest.hexdigest()[:16]
+# ---- Data: images --------------------------------------------------------------------------------------------------
 
 
 def image_settings(args: argparse.Namespace, model: Model) -> dict[str, object]:
     """All that a model's images depend upon, beside prompt and index; kept beside them as settings.json."""
     names = "pretrained_model_name_or_path revision variant mixed_precision sampler num_inference_steps guidance_scale"
     names += " negative_prompt height width seed"
-    settings = {name: getattr(args, name) for name in names.split()}
+    settings: dict[str, object] = {name: getattr(args, name) for name in names.split()}
     base = Path(args.pretrained_model_name_or_path)
     settings["base_weights"] = fingerprint(sorted(base.rglob("*.safetensors"))) if base.is_dir() else None
-    settings["tuned_weights"] = fingerprint(weight_files(model.path)) if model.path else None
-    settings["lora_scale"] = model.lora_scale
+    files = [file for path in (model.path, model.text_encoder) if path for file in weight_files(path)]
+    settings["tuned_weights"] = fingerprint(files) if files else None
+    for option in ("lora_scale", "blocks", "text_encoder_timesteps"):
+        settings[option] = plain(getattr(model, option))
+    identity = args.identity if model.identity else None
+    settings["identity"] = identity and f"{fingerprint(identity_files(identity))}, scale {identity.scale:g}"
     return settings
 
 
@@ -560,11 +672,51 @@ def open_image_folder(folder: Path, settings: dict[str, object], overwrite: bool
     write_atomically(record, json.dumps(settings, indent=2).encode())
 
 
+def image_file(output: Path, model: Model, prompt: int, index: int) -> Path:
+    """Where a model's image that is drawn here lies."""
+    return output / "images" / model.name / f"{prompt:05d}_{index}.png"
+
+
+def find_images(model: Model, prompts: list[str], plan: list[tuple[int, int]]) -> list[Path | None]:
+    """The finished image of every (prompt, index) of the plan in a folder from elsewhere, None where there is none.
+
+    An image belongs to the prompt that is its caption (metadata.jsonl, or a .txt file beside it) or that it carries
+    (a PNG's text "prompt"); several of one prompt come in the order of their paths. Else its name says it: 00012_0.png
+    is the first image of the thirteenth prompt. UserError where no image belongs to any prompt.
+    """
+    captions = {
+        path: caption or image_text(path).get("prompt", "")
+        for path, caption in find_captions(model.path, None).items()
+    }
+    found: dict[tuple[int, int], Path] = {}
+    if any(captions.values()):
+        number = {prompt: p for p, prompt in enumerate(prompts)}
+        counts: Counter[int] = Counter()
+        for path, caption in captions.items():
+            p = number.get(" ".join(caption.split()))
+            if p is not None:
+                found[p, counts[p]] = path
+                counts[p] += 1
+        how = "none of their captions is one of the prompts"
+    else:
+        named = {path: re.fullmatch(r"(\d+)_(\d+)", path.stem) for path in captions}
+        found = {(int(name[1]), int(name[2])): path for path, name in named.items() if name}
+        how = "they have no captions, and no names like 00012_0.png (prompt 12, image 0)"
+    if not set(plan) & found.keys():
+        raise UserError(f"{model.name}: {len(captions)} images in {model.path}, but {how}")
+    return [found.get(row) for row in plan]
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes under a temporary name and renames, so that a file is there whole or not at all."""
+    """Writes under a temporary name and renames, so that a file is there whole or not at all. UserError: full disk."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; what is finished is kept") from error
 
 
 def png(image: Image.Image, **text: str) -> bytes:
@@ -587,38 +739,21 @@ def image_text(path: Path) -> dict[str, str]:
 
 
 def load_images(paths: list[Path]) -> list[Image.Image]:
-    """The images in RGB, decoded by a few threads."""
+    """The images in RGB, decoded by a few threads; UserError with the file that cannot be read."""
+
+    def load(path: Path) -> Image.Image:
+        try:
+            return Image.open(path).convert("RGB")
+        except OSError as error:
+            raise UserError(f"cannot read the image {path}: {error}") from error
+
     with ThreadPoolExecutor(8) as pool:
-        return list(pool.map(lambda path: Image.open(path).convert("RGB"), paths))
+        return list(pool.map(load, paths))
 
 
 def in_batches(items: list, size: int) -> Iterator[list]:
     """`items` in consecutive lists of `size`, the last one shorter."""
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-@contextlib.contextmanager
-def tuned(pipe: DiffusionPipeline, model: Model) -> Iterator[None]:
-    """Within the block `pipe` draws as `model`; afterwards it is the base model again."""
-    if model.path is None:
-        yield
-    elif (model.path / "unet").is_dir():
-        from diffusers import UNet2DConditionModel
-
-        base = pipe.unet
-        unet = UNet2DConditionModel.from_pretrained(model.path, subfolder="unet", torch_dtype=base.dtype)
-        pipe.unet = unet.to(base.device, memory_format=torch.channels_last)
-        yield
-        pipe.unet = base
-    else:
-        weights = weight_files(model.path)[0]
-        try:
-            pipe.load_lora_weights(weights.parent, weight_name=weights.name, adapter_name=model.name)
-            pipe.set_adapters([model.name], [model.lora_scale])
-        except (ValueError, RuntimeError, LookupError, OSError) as error:
-            raise UserError(f"{weights} is not a LoRA for this base model: {str(error).splitlines()[0]}") from error
-        yield
-        pipe.unload_lora_weights()
 
 
 # ---- Scorers --------------------------------------------------------------------------------------------------------
@@ -1052,9 +1187,7 @@ def file_score(path: str) -> Callable[[Device], Score]:
         ids = [image.info.get("image_id") for image in images]
         for image_id in ids:
             if image_id not in table:
-                raise UserError(
-                    f"{path} has no score for the image {image_id}: --export images writes the images with their ids"
-                )
+                raise UserError(f"{path} has no score for the image {image_id}")
         return [table[image_id] for image_id in ids]
 
     return lambda device: score
@@ -1283,11 +1416,13 @@ def sample(
     height: int | None = None,
     width: int | None = None,
     latents: torch.Tensor | None = None,
+    **options: Any,
 ) -> tuple[list[Image.Image], torch.Tensor]:
     """Draws an image for every prompt `rows[i]` of `embeds` (see encode_prompts) with the seed `seeds[i]`.
 
     Batches mix prompts freely: each image has its own CPU generator, so it depends on (model, prompt, seed) alone.
-    `steps` is their number or the timesteps themselves, `latents` (B, C, H, W) what to begin with in place of noise.
+    `steps` is their number or the timesteps themselves, `latents` (B, C, H, W) what to begin with in place of noise,
+    `options` what else a call of the pipeline takes.
     Returns the images and the sampler's own latents, scaled, (B, C, H, W) float16 on the CPU. Without a height and
     width, the model's own size.
     """
@@ -1301,6 +1436,7 @@ def sample(
         width=width,
         latents=latents,
         output_type="latent",
+        **options,
     ).images
     return decode(pipe, latents), latents.to("cpu", torch.float16)
 
@@ -1313,26 +1449,600 @@ def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
     return pipe.image_processor.postprocess(pixels, output_type="pil")
 
 
+# ---- Models: what is compared ---------------------------------------------------------------------------------------
+
+BLOCKS = {"down": "down_blocks.", "mid": "mid_block.", "up": "up_blocks."}  # the U-Net's, in the order of its layers
+
+
+class Model(NamedTuple):
+    """One side of the comparison: base, a LoRA, a folder with whole components (unet/), or one of finished images."""
+
+    name: str
+    kind: str  # "base", "lora", "folder" or "images"
+    path: Path | None = None
+    lora_scale: float = 1.0
+    blocks: str = ""  # the U-Net's blocks in which the LoRA works, as in "up" or "mid+up"; "": everywhere
+    text_encoder: Path | None = None  # a LoRA of the text encoder that was trained apart
+    text_encoder_timesteps: tuple[int, int] | None = None  # where the text encoder's LoRA works; None: everywhere
+    identity: bool = True  # drawn with what --identity names
+    checkpoints: str = ""  # "all": the training run's checkpoints are compared too
+    checkpoint: tuple[str, int] | None = None  # which of them this one is: (the run's name, step)
+
+    @property
+    def drawn(self) -> bool:
+        """Whether its images are drawn here."""
+        return self.kind != "images"
+
+
+def parse_model(spec: str) -> Model:
+    """`base` or `NAME=PATH[,option=value...]`, the options of MODEL_OPTIONS; UserError for what cannot be drawn."""
+    name, _, rest = spec.partition("=")
+    path, *options = rest.split(",")
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise UserError(f"{spec!r}: a model's name is made of letters, digits, '.', '-' and '_'")
+    if name != "base" and not path:
+        raise UserError(f"{spec!r}: expected 'base' or NAME=FOLDER, as in dpo=dpo-human-lora")
+    kind = model_kind(Path(path)) if path else "base"
+    if name == "base" and kind not in {"base", "images"}:
+        raise UserError(f"{spec!r}: 'base' is --pretrained_model_name_or_path; give this model another name")
+    read: dict[str, Any] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key not in MODEL_OPTIONS or not value:
+            raise UserError(f"{spec!r}: unknown option {option!r}; there are {', '.join(MODEL_OPTIONS)}")
+        kinds, _, parse = MODEL_OPTIONS[key]
+        if kind not in kinds:
+            raise UserError(f"{spec!r}: {key} is an option of {' and '.join(KINDS[one] for one in kinds)}")
+        try:
+            read[key] = parse(value)
+        except (ValueError, UserError) as error:
+            raise UserError(f"{spec!r}: {key}={value}: {error}") from None
+    model = Model(name, kind, Path(path) if path else None, **read)
+    if model.text_encoder_timesteps and not adapts_text_encoder(model):
+        raise UserError(f"{spec!r}: text_encoder_timesteps, but no LoRA of a text encoder in {model.path}")
+    return model
+
+
+def parse_blocks(text: str) -> str:
+    """`text` if it is made of "down", "mid" and "up", joined by +."""
+    if not text or not set(text.split("+")) <= set(BLOCKS):
+        raise ValueError(f"use {', '.join(BLOCKS)}, or several with +")
+    return text
+
+
+def parse_timesteps(text: str) -> tuple[int, int]:
+    """LOW:HIGH, both ends included."""
+    low, _, high = text.partition(":")
+    if not (low.isdigit() and high.isdigit() and int(low) <= int(high)):
+        raise ValueError("expected LOW:HIGH, as in 900:1000")
+    return int(low), int(high)
+
+
+def parse_scale(text: str) -> float:
+    """A finite number."""
+    if not re.fullmatch(r"-?\d*\.?\d+", text):
+        raise ValueError("not a number")
+    return float(text)
+
+
+def parse_yes(text: str) -> bool:
+    """yes or no."""
+    if text not in {"yes", "no"}:
+        raise ValueError("use yes or no")
+    return text == "yes"
+
+
+def parse_all(text: str) -> str:
+    """all."""
+    if text != "all":
+        raise ValueError("use all")
+    return text
+
+
+def parse_lora_path(text: str) -> Path:
+    """A LoRA's folder or file that is there."""
+    weight_files(Path(text))
+    return Path(text)
+
+
+KINDS = {"base": "base", "lora": "a LoRA", "folder": "a folder with unet/", "images": "a folder of images"}
+MODEL_OPTIONS: dict[str, tuple[tuple[str, ...], str, Callable[[str], Any]]] = {  # of which kinds, what, how it is read
+    "lora_scale": (("lora",), "weight of the LoRA, 0.5 in the paper", parse_scale),
+    "blocks": (("lora",), "U-Net blocks in which it works: down, mid, up, or several with +", parse_blocks),
+    "text_encoder": (("lora", "folder"), "a LoRA of the text encoder, trained apart", parse_lora_path),
+    "text_encoder_timesteps": (("lora", "folder"), "LOW:HIGH, where the text encoder's LoRA works", parse_timesteps),
+    "checkpoints": (("lora", "folder"), "all: also each of its checkpoint-STEP folders", parse_all),
+    "identity": (("base", "lora", "folder"), "no: drawn without --identity", parse_yes),
+}
+
+
+def parse_models(specs: list[str]) -> list[Model]:
+    """All of --models, base first; UserError without base, without any other, or with two of one name."""
+    models = [model for spec in specs for model in with_checkpoints(parse_model(spec))]
+    twice = [name for name, count in Counter(model.name for model in models).items() if count > 1]
+    if twice:
+        raise UserError(f"--models: two models are called {min(twice)}")
+    if not any(model.name == "base" for model in models):
+        raise UserError("--models needs base: every model is compared with it")
+    if len(models) == 1:
+        raise UserError("--models needs a tuned model beside base, as in dpo=dpo-human-lora")
+    return sorted(models, key=lambda model: model.name != "base")
+
+
+def with_checkpoints(model: Model) -> list[Model]:
+    """The model alone, or with ,checkpoints=all each checkpoint of its training run, called NAME-STEP, and itself."""
+    if not model.checkpoints:
+        return [model]
+    folders = {int(path.name[11:]): path for path in model.path.glob("checkpoint-*") if path.name[11:].isdigit()}
+    folders = {step: folders[step] for step in sorted(folders) if model_kind(folders[step]) == model.kind}
+    last = int(read_settings(model.path / "training_settings.json").get("max_train_steps", 0))
+    earlier = [
+        model._replace(name=f"{model.name}-{step}", path=path, checkpoint=(model.name, step))
+        for step, path in folders.items()
+        if step != last
+    ]
+    if not earlier:
+        raise UserError(f"{model.path} has no checkpoints with weights to load: train with --checkpointing_steps")
+    return [*earlier, model._replace(checkpoint=(model.name, last or 1 + max(folders)))]
+
+
+def model_kind(path: Path) -> str:
+    """A key of KINDS; UserError where there is nothing that can be compared."""
+    if (path / "unet").is_dir():
+        return "folder" if weight_files(path) else ""
+    lora = path.is_file() or any(path.glob("*.safetensors"))
+    if not lora and path.is_dir() and find_photos(path):
+        return "images"
+    return "lora" if weight_files(path) else ""
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files with a tuned model's weights: unet/*.safetensors or one LoRA file. UserError where there are none."""
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"no model at {path}: train one first, or give its folder")
+    patterns = ("unet/*.safetensors", "pytorch_lora_weights.safetensors", "*.safetensors")
+    found = next((files for files in map(sorted, map(path.glob, patterns)) if files), None)
+    if not found:
+        raise UserError(
+            f"{path} holds neither pytorch_lora_weights.safetensors nor unet/ (training has not finished?) nor images"
+        )
+    if found[0].parent == path and len(found) > 1:
+        raise UserError(f"{path} holds {len(found)} weight files; name the one to load, as in NAME={found[0]}")
+    return found
+
+
+def adapts_text_encoder(model: Model) -> bool:
+    """Whether one of the model's LoRA files holds weights of a text encoder."""
+    from safetensors import safe_open
+
+    files = [weight_files(path)[0] for path in (model.path, model.text_encoder) if path and model_kind(path) == "lora"]
+    keys = [key for file in files for key in safe_open(file, "pt").keys()]  # noqa: SIM118 - it is no dict
+    return any(key.startswith(("text_encoder", "lora_te")) for key in keys)
+
+
+def fingerprint(files: list[Path]) -> str:
+    """A short hash of the files' sizes and last mebibytes: quick, and enough, for training moves every weight."""
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - 2**20))
+            digest.update(f"{size}|".encode() + stream.read())
+    return digest.hexdigest()[:16]
+
+
+class Identity(NamedTuple):
+    """The person of personalised text-to-image, under every model alike: a LoRA or an IP-Adapter."""
+
+    kind: str  # "lora" or "ip_adapter"
+    path: str
+    scale: float = 1.0
+    image: Path | None = None  # what the IP-Adapter shows: an image or a folder of images,
+    embeds: Path | None = None  # or its face embeddings, as FaceID takes them, (faces, D) in a .safetensors file
+    image_encoder: str = ""  # of an IP-Adapter: a folder or hub id; "": the one beside its weights
+
+
+def parse_identity(spec: str) -> Identity:
+    """`lora=PATH[,scale=S]`, or `ip_adapter=FILE,image=PATH[,scale=S][,image_encoder=MODEL]` or with embeds=FILE."""
+    first, *options = spec.split(",")
+    kind, _, path = first.partition("=")
+    if kind not in {"lora", "ip_adapter"} or not path:
+        raise UserError(f"--identity {spec}: expected lora=PATH or ip_adapter=FILE")
+    parsers: dict[str, Callable[[str], Any]] = {"scale": parse_scale}
+    if kind == "ip_adapter":
+        parsers |= {"image": Path, "embeds": Path, "image_encoder": str}
+    read = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        if key not in parsers or not value:
+            raise UserError(f"--identity {spec}: unknown option {option!r}; there are {', '.join(parsers)}")
+        try:
+            read[key] = parsers[key](value)
+        except ValueError as error:
+            raise UserError(f"--identity {spec}: {option}: {error}") from None
+    identity = Identity(kind, path, **read)
+    if kind == "lora":
+        weight_files(Path(path))
+    else:
+        check_ip_adapter(identity, spec)
+    return identity
+
+
+def check_ip_adapter(identity: Identity, spec: str) -> None:
+    """UserError where the weights or the one of image and embeds that has to be there is missing."""
+    if not Path(identity.path).is_file():
+        raise UserError(f"--identity {spec}: no such file: {identity.path} (an IP-Adapter's .safetensors or .bin)")
+    if (identity.image is None) == (identity.embeds is None):
+        raise UserError(f"--identity {spec}: an IP-Adapter needs image=FILE_OR_FOLDER, or embeds=FILE for FaceID")
+    given = identity.image or identity.embeds
+    if not given.exists():
+        raise UserError(f"--identity {spec}: no such file or folder: {given}")
+    if given == identity.image and given.is_dir() and not find_photos(given):
+        raise UserError(f"--identity {spec}: no images in {given}")
+
+
+def identity_files(identity: Identity | None) -> list[Path]:
+    """All files that the person is made of."""
+    if identity is None:
+        return []
+    if identity.kind == "lora":
+        return weight_files(Path(identity.path))
+    given = identity.image or identity.embeds
+    return [Path(identity.path), *(find_photos(given) if given.is_dir() else [given])]
+
+
+@contextlib.contextmanager
+def drawing(
+    pipe: DiffusionPipeline, model: Model, identity: Identity | None, guided: bool
+) -> Iterator[dict[str, Any]]:
+    """Within the block `pipe` draws as `model`, and the person if there is one; afterwards it is the base model again.
+
+    Gives what a call of `pipe` needs beside prompts: the IP-Adapter's faces.
+    """
+    parts = load_components(pipe, model.path) if model.kind == "folder" else {}
+    own = {name: getattr(pipe, name) for name in parts}
+    set_components(pipe, parts)
+    identity = identity if model.identity else None
+    person = identity and identity.kind == "ip_adapter"
+    options = {"ip_adapter_image_embeds": [load_ip_adapter(pipe, identity, guided)]} if person else {}
+    scales = dict.fromkeys(adapters_of(pipe), 1.0)  # FaceID brings a LoRA of its own
+    for adapter, (path, scale) in loras_of(model, identity).items():
+        load_lora(pipe, weight_files(path)[0], adapter)
+        scales[adapter] = scale
+    if scales:
+        pipe.set_adapters(list(scales), list(scales.values()))
+    if model.blocks:
+        limit_to_blocks(pipe.unet, "tuned", model.blocks)
+    try:
+        yield options
+    finally:
+        if scales:
+            pipe.delete_adapters(list(scales))
+        if person:
+            pipe.unload_ip_adapter()
+        set_components(pipe, own)
+
+
+def loras_of(model: Model, identity: Identity | None) -> dict[str, tuple[Path, float]]:
+    """The LoRAs that a model is drawn with: {adapter: (path, scale)}."""
+    loras = {"tuned": (model.path, model.lora_scale)} if model.kind == "lora" else {}
+    if model.text_encoder:
+        loras["tuned_text"] = (model.text_encoder, model.lora_scale)
+    if identity and identity.kind == "lora":
+        loras["identity"] = (Path(identity.path), identity.scale)
+    return loras
+
+
+def adapters_of(pipe: DiffusionPipeline) -> list[str]:
+    """The names of all LoRAs that are loaded."""
+    return sorted({name for names in pipe.get_list_adapters().values() for name in names})
+
+
+def set_components(pipe: DiffusionPipeline, parts: dict[str, torch.nn.Module]) -> None:
+    """Puts parts in the place of those of the same name."""
+    for name, part in parts.items():
+        setattr(pipe, name, part)
+
+
+def load_components(pipe: DiffusionPipeline, folder: Path) -> dict[str, torch.nn.Module]:
+    """The U-Net, and the text encoders that there are, of a folder; UserError where they do not fit the pipeline."""
+    parts = {}
+    for name in ("unet", "text_encoder", "text_encoder_2"):
+        old = getattr(pipe, name, None)
+        if old is None or not (folder / name).is_dir():
+            continue
+        kind = {"torch_dtype" if name == "unet" else "dtype": old.dtype}
+        try:
+            part = type(old).from_pretrained(folder / name, **kind)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"cannot load {folder / name}: {str(error).splitlines()[0]}") from error
+        for key in ("in_channels", "cross_attention_dim", "hidden_size"):
+            here, there = (getattr(one.config, key, None) for one in (part, old))
+            if here != there:
+                raise UserError(f"{folder / name} does not fit the base model: {key} {here}, there {there}")
+        parts[name] = part.to(old.device)
+    parts["unet"].to(memory_format=torch.channels_last)
+    return parts
+
+
+def limit_to_blocks(unet: torch.nn.Module, adapter: str, blocks: str) -> None:
+    """Leaves the LoRA in these of the U-Net's blocks alone; whatever else it adapts keeps base's weights."""
+    from peft.tuners.lora import LoraLayer
+
+    kept = tuple(BLOCKS[block] for block in blocks.split("+"))
+    for name, layer in unet.named_modules():
+        if isinstance(layer, LoraLayer) and not name.startswith(kept):
+            layer.set_scale(adapter, 0.0)
+
+
+def scale_text_encoders(pipe: DiffusionPipeline, scale: float) -> None:
+    """Sets the weight of the tuned model's LoRAs in the text encoders."""
+    from peft.tuners.lora import LoraLayer
+
+    encoders = [part for name in ("text_encoder", "text_encoder_2") if (part := getattr(pipe, name, None))]
+    for layer in chain.from_iterable(encoder.modules() for encoder in encoders):
+        if isinstance(layer, LoraLayer):
+            for adapter in {"tuned", "tuned_text"} & layer.scaling.keys():
+                layer.set_scale(adapter, scale)
+
+
+def condition(
+    pipe: DiffusionPipeline, model: Model, prompts: list[str], negative_prompt: str, steps: int
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """The prompts' embeddings, and the pipeline's options that change them at the ends of text_encoder_timesteps.
+
+    The paper's text-encoder LoRA works at timesteps 900 to 1000 alone; elsewhere the prompt is base's.
+    """
+    tuned = encode_prompts(pipe, prompts, negative_prompt)
+    if not model.text_encoder_timesteps:
+        return tuned, {}
+    scale_text_encoders(pipe, 0.0)
+    plain = encode_prompts(pipe, prompts, negative_prompt)
+    scale_text_encoders(pipe, model.lora_scale)
+    low, high = model.text_encoder_timesteps
+
+    def embeds_at(timestep: float) -> dict[str, torch.Tensor]:
+        return tuned if low <= timestep <= high else plain
+
+    def switch(pipe: DiffusionPipeline, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        following = pipe.scheduler.timesteps[step + 1 : step + 2].tolist()
+        if following and embeds_at(following[0]) is not embeds_at(float(timestep)):
+            tensors |= inner_embeds(embeds_at(following[0]), pipe.do_classifier_free_guidance)
+        return tensors
+
+    pipe.scheduler.set_timesteps(steps)
+    names = list(inner_embeds(tuned, True))
+    options = {"callback_on_step_end": switch, "callback_on_step_end_tensor_inputs": names}
+    return embeds_at(float(pipe.scheduler.timesteps[0])), options
+
+
+def inner_embeds(embeds: dict[str, torch.Tensor], guided: bool) -> dict[str, torch.Tensor]:
+    """encode_prompts' tensors under the names, and joined as, the pipeline's loop has them."""
+    joined = {}
+    for inner, name in (("prompt_embeds", "prompt_embeds"), ("add_text_embeds", "pooled_prompt_embeds")):
+        if name in embeds:
+            positive = embeds[name]
+            negative = embeds[f"negative_{name}"].expand_as(positive)
+            joined[inner] = torch.cat([negative, positive]) if guided else positive
+    return joined
+
+
+def load_lora(pipe: DiffusionPipeline, file: Path, adapter: str) -> None:
+    """Loads a LoRA of any format that diffusers reads; UserError where it does not fit this base model."""
+    try:
+        pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=adapter)
+    except (ValueError, RuntimeError, LookupError, OSError) as error:
+        raise UserError(f"{file} is not a LoRA for this base model: {str(error).splitlines()[0]}") from error
+
+
+def load_ip_adapter(pipe: DiffusionPipeline, identity: Identity, guided: bool) -> torch.Tensor:
+    """Loads the IP-Adapter; returns the faces' embeddings, (1, faces, ...); guided: after those of none, (2, ...)."""
+    from safetensors.torch import load_file
+
+    file, folder = Path(identity.path), None if identity.embeds else "image_encoder"
+    try:
+        if identity.image_encoder:
+            load_image_encoder(pipe, identity.image_encoder)
+        pipe.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=folder)
+    except (ValueError, RuntimeError, LookupError, OSError) as error:
+        raise UserError(f"{file} is not an IP-Adapter for this base model: {str(error).splitlines()[0]}") from error
+    pipe.set_ip_adapter_scale(identity.scale)
+    device, dtype = pipe.unet.device, pipe.unet.dtype
+    if identity.embeds:
+        faces = next(iter(load_file(identity.embeds).values()))
+        faces = faces.reshape(1, -1, 1, faces.shape[-1]).to(device, dtype)
+        return torch.cat([torch.zeros_like(faces), faces]) if guided else faces
+    files = find_photos(identity.image) if identity.image.is_dir() else [identity.image]
+    with torch.inference_mode():
+        return pipe.prepare_ip_adapter_image_embeds([load_images(files)], None, device, 1, guided)[0]
+
+
+def load_image_encoder(pipe: DiffusionPipeline, name: str) -> None:
+    """Gives the pipeline the image encoder that an IP-Adapter was trained with."""
+    from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
+    encoder = CLIPVisionModelWithProjection.from_pretrained(name, dtype=pipe.unet.dtype).eval()
+    size = encoder.config.image_size
+    processor = CLIPImageProcessor(size=size, crop_size=size)
+    pipe.register_modules(image_encoder=encoder.to(pipe.unet.device), feature_extractor=processor)
+
+
 # ---- Measuring -----------------------------------------------------------------------------------------------------
+# A measure is a function load(device) -> measure(images, prompts) -> one number, or one row of them, per image. Each
+# is loaded once, looks at every model's images, and is let go before the next: never two large models at once.
+
+PHOTOS = "+photos"  # what the photos of --real_data_dir are called among the models; no model's name has a plus
 
 
-def measure_scores(score: Callable, paths: list[Path], prompts: list[str], batch_size: int, label: str) -> np.ndarray:
-    """One scorer's values of all images, (N,) float64."""
-    values = []
-    with tqdm(total=len(paths), unit="img", desc=f"score {label}", leave=False) as progress:
-        for rows in in_batches(list(zip(paths, prompts, strict=True)), batch_size):
-            values += run_scorer(score, label, load_images([path for path, _ in rows]), [prompt for _, prompt in rows])
-            progress.update(len(rows))
-    return np.array(values, dtype=np.float64)
+class Measure(NamedTuple):
+    """What is measured on images: its name, all that its values depend upon, and how it is loaded."""
+
+    label: str
+    source: str
+    load: Callable[[Device], Callable[[list[Image.Image], list[str]], Any]]
+    of_photos: bool = False  # the real photos are measured, too
 
 
-def measure_colour(path: Path) -> dict[str, float | list[float]]:
-    """colour_statistics of an image, at most 512 pixels a side, and the latent statistics that it carries."""
-    with Image.open(path) as image:
-        latents = {key: json.loads(image.text[key]) for key in ("latent_mean", "latent_std")}
-        pixels = image.convert("RGB")
-    pixels.thumbnail((512, 512), Image.Resampling.BOX)
-    return {**colour_statistics(np.asarray(pixels)), **latents}
+def all_measures(args: argparse.Namespace) -> list[Measure]:
+    """Scorers, colour, and what the settings ask for: features of images, identity."""
+    measures = [Measure(scorer.label, scorer.source, partial(load_scorer, scorer)) for scorer in args.scorers]
+    measures.append(Measure("colour", "colour", lambda device: measure_colour, of_photos=True))
+    features = partial(load_features, image_features, args.feature_model)
+    measures.append(Measure("features", args.feature_model, features, of_photos=True))
+    if args.real_data_dir:
+        clip = partial(load_features, clip_embeddings, args.cmmd_model)
+        measures.append(Measure("CMMD", args.cmmd_model, clip, of_photos=True))
+    if args.inception:
+        inception = partial(load_features, inception_features, args.inception)
+        measures.append(Measure("FID", args.inception, inception, of_photos=True))
+    if args.reference_faces:
+        faces = partial(load_identity, args.face_embedder, Path(args.reference_faces))
+        measures.append(Measure("identity", f"{args.face_embedder} {args.reference_faces}", faces))
+    return measures
+
+
+def load_scorer(scorer: Scorer, device: Device) -> Callable[[list[Image.Image], list[str]], list[float]]:
+    """A scorer as a measure, its number of scores checked."""
+    return partial(run_scorer, scorer.load(device), scorer.label)
+
+
+def load_features(factory: Callable[..., Any], name: str, device: Device) -> Callable[..., np.ndarray]:
+    """Features of images as a measure; what cannot be loaded is told in one line."""
+    try:
+        features = factory(name, device)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"cannot load {name}: {str(error).strip().splitlines()[0]}") from error
+    return lambda images, prompts: features(images)
+
+
+def measure_colour(images: list[Image.Image], prompts: list[str]) -> list[list[float]]:
+    """colour_statistics of images, at most 512 pixels a side, as rows in the order of COLOUR_COLUMNS."""
+
+    def colours(image: Image.Image) -> list[float]:
+        image = image.copy()
+        image.thumbnail((512, 512), Image.Resampling.BOX)
+        found = colour_statistics(np.asarray(image))
+        return [found[column] for column in COLOUR_COLUMNS]
+
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(colours, images))
+
+
+def measure_all(
+    args: argparse.Namespace,
+    state: PartialState,
+    paths: dict[str, list[Path | None]],
+    plan: list[tuple[int, int]],
+    prompts: list[str],
+) -> dict[str, dict[str, np.ndarray]]:
+    """{model: {measure: (N,) or (N, C)}}, nan where there is no image; the photos are the model PHOTOS.
+
+    What was measured before on the same images comes from measures/, so that a second start goes on. Diversity needs
+    features of prompts with several images, distances to photos those of all.
+    """
+    output, texts = Path(args.output_dir, "measures"), [prompts[p] for p, _ in plan]
+    repeated = np.bincount([p for p, _ in plan])[[p for p, _ in plan]] > 1
+    values: dict[str, dict[str, np.ndarray]] = {name: {} for name in paths}
+    for measure in all_measures(args):
+        todo = {}
+        for name, files in paths.items():
+            if name == PHOTOS and not measure.of_photos:
+                continue
+            if measure.label == "features" and not args.real_data_dir:
+                files = [file if more else None for file, more in zip(files, repeated, strict=True)]
+            cache = output / name / f"{re.sub(r'[^a-zA-Z0-9_.-]', '_', measure.label)}.npz"
+            key = f"{source_key(measure.source)} {images_key(files, () if name == PHOTOS else texts)}"
+            known = read_measured(cache, key)
+            if known is None:
+                todo[name] = (files, cache, key)
+            else:
+                values[name][measure.label] = known
+        if not todo:
+            continue
+        function = measure.load(state.device)
+        total = sum(len(share_of(files, state)) for files, _, _ in todo.values())
+        with progress(total, state, measure.label, "img") as bar:
+            for name, (files, cache, key) in todo.items():
+                found = run_measure(function, name, files, texts, args.batch_size, state, bar)
+                values[name][measure.label] = found
+                if state.is_main_process:
+                    write_measured(cache, key, found)
+        del function  # before the next one is loaded
+    return values
+
+
+def share_of(files: list[Path | None], state: PartialState) -> list[int]:
+    """The rows with an image that this process measures."""
+    return [row for row, file in enumerate(files) if file][state.process_index :: state.num_processes]
+
+
+def run_measure(
+    function: Callable[[list[Image.Image], list[str]], Any],
+    name: str,
+    files: list[Path | None],
+    texts: list[str],
+    batch_size: int,
+    state: PartialState,
+    bar: tqdm,
+) -> np.ndarray:
+    """One measure of one model's images, (N,) or (N, C), every process its share; the next batch is read meanwhile."""
+    from accelerate.utils import gather_object
+
+    batches, found = list(in_batches(share_of(files, state), batch_size)), []
+    with ThreadPoolExecutor(1) as reader:
+        ahead = [reader.submit(load_images, [files[row] for row in batch]) for batch in batches[:1]]
+        for i, batch in enumerate(batches):
+            images = ahead.pop().result()
+            ahead += [reader.submit(load_images, [files[row] for row in rows]) for rows in batches[i + 1 : i + 2]]
+            for image, row in zip(images, batch, strict=True):
+                image.info["image_id"] = f"{name}/{files[row].name}"  # what a file.jsonl of scores calls it
+            prompts = ["" if name == PHOTOS else texts[row] for row in batch]
+            found += zip(batch, function(images, prompts), strict=True)
+            bar.update(len(batch))
+    gathered = gather_object(found)
+    values = np.full((len(files), *np.shape(gathered[0][1] if gathered else 0.0)), np.nan)
+    for row, value in gathered:
+        values[row] = value
+    return values
+
+
+def source_key(source: str) -> str:
+    """`source` with a fingerprint of every file and model folder that it names: weights may change under a name."""
+    parts = [Path(part) for part in re.split(r"[=, ]|:(?=\w+$)", source) if part]
+    files = [file for part in parts for file in ([part] if part.is_file() else sorted(part.glob("*.safetensors")))]
+    return f"{source} {fingerprint(files)}" if files else source
+
+
+def images_key(files: list[Path | None], texts: Sequence[str]) -> str:
+    """A hash of all images' names, sizes and times of writing, and of their prompts."""
+    known = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) if file else None for file in files]
+    return hashlib.sha256(repr((known, *texts)).encode()).hexdigest()[:16]
+
+
+def read_measured(path: Path, key: str) -> np.ndarray | None:
+    """What was measured before, if it was on the same images by the same source."""
+    try:
+        with np.load(path) as kept:
+            return kept["values"] if str(kept["key"]) == key else None
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def write_measured(path: Path, key: str, values: np.ndarray) -> None:
+    """Keeps what was measured."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, values=values, key=np.array(key))
+    write_atomically(path, buffer.getvalue())
+
+
+def read_latents(files: list[Path | None]) -> dict[str, np.ndarray]:
+    """Means and stds of the latent channels, (N, C) each, that the images drawn here carry; {} of any others."""
+    told = [Image.open(file).info if file else {} for file in files]
+    if not all("latent_mean" in info for info in told):
+        return {}
+    return {key: np.array([json.loads(info[key]) for info in told]) for key in ("latent_mean", "latent_std")}
 
 
 def image_features(name: str, device: torch.device) -> Callable[[list[Image.Image]], np.ndarray]:
@@ -1353,25 +2063,144 @@ def image_features(name: str, device: torch.device) -> Callable[[list[Image.Imag
     return features
 
 
-def measure_diversity(features: Callable, paths: list[Path], prompt_ids: np.ndarray, batch_size: int) -> np.ndarray:
-    """diversity of every prompt, (P,); nan for a prompt with one image."""
-    counts = np.bincount(prompt_ids)
-    rows = np.flatnonzero(counts[prompt_ids] > 1)
-    found = [features(load_images([paths[row] for row in batch])) for batch in in_batches(rows.tolist(), batch_size)]
-    found = np.concatenate(found) if found else np.empty((0, 1))
-    return np.array([diversity(found[prompt_ids[rows] == prompt]) for prompt in range(len(counts))])
+def clip_embeddings(name: str, device: torch.device) -> Callable[[list[Image.Image]], np.ndarray]:
+    """A function from images to a CLIPModel's image embeddings, projected and of length 1, (N, D): CMMD's features.
+
+    CMMD's own model is openai/clip-vit-large-patch14-336. Images are padded to a square. UserError where it cannot be
+    loaded.
+    """
+    try:
+        embed_images, _, _ = load_clip(device, name, "", crop=False)
+    except Exception as error:  # what a hub, a file or a library raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot load the CLIP model {name}: {reason}") from error
+    return lambda images: embed_images(images).double().cpu().numpy()
 
 
-def latent_std(means: np.ndarray, stds: np.ndarray) -> np.ndarray:
-    """Std of each latent channel over all pixels of all images, by the images' means and stds (N, C): (C,)."""
-    return np.sqrt((stds**2 + means**2).mean(axis=0) - means.mean(axis=0) ** 2)
+def inception_features(path: str | Path, device: torch.device) -> Callable[[list[Image.Image]], np.ndarray]:
+    """A function from images to FID's 2048 features (N, D) of a TorchScript Inception.
+
+    Such as NVIDIA's inception-2015-12-05.pt: model(uint8 images (N, 3, 299, 299), return_features=True), so that no
+    torchvision or torch-fidelity is needed. Images are brought to 299 x 299 by PIL's antialiased bicubic filter, as
+    clean-fid does (https://arxiv.org/abs/2104.11222), but rounded to whole levels. UserError where the file is
+    missing, is not TorchScript or does not give (N, D).
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no such file: {path}; it should be a TorchScript Inception, as inception-2015-12-05.pt")
+
+    @torch.inference_mode()
+    def features(images: list[Image.Image]) -> np.ndarray:
+        resized = [image.convert("RGB").resize((299, 299), Image.Resampling.BICUBIC) for image in images]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2)
+        return model(pixels.contiguous().to(device), return_features=True).double().cpu().numpy()
+
+    try:
+        model = torch.jit.load(path, map_location=device).eval()
+        shape = features([Image.new("RGB", (299, 299))] * 2).shape
+    except Exception as error:  # what is in the file may raise anything
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is not a TorchScript Inception with return_features: {reason}") from error
+    if len(shape) != 2 or shape[0] != 2:
+        raise UserError(f"{path} gives features of the shape {shape} for two images: it should be (2, D)")
+    return features
+
+
+def prompt_diversity(features: np.ndarray, prompt_ids: np.ndarray) -> np.ndarray:
+    """diversity of every prompt's images, features (N, D): (P,); nan for a prompt with one image."""
+    known = ~np.isnan(features.reshape(len(features), -1)).any(axis=1)
+    return np.array([diversity(features[known & (prompt_ids == p)]) for p in range(prompt_ids.max() + 1)])
+
+
+# ---- Identity ------------------------------------------------------------------------------------------------------
+
+
+def load_identity(
+    embedder: str, references: Path, device: Device
+) -> Callable[[list[Image.Image], list[str]], np.ndarray]:
+    """Mean cosine of an image's face to the reference faces, (B,); nan where no face is found.
+
+    `embedder`: sface, or module:function or file.py:function of your own, a function device -> embed(images) ->
+    (B, D), a row of nan where there is no face. The paper measures 1 - cosine of ArcFace, whose models are not free.
+    """
+    embed = (sface if embedder == "sface" else find_factory(embedder))(device)
+    known = np.asarray(embed(load_images(find_photos(references))), dtype=np.float64)
+    known = unit_rows(known[~np.isnan(known).any(axis=1)])
+    if not len(known):
+        raise UserError(f"no face found in any image of --reference_faces {references}")
+    return lambda images, prompts: (unit_rows(np.asarray(embed(images), dtype=np.float64)) @ known.T).mean(axis=1)
+
+
+def unit_rows(features: np.ndarray) -> np.ndarray:
+    """Rows of length 1."""
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def sface(device: Device) -> Callable[[list[Image.Image]], np.ndarray]:
+    """OpenCV's YuNet finds the largest face, SFace embeds it: (B, 128). Free to use; same person above about 0.363.
+
+    Needs opencv-python-headless; the two models come from the hub (opencv/face_detection_yunet and
+    opencv/face_recognition_sface). https://docs.opencv.org/4.x/d0/dd4/tutorial_dnn_face.html
+    """
+    try:
+        import cv2
+    except ImportError:
+        raise UserError(
+            "--face_embedder sface needs OpenCV: pip install opencv-python-headless, or give your own file.py:function"
+        ) from None
+    from huggingface_hub import hf_hub_download
+
+    files = {"face_detection_yunet": "face_detection_yunet_2023mar.onnx"}
+    files["face_recognition_sface"] = "face_recognition_sface_2021dec.onnx"
+    try:
+        detector, recogniser = (hf_hub_download(f"opencv/{name}", file) for name, file in files.items())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the face models of OpenCV: {str(error).splitlines()[0]}") from error
+    find, know = cv2.FaceDetectorYN.create(detector, "", (320, 320)), cv2.FaceRecognizerSF.create(recogniser, "")
+
+    def embed_face(image: Image.Image) -> np.ndarray:
+        pixels = np.ascontiguousarray(np.asarray(image)[..., ::-1])  # OpenCV reads blue first
+        find.setInputSize(image.size)
+        _, faces = find.detect(pixels)
+        if faces is None:
+            return np.full(128, np.nan)
+        largest = max(faces, key=lambda face: face[2] * face[3])
+        return know.feature(know.alignCrop(pixels, largest))[0]
+
+    return lambda images: np.stack([embed_face(image) for image in images])
+
+
+def recognised(cosines: np.ndarray, there: np.ndarray, threshold: float) -> np.ndarray:
+    """1 where the person is known, 0 where not or where no face is found, nan where there is no image: (N,)."""
+    return np.where(there, np.nan_to_num(cosines, nan=-1.0) >= threshold, np.nan)
 
 
 # ---- Comparing -----------------------------------------------------------------------------------------------------
 
 
+def per_prompt_means(
+    values: dict[str, dict[str, np.ndarray]], scorers: list[str], prompt_ids: np.ndarray, threshold: float
+) -> dict[str, dict[str, np.ndarray]]:
+    """{model: {measure: (P,)}}: scores, colours, diversity and identity of every prompt, seeds averaged."""
+    means: dict[str, dict[str, np.ndarray]] = {}
+    for name, found in values.items():
+        columns = {label: found[label] for label in scorers} | colour_columns(found)
+        if "identity" in found:
+            there = ~np.isnan(found["colour"][:, 0])
+            known = recognised(found["identity"], there, threshold)
+            columns |= {"identity": found["identity"], "recognised": known}
+        means[name] = {label: per_prompt(column, prompt_ids) for label, column in columns.items()}
+        means[name]["hue"] = np.array([circular_mean(columns["hue"][prompt_ids == p]) for p in np.unique(prompt_ids)])
+        means[name]["diversity"] = prompt_diversity(found["features"], prompt_ids)
+    return means
+
+
+def colour_columns(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The columns of the measure colour by name, (N,) each."""
+    return dict(zip(COLOUR_COLUMNS, found["colour"].T, strict=True))
+
+
 def compare(base: np.ndarray, tuned: np.ndarray, role: str) -> dict[str, object]:
-    """Tuned against base on one metric, a value per prompt each, (P,); role is held-out, training or diversity."""
+    """Tuned against base on one metric, (P,) each; role is held-out, training, diversity or identity."""
     points = outcomes(tuned, base)
     finite = np.isfinite(base) & np.isfinite(tuned)
     differences = tuned[finite] - base[finite]
@@ -1390,17 +2219,61 @@ def compare(base: np.ndarray, tuned: np.ndarray, role: str) -> dict[str, object]
     }
 
 
+def compare_metrics(
+    base: dict[str, np.ndarray], tuned: dict[str, np.ndarray], roles: dict[str, str]
+) -> dict[str, dict[str, object]]:
+    """compare() of every metric that both sides have, with Holm's p over all of them; held-out scorers come first."""
+    known = {label: role for label, role in roles.items() if not np.isnan(base[label] + tuned[label]).all()}
+    metrics = {label: compare(base[label], tuned[label], role) for label, role in known.items()}
+    for row, p in zip(metrics.values(), holm([row["sign_test"] for row in metrics.values()]), strict=True):
+        row["holm"] = p
+    return metrics
+
+
+def compare_groups(
+    base: dict[str, np.ndarray],
+    tuned: dict[str, np.ndarray],
+    labels: list[str],
+    groups: dict[str, list[str]],
+    at_least: int = 8,
+) -> dict[str, dict[str, dict[str, object]]]:
+    """Win rates of some metrics by group of prompts, {column: {group: {"prompts", "metrics"}}}, Holm over all of them.
+
+    Groups of fewer than `at_least` prompts say nothing and are left out; so is a column with a single group.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for column, names in groups.items():
+        sizes = {name: size for name, size in Counter(names).most_common() if size >= at_least}
+        for name, size in sizes.items() if len(sizes) > 1 else ():
+            rows = np.array([other == name for other in names])
+            metrics = {}
+            for label in labels:
+                points = outcomes(tuned[label][rows], base[label][rows])
+                p = sign_test(tuned[label][rows], base[label][rows])
+                metrics[label] = {"win_rate": mean(points), "interval": bootstrap_interval(mean, points), "holm": p}
+            found.setdefault(column, {})[name] = {"prompts": size, "metrics": metrics}
+    tests = [row for column in found.values() for group in column.values() for row in group["metrics"].values()]
+    for row, p in zip(tests, holm([row["holm"] for row in tests]), strict=True):
+        row["holm"] = p
+    return found
+
+
 def compare_colour(
     base: dict[str, np.ndarray], tuned: dict[str, np.ndarray], prompt_ids: np.ndarray
 ) -> dict[str, object]:
-    """Every colour measure of tuned against base, paired by prompt, with intervals over prompts."""
-    colour = {}
+    """Every colour measure of tuned against base, paired by prompt, with intervals over prompts.
+
+    Both hold a value per image of COLOUR_COLUMNS, and latent_mean and latent_std where their images were drawn here.
+    """
+    colour: dict[str, Any] = {}
     for key in COLOURS:
         a, b = per_prompt(base[key], prompt_ids), per_prompt(tuned[key], prompt_ids)
         differences = {"difference": mean(b - a), "interval": bootstrap_interval(mean, b - a)}
         colour[key] = {"base": mean(a), "tuned": mean(b), **differences}
 
     def shift(statistic: Callable[..., float], *samples: np.ndarray) -> dict[str, object]:
+        known = ~np.any([np.isnan(sample.reshape(len(sample), -1)).any(axis=1) for sample in samples], axis=0)
+        samples = tuple(sample[known] for sample in samples)
         return {"value": statistic(*samples), "interval": bootstrap_interval(statistic, *samples)}
 
     hues = [
@@ -1408,17 +2281,72 @@ def compare_colour(
         for side in (base, tuned)
     ]
     labs = [per_prompt(np.stack([side[key] for key in "Lab"], axis=1), prompt_ids) for side in (base, tuned)]
-    means = [per_prompt(side["latent_mean"], prompt_ids) for side in (base, tuned)]
-    std = latent_std(base["latent_mean"], base["latent_std"])
     colour["hue_shift"] = shift(hue_shift, *hues)
     colour["hue_distance"] = shift(mean, per_prompt(hue_distance(base["hue"], tuned["hue"]), prompt_ids))
     colour["delta_e"] = shift(delta_e, *labs)
-    colour["latent_shift"] = shift(lambda a, b: latent_shift(a, b, std), *means)
-    colour["latent_channels"] = [
-        shift(mean, (means[1] - means[0])[:, channel] / std[channel]) for channel in range(len(std))
-    ]
-    colour["latent_std_ratio"] = (latent_std(tuned["latent_mean"], tuned["latent_std"]) / std).tolist()
+    if "latent_mean" in base and "latent_mean" in tuned:
+        means = [per_prompt(side["latent_mean"], prompt_ids) for side in (base, tuned)]
+        std = latent_std(base["latent_mean"], base["latent_std"])
+        colour["latent_shift"] = shift(lambda a, b: latent_shift(a, b, std), *means)
+        colour["latent_channels"] = [
+            shift(mean, (means[1] - means[0])[:, channel] / std[channel]) for channel in range(len(std))
+        ]
+        colour["latent_std_ratio"] = (latent_std(tuned["latent_mean"], tuned["latent_std"]) / std).tolist()
     return colour
+
+
+def compare_with_photos(colours: dict[str, np.ndarray], photos: dict[str, np.ndarray]) -> dict[str, dict[str, object]]:
+    """A model's colour as a set against that of the photos: (P,) and (M,) of each of COLOURS; both are drawn anew."""
+
+    def difference(statistic: Callable[..., float], a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+        rng = np.random.default_rng(0)
+        drawn = [statistic(*(x[rng.integers(0, len(x), len(x))] for x in (a, b))) for _ in range(1000)]
+        low, high = np.quantile(drawn, [0.025, 0.975])
+        return float(low), float(high)
+
+    found: dict[str, dict[str, object]] = {}
+    for key in COLOURS:
+        a, b = (side[key][~np.isnan(side[key])] for side in (photos, colours))
+        row = {"photos": mean(a), "model": mean(b), "difference": mean(b) - mean(a)}
+        found[key] = row | {"interval": difference(lambda a, b: b.mean() - a.mean(), a, b)}
+    labs = [np.stack([side[key] for key in "Lab"], axis=1) for side in (photos, colours)]
+    labs = [lab[~np.isnan(lab).any(axis=1)] for lab in labs]
+    found["delta_e"] = {"value": delta_e(*labs), "interval": difference(delta_e, *labs)}
+    return found
+
+
+PAPER_COLUMNS = {  # the paper's names (arXiv 2405.20216, tables 1 and 2) and ours
+    "P-Score": "pickscore",
+    "HPS": "hpsv2",
+    "IR": "imagereward",
+    "AES": "aesthetic",
+    "CLIP": "clip",
+    "FID": "FID",
+    "CI-Q": "clip_iqa",
+    "CI-S": "clip_iqa_sharpness",
+    "ATHEC": "sharpness",
+    "Hue": "hue_shift",
+}
+
+
+def paper_table(
+    scorers: list[Scorer],
+    averages: dict[str, dict[str, float]],
+    models: dict[str, dict[str, Any]],
+    distances: dict[str, dict[str, Any]],
+) -> dict[str, dict[str, float | None]]:
+    """{model: {column of the paper: value}}, base first; None where it was not measured."""
+    labels = {split_spec(scorer.source)[3]: scorer.label for scorer in scorers}
+    table = {}
+    for name, found in averages.items():
+        hue = models[name]["colour"]["hue_shift"]["value"] if name in models else None
+        fid = distances["FID"]["models"][name] if "FID" in distances else None
+        own = {"FID": fid, "hue_shift": hue}
+        table[name] = {
+            column: own[ours] if ours in own else found.get(labels.get(ours, ours))
+            for column, ours in PAPER_COLUMNS.items()
+        }
+    return table
 
 
 def leading_metric(metrics: dict[str, dict]) -> str:
@@ -1429,35 +2357,38 @@ def leading_metric(metrics: dict[str, dict]) -> str:
 NOTICEABLE = 2.3  # the just noticeable difference in CIE76 Delta E
 
 
-def verdict(name: str, metrics: dict[str, dict], colour: dict[str, object]) -> list[tuple[str, str]]:
+def verdict(
+    name: str,
+    metrics: dict[str, dict],
+    colour: dict[str, Any],
+    realism: dict[str, dict] | None = None,
+    groups: dict[str, dict] | None = None,
+) -> list[tuple[str, str]]:
     """The comparison in sentences, each with a tone: good, bad or plain; the first one is the headline.
 
     A gain has to pass Holm, with its interval above 1/2; a loss warns by its interval alone.
     """
     lead = leading_metric(metrics)
-    row = metrics[lead]
     gained = [label for label, m in metrics.items() if m["interval"][0] > 0.5 and m["holm"] < 0.05]
     lost = [label for label, m in metrics.items() if m["interval"][1] < 0.5]
     what = "draws better than" if lead in gained else "draws worse than" if lead in lost else "cannot be told from"
     tone = "good" if lead in gained else "bad" if lead in lost else "plain"
-    low, high = (f"{100 * end:.0f}" for end in row["interval"])
-    rate = f"it wins {100 * row['win_rate']:.0f} % of {row['prompts']} prompts [{low}, {high}]"
-    sentences = [(tone, f"{name} {what} base by {lead}: {rate}.")]
-
+    of = f" of {metrics[lead]['prompts']} prompts"
+    sentences = [(tone, f"{name} {what} base by {lead}: it wins {rated(metrics[lead], of)}.")]
     training = [label for label, m in metrics.items() if m["role"] == "training"]
     held_out = [label for label, m in metrics.items() if m["role"] == "held-out"]
-    costs = [
-        f"{label} gets worse ({100 * metrics[label]['win_rate']:.0f} %)" for label in lost if label not in training
-    ]
-    if colour["delta_e"]["interval"][0] > NOTICEABLE:
-        costs.append(f"the colours shift visibly (Delta E {colour['delta_e']['value']:.1f})")
+    costs = what_got_worse(metrics, lost, colour, realism or {})
     if costs and set(training) & set(gained):
-        rise = f"the training scorer rises ({100 * metrics[training[0]]['win_rate']:.0f} %) while"
+        rise = f"the training scorer rises ({rated(metrics[training[0]])}) while"
         sentences.append(("bad", f"Looks like reward hacking: {rise} {' and '.join(costs)}."))
     elif costs:
         sentences.append(("bad", f"At a cost: {' and '.join(costs)}."))
     elif set(training) & set(gained) and held_out and not set(held_out) & set(gained):
         sentences.append(("plain", "The training scorer rises, but no held-out scorer follows."))
+    closer = [kind for kind, row in (realism or {}).items() if row["interval"][1] < 0]
+    if closer:
+        sentences.append(("good", f"Closer to the real photos by {' and '.join(closer)}."))
+    sentences += [("bad", sentence) for sentence in losing_groups(groups or {}, lead)]
     if not held_out:
         sentences.append(
             ("bad", "Only the training scorer judges here: add a held-out one to --scorers before you believe it.")
@@ -1465,26 +2396,75 @@ def verdict(name: str, metrics: dict[str, dict], colour: dict[str, object]) -> l
     return sentences
 
 
-def compare_models(
-    values: dict[str, dict[str, np.ndarray]], prompt_ids: np.ndarray, labels: list[str], training: list[str]
-) -> dict[str, dict]:
-    """Every tuned model against base: {model: {"metrics": {label: compare()}, "colour": ..., "verdict": ...}}."""
-    roles = {label: "training" if label in training else "held-out" for label in labels}
-    roles = dict(sorted(roles.items(), key=lambda item: item[1] == "training"))  # held-out scorers lead
-    results = {}
-    for name in list(values)[1:]:
-        base, other = values["base"], values[name]
-        metrics = {
-            label: compare(per_prompt(base[label], prompt_ids), per_prompt(other[label], prompt_ids), role)
-            for label, role in roles.items()
-        }
-        if not np.isnan(base["diversity"]).all():
-            metrics["diversity"] = compare(base["diversity"], other["diversity"], "diversity")
-        for row, p in zip(metrics.values(), holm([row["sign_test"] for row in metrics.values()]), strict=True):
-            row["holm"] = p
-        colour = compare_colour(base, other, prompt_ids)
-        results[name] = {"metrics": metrics, "colour": colour, "verdict": verdict(name, metrics, colour)}
-    return results
+def rated(row: dict[str, Any], of: str = "") -> str:
+    """A win rate with its interval, as "59 % [53, 66]"."""
+    low, high = (f"{100 * end:.0f}" for end in row["interval"])
+    return f"{100 * row['win_rate']:.0f} %{of} [{low}, {high}]"
+
+
+def what_got_worse(
+    metrics: dict[str, dict], lost: list[str], colour: dict[str, Any], realism: dict[str, dict]
+) -> list[str]:
+    """Everything but the training scorer that lost, with its figures, as parts of a sentence."""
+    costs = [f"{label} gets worse ({rated(metrics[label])})" for label in lost if metrics[label]["role"] != "training"]
+    for kind, row in realism.items():
+        if row["interval"][0] > 0:
+            costs.append(f"{kind} to the real photos grows ({row['base']:.3g} to {row['tuned']:.3g})")
+    if colour["delta_e"]["interval"][0] > NOTICEABLE:
+        costs.append(f"the colours shift visibly (Delta E {colour['delta_e']['value']:.1f})")
+    return costs
+
+
+def losing_groups(groups: dict[str, dict], lead: str) -> list[str]:
+    """A sentence for every group of prompts on which the leading metric loses for sure."""
+    return [
+        f"Worse where {column} is {group}: {lead} wins {rated(found['metrics'][lead])} of {found['prompts']} prompts."
+        for column, found_groups in groups.items()
+        for group, found in found_groups.items()
+        if found["metrics"][lead]["interval"][1] < 0.5 and found["metrics"][lead]["holm"] < 0.05
+    ]
+
+
+# ---- Groups of prompts ---------------------------------------------------------------------------------------------
+
+POSES = (
+    r"\b(standing|sitting|walking|running|jumping|dancing|kneeling|lying|crouching|squatting|leaning|climbing|riding|"
+    r"swimming|stretching|bending|waving|hugging)\b"
+)
+
+
+def group_prompts(args: argparse.Namespace, prompts: list[str]) -> dict[str, list[str]]:
+    """{column: a group's name for every prompt}: people and pose are read in the prompts, others in their file."""
+    groups = {}
+    for column in args.group_by:
+        if column == "people":
+            counts = map(count_people, prompts)
+            groups[column] = ["not said" if count is None else str(count) for count in counts]
+        elif column == "pose":
+            groups[column] = [name_pose(prompt) for prompt in prompts]
+        else:
+            told = read_groups(args.prompts, args.prompt_column, column)
+            groups[column] = [told[prompt] for prompt in prompts]
+    return groups
+
+
+def name_pose(prompt: str) -> str:
+    """The first of POSES in a prompt, or "not said"."""
+    found = re.search(POSES, prompt.lower())
+    return found[0] if found else "not said"
+
+
+def read_groups(source: str, prompt_column: str | None, column: str) -> dict[str, str]:
+    """{prompt: its value in another column of the same table}; UserError where there is no such column."""
+    path = Path(source)
+    if path.is_file() and path.suffix.lower() not in {*TABLE_SUFFIXES, ".json", ".jsonl"}:
+        raise UserError(f"--group_by {column}: {source} has no columns, only prompts (use people, pose, or a table)")
+    texts, _ = read_texts(source, prompt_column)
+    cells = read_file(path, column) if path.is_file() else read_column(load_rows(source), column)
+    groups: dict[str, str] = {}
+    for text, cell in zip(texts, cells, strict=True):
+        groups.setdefault(text, "not said" if cell in (None, "") else str(cell))
+    return groups
 
 
 # ---- Report: one HTML file that loads nothing ----------------------------------------------------------------------
@@ -1814,78 +2794,163 @@ def peak_memory() -> str:
 # ---- Main ----------------------------------------------------------------------------------------------------------
 
 
+def start_processes() -> PartialState:
+    """This process's place among those that `accelerate launch` started, on its GPU if there is one."""
+    quiet_libraries()
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    return PartialState(cpu=cpu, timeout=timedelta(days=7))  # a process may wait long for the slowest one's images
+
+
+def progress(total: int, state: PartialState, what: str, unit: str) -> tqdm:
+    """A bar for this process's share of the work; only the main process shows its own."""
+    share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
+    return tqdm(total=total, desc=what + share, unit=unit, smoothing=0.1, disable=not state.is_main_process)
+
+
 def plan_images(prompts: int, num_images_per_prompt: int, diversity_prompts: int) -> list[tuple[int, int]]:
     """(prompt, index) of every image; the first `diversity_prompts` prompts get two at least, to be compared."""
     counts = [max(num_images_per_prompt, 2 if p < diversity_prompts else 1) for p in range(prompts)]
     return [(p, k) for p, count in enumerate(counts) for k in range(count)]
 
 
-def generate(args: argparse.Namespace, prompts: list[str], plan: list[tuple[int, int]], device: torch.device) -> None:
-    """Draws every image that is not there yet, base first, each under images/MODEL/PROMPT_INDEX.png."""
-    folder = Path(args.output_dir) / "images"
-    for model in args.models:
-        open_image_folder(folder / model.name, image_settings(args, model), args.overwrite)
+def generate(args: argparse.Namespace, state: PartialState, prompts: list[str], plan: list[tuple[int, int]]) -> None:
+    """Draws every image that is not there yet, base first; each process draws its share of every model's."""
+    output, drawn = Path(args.output_dir), [model for model in args.models if model.drawn]
+    if state.is_main_process:
+        for model in drawn:
+            open_image_folder(output / "images" / model.name, image_settings(args, model), args.overwrite)
+    state.wait_for_everyone()
     seeds = {(p, k): image_seed(args.seed, prompts[p], k) for p, k in plan}
     pipe = None
-    for model in args.models:
-        paths = {(p, k): folder / model.name / f"{p:05d}_{k}.png" for p, k in plan}
-        todo = [row for row in plan if image_text(paths[row]).get("seed") != str(seeds[row])]
+    for model in drawn:
+        share = plan[state.process_index :: state.num_processes]
+        files = {(p, k): image_file(output, model, p, k) for p, k in share}
+        todo = [row for row in share if image_text(files[row]).get("seed") != str(seeds[row])]
         if not todo:
             continue
-        pipe = pipe or load_pipeline(args, device)
+        pipe = pipe or load_pipeline(args, state.device)
         with (
-            tuned(pipe, model),
-            tqdm(total=len(plan), initial=len(plan) - len(todo), unit="img", desc=model.name) as progress,
+            drawing(pipe, model, args.identity, args.guidance_scale > 1) as person,
+            progress(len(todo), state, f"images of {model.name}", "img") as bar,
         ):
             for rows in in_batches(todo, args.batch_size):
-                embeds = encode_prompts(pipe, [prompts[p] for p, _ in rows], args.negative_prompt)
+                texts = [prompts[p] for p, _ in rows]
+                embeds, window = condition(pipe, model, texts, args.negative_prompt, args.num_inference_steps)
                 size = (args.num_inference_steps, args.guidance_scale, args.height, args.width)
-                images, latents = sample(pipe, embeds, range(len(rows)), [seeds[row] for row in rows], *size)
+                images, latents = sample(
+                    pipe, embeds, range(len(rows)), [seeds[row] for row in rows], *size, **person, **window
+                )
                 for row, image, latent in zip(rows, images, latents.double().flatten(2), strict=True):
                     statistics = {"latent_mean": latent.mean(-1), "latent_std": latent.std(-1, correction=0)}
-                    text = {key: json.dumps(value.tolist()) for key, value in statistics.items()}
-                    write_atomically(paths[row], png(image, prompt=prompts[row[0]], seed=str(seeds[row]), **text))
-                progress.update(len(rows))
+                    told = {key: json.dumps(value.tolist()) for key, value in statistics.items()}
+                    write_atomically(files[row], png(image, prompt=prompts[row[0]], seed=str(seeds[row]), **told))
+                bar.update(len(rows))
+    state.wait_for_everyone()
 
 
-def measure(
-    args: argparse.Namespace, prompts: list[str], plan: list[tuple[int, int]], device: torch.device
-) -> dict[str, dict[str, np.ndarray]]:
-    """{model: {measure: (N,) or (N, C)}} of all images, diversity (P,); one scorer in memory at a time."""
-    prompt_ids = np.array([p for p, _ in plan])
-    texts = [prompts[p] for p, _ in plan]
-    paths = {
-        m.name: [Path(args.output_dir) / "images" / m.name / f"{p:05d}_{k}.png" for p, k in plan] for m in args.models
+def conclude(
+    args: argparse.Namespace,
+    prompts: list[str],
+    prompt_ids: np.ndarray,
+    values: dict[str, dict[str, np.ndarray]],
+    training: list[str],
+) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
+    """All that is found, for metrics.json, and every measure's means over the images of each prompt."""
+    photos, values = values.get(PHOTOS, {}), {name: found for name, found in values.items() if name != PHOTOS}
+    labels = [scorer.label for scorer in args.scorers]
+    means = per_prompt_means(values, labels, prompt_ids, args.face_threshold)
+    roles, groups = metric_roles(labels, training, bool(args.reference_faces)), group_prompts(args, prompts)
+    realism = measure_realism(values, photos, prompt_ids, args.seed)
+    colours = {name: colour_columns(found) | found["latents"] for name, found in values.items()}
+
+    models = {}
+    for model in args.models[1:]:
+        base, tuned = means["base"], means[model.name]
+        metrics = compare_metrics(base, tuned, roles)
+        shown = [label for label, row in metrics.items() if row["role"] == "training"]
+        found: dict[str, Any] = {
+            "metrics": metrics,
+            "colour": compare_colour(colours["base"], colours[model.name], prompt_ids),
+            "realism": {kind: moves[model.name] for kind, (_, moves) in realism.items()},
+            "groups": compare_groups(base, tuned, [leading_metric(metrics), *shown], groups),
+        }
+        found["verdict"] = verdict(model.name, *found.values())
+        found["checkpoint"] = model.checkpoint and dict(zip(("of", "step"), model.checkpoint, strict=True))
+        models[model.name] = found
+
+    averages = {name: {label: mean(column) for label, column in found.items()} for name, found in means.items()}
+    distances = {kind: distance for kind, (distance, _) in realism.items()}
+    record = {"means": averages, "models": models, "paper": paper_table(args.scorers, averages, models, distances)}
+    if photos:
+        record["realism"] = {"photos": len(photos["colour"]), "images": len(prompt_ids), "distances": distances}
+        record["photos_colour"] = {name: compare_with_photos(means[name], colour_columns(photos)) for name in values}
+    if args.reference_faces:
+        record["identity"] = {name: summarise_identity(values[name], means[name]) for name in values}
+    return record, means
+
+
+def metric_roles(labels: list[str], training: list[str], identity: bool) -> dict[str, str]:
+    """{metric: role}: held-out scorers lead, those that selected the training pairs and what else counts follow."""
+    roles = {label: "training" if label in training else "held-out" for label in labels}
+    roles = dict(sorted(roles.items(), key=lambda item: item[1] == "training"))
+    return (
+        roles
+        | {"diversity": "diversity"}
+        | (dict.fromkeys(("identity", "recognised"), "identity") if identity else {})
+    )
+
+
+def measure_realism(
+    values: dict[str, dict[str, np.ndarray]], photos: dict[str, np.ndarray], prompt_ids: np.ndarray, seed: int
+) -> dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
+    """Every distance to the photos that there are features for: {name: compare_realism()}."""
+    wanted = {
+        "KD (DINOv2)": ("features", kernel_distance),
+        "FD (DINOv2)": ("features", frechet_distance),
+        "CMMD": ("CMMD", cmmd),
+        "FID": ("FID", frechet_distance),
     }
-    values: dict[str, dict[str, np.ndarray]] = {name: {} for name in paths}
-    for scorer in args.scorers:
-        score = scorer.load(device)
-        for name in paths:
-            values[name][scorer.label] = measure_scores(score, paths[name], texts, args.batch_size, scorer.label)
-        del score  # before the next one is loaded
-    repeated = len(plan) > len(prompts)
-    features = image_features(args.feature_model, device) if repeated else None
-    for name in paths:
-        values[name]["diversity"] = measure_diversity(features, paths[name], prompt_ids, args.batch_size)
-        with ThreadPoolExecutor(8) as pool:
-            images = list(
-                tqdm(pool.map(measure_colour, paths[name]), total=len(plan), unit="img", desc="colour", leave=False)
-            )
-        values[name] |= {key: np.array([image[key] for image in images]) for key in images[0]}
-    return values
+    return {
+        kind: compare_realism(
+            {name: found[label] for name, found in values.items()}, prompt_ids, photos[label], statistic, seed
+        )
+        for kind, (label, statistic) in wanted.items()
+        if label in photos
+    }
+
+
+def summarise_identity(values: dict[str, np.ndarray], means: dict[str, np.ndarray]) -> dict[str, Any]:
+    """How well a model keeps the person, over prompts: mean cosine, share recognised, share without a face."""
+    there = ~np.isnan(values["colour"][:, 0])
+    return {
+        "cosine": mean(means["identity"]),
+        "interval": bootstrap_interval(mean, means["identity"]),
+        "recognised": mean(means["recognised"]),
+        "no_face": mean(np.isnan(values["identity"][there]).astype(float)),
+    }
 
 
 def recorded_training_scorers(models: list[Model]) -> list[str]:
     """The scorers that selected the training pairs, from the records beside the weights; else pickscore."""
-    found = []
-    for folder in {model.path if model.path.is_dir() else model.path.parent for model in models if model.path}:
-        data = read_settings(folder / "training_settings.json").get("train_data_dir") or folder
-        specs = read_settings(Path(data) / "preference_data.json").get("scorer", [])
-        found += [split_spec(spec)[0] for spec in specs]
+    found = [
+        split_spec(spec)[0]
+        for data in training_data(models)
+        for spec in read_settings(data / "preference_data.json").get("scorer", [])
+    ]
     return sorted(set(found)) or ["pickscore"]
 
 
-def read_settings(path: Path) -> dict[str, object]:
+def training_data(models: list[Model]) -> list[Path]:
+    """The folders of pairs that the models were trained on, as recorded beside the weights."""
+    weights = [model for model in models if model.kind in {"lora", "folder"}]
+    folders = {model.path if model.path.is_dir() else model.path.parent: None for model in weights}
+    return [Path(read_settings(f / "training_settings.json").get("train_data_dir") or f) for f in folders]
+
+
+def read_settings(path: Path) -> dict[str, Any]:
     """The settings that another of the scripts recorded; {} where there is no such file."""
     return json.loads(path.read_text())["settings"] if path.is_file() else {}
 
@@ -1904,26 +2969,36 @@ def write_csv(
     prompts: list[str],
     plan: list[tuple[int, int]],
     values: dict[str, dict[str, np.ndarray]],
+    files: dict[str, list[Path | None]],
     labels: list[str],
 ) -> None:
-    """per_image.csv: a row per image with its prompt, file, scores, colour and latent channel means."""
+    """per_image.csv: a row per image with its prompt, file, scores, identity, colour and latent channel means."""
     text = io.StringIO()
     writer = csv.writer(text)
-    columns = [*labels, "hue", *COLOURS, "red", "green", "blue"]
-    channels = values["base"]["latent_mean"].shape[1]
+    labels = [*labels, *(["identity"] if "identity" in values["base"] else [])]
+    channels = max(
+        (found["latents"]["latent_mean"].shape[1] for found in values.values() if found["latents"]), default=0
+    )
     latents = [f"latent_mean_{channel}" for channel in range(channels)]
-    writer.writerow(["model", "prompt_id", "index", "prompt", "image", *columns, *latents])
+    writer.writerow(["model", "prompt_id", "index", "prompt", "image", *labels, *COLOUR_COLUMNS, *latents])
     for name, found in values.items():
-        for row, (p, k) in enumerate(plan):
-            numbers = [*(found[column][row] for column in columns), *found["latent_mean"][row]]
-            writer.writerow([name, p, k, prompts[p], f"images/{name}/{p:05d}_{k}.png", *(f"{x:.6g}" for x in numbers)])
+        missing = np.full((len(plan), channels), np.nan)
+        numbers = np.column_stack(
+            [*(found[label] for label in labels), found["colour"], found["latents"].get("latent_mean", missing)]
+        )
+        for (p, k), file, row in zip(plan, files[name], numbers, strict=True):
+            if file:
+                place = file.relative_to(path.parent) if file.is_relative_to(path.parent) else file
+                writer.writerow(
+                    [name, p, k, prompts[p], place.as_posix(), *("" if x != x else f"{x:.6g}" for x in row)]
+                )
     write_atomically(path, text.getvalue().encode())
 
 
-def print_summary(results: dict[str, dict], prompts: int, warnings: list[str]) -> None:
-    """The short table at the end."""
-    for name, result in results.items():
-        print(f"\n{name} against base, {prompts} prompts")
+def print_summary(record: dict[str, Any]) -> None:
+    """The short tables at the end."""
+    for name, result in record["models"].items():
+        print(f"\n{name} against base, {record['prompts']} prompts")
         labels = {
             label: f"{label} (training)" if m["role"] == "training" else label
             for label, m in result["metrics"].items()
@@ -1932,24 +3007,48 @@ def print_summary(results: dict[str, dict], prompts: int, warnings: list[str]) -
         for label, m in result["metrics"].items():
             rate = f"{percent(m['win_rate']):>7} {span(m['interval'], 100):14}"
             print(f"  {labels[label]:{width}}  {rate}  {number(m['base']):>7} -> {number(m['tuned'])}")
-        shift = {key: result["colour"][key]["value"] for key in ("hue_distance", "delta_e", "latent_shift")}
-        moved = "hue {hue_distance:.1f} degrees, Delta E {delta_e:.1f}, latents {latent_shift:.3f} std".format(**shift)
-        print(f"  {'colour':{width}}  {moved}")
+        for kind, row in result["realism"].items():
+            print(
+                f"  {kind:{width}}  {number(row['base'])} -> {number(row['tuned'])} {span(row['interval'], digits=3)}"
+            )
+        words = {
+            "hue_distance": "hue {:.1f} degrees",
+            "delta_e": "Delta E {:.1f}",
+            "latent_shift": "latents {:.3f} std",
+        }
+        moved = [form.format(result["colour"][key]["value"]) for key, form in words.items() if key in result["colour"]]
+        print(f"  {'colour':{width}}  {', '.join(moved)}")
         for _, sentence in result["verdict"]:
             print(f"  {sentence}")
-    for line in warnings:
-        print(f"\n{line}")
+    for name, row in record.get("identity", {}).items():
+        kept = f"recognised {percent(row['recognised'])}, cosine {row['cosine']:.3f} {span(row['interval'], digits=3)}"
+        print(f"  identity of {name}: {kept}, no face {percent(row['no_face'])}")
 
 
 def describe(args: argparse.Namespace) -> dict[str, object]:
     """All settings as plain values, for the report and metrics.json."""
-    models = [f"{m.name}={m.path},lora_scale={m.lora_scale:g}" if m.path else m.name for m in args.models]
-    return {**vars(args), "models": models, "scorers": [scorer.source for scorer in args.scorers]}
+    models = [describe_model(model) for model in args.models]
+    scorers = [scorer.source for scorer in args.scorers]
+    identity = args.identity and ",".join(f"{key}={value}" for key, value in args.identity._asdict().items() if value)
+    return {**vars(args), "models": models, "scorers": scorers, "identity": identity}
 
 
-def caveats(prompts: int, labels: list[str], training: list[str]) -> list[str]:
+def describe_model(model: Model) -> str:
+    """A model as --models takes it."""
+    options = {key: value for key in MODEL_OPTIONS if (value := getattr(model, key)) != Model._field_defaults[key]}
+    if "text_encoder_timesteps" in options:
+        options["text_encoder_timesteps"] = "{}:{}".format(*model.text_encoder_timesteps)
+    if "identity" in options:
+        options["identity"] = "no"
+    if model.checkpoint:
+        options.pop("checkpoints", None)
+    first = f"{model.name}={model.path}" if model.path else model.name
+    return ",".join([first, *(f"{key}={value}" for key, value in options.items())])
+
+
+def caveats(args: argparse.Namespace, prompts: int, training: list[str]) -> list[str]:
     """What weakens the conclusions, a sentence each."""
-    lines = []
+    lines, labels = [], [scorer.label for scorer in args.scorers]
     if prompts < 200:
         smallest = percent(smallest_detectable_win_rate(prompts))
         lines.append(f"Only {prompts} prompts: a win rate below {smallest} would mostly go unseen. Use 200 or more.")
@@ -1957,39 +3056,87 @@ def caveats(prompts: int, labels: list[str], training: list[str]) -> list[str]:
         lines.append(
             f"{', '.join(training)} selected the pairs but is not among --scorers: reward hacking stays unseen."
         )
+    elsewhere = [model.name for model in args.models if not model.drawn]
+    if elsewhere:
+        lines.append(
+            f"The images of {', '.join(elsewhere)} were drawn elsewhere: that prompts, seeds and sampler are the same "
+            "is not known, and differences of luck are among those of the models."
+        )
     return lines
 
 
 def main(args: argparse.Namespace) -> None:
-    """Draws, measures, compares, and writes metrics.json, per_image.csv, report.html and grid.png."""
-    quiet_libraries()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    output, labels = Path(args.output_dir), [scorer.label for scorer in args.scorers]
-    prompts, _ = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
+    """Draws, measures, compares, and writes metrics.json, per_image.csv, report.html, model_card.md and pictures."""
+    state, output = start_processes(), Path(args.output_dir)
+    prompts, remark = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
+    training = args.training_scorer.split(",") if args.training_scorer else recorded_training_scorers(args.models)
+    notes = caveats(args, len(prompts), training)
+    if state.is_main_process:
+        print("\n".join([remark, *notes]), flush=True)
     plan = plan_images(len(prompts), args.num_images_per_prompt, args.diversity_prompts)
     prompt_ids = np.array([p for p, _ in plan])
+    elsewhere = {model.name: find_images(model, prompts, plan) for model in args.models if not model.drawn}
 
-    generate(args, prompts, plan, device)
-    values = measure(args, prompts, plan, device)
-    training = args.training_scorer.split(",") if args.training_scorer else recorded_training_scorers(args.models)
-    results = compare_models(values, prompt_ids, labels, training)
-
-    warnings = caveats(len(prompts), labels, training)
+    generate(args, state, prompts, plan)
+    files = {
+        model.name: elsewhere.get(model.name) or [image_file(output, model, p, k) for p, k in plan]
+        for model in args.models
+    }
+    photos = {PHOTOS: find_photos(Path(args.real_data_dir))} if args.real_data_dir else {}
+    values = measure_all(args, state, {**files, **photos}, plan, prompts)
+    if not state.is_main_process:
+        return
+    for name in files:
+        values[name]["latents"] = read_latents(files[name])
+    found, means = conclude(args, prompts, prompt_ids, values, training)
     record = {"settings": describe(args), "prompts": len(prompts), "images": len(plan), "training_scorers": training}
-    record |= {"caveats": warnings, "models": results}
+    record |= {"caveats": notes, **found}
+    if args.votes:
+        votes = read_votes(args.votes, output)
+        record["votes"] = compare_votes(votes, values, plan, [scorer.label for scorer in args.scorers])
+    write_results(args, record, prompts, plan, values, means, files)
+    print_summary(record)
+    print_endings(args, output)
+
+
+def write_results(
+    args: argparse.Namespace,
+    record: dict[str, Any],
+    prompts: list[str],
+    plan: list[tuple[int, int]],
+    values: dict[str, dict[str, np.ndarray]],
+    means: dict[str, dict[str, np.ndarray]],
+    files: dict[str, list[Path | None]],
+) -> None:
+    """Everything that --output_dir holds beside images and measures."""
+    output, first = Path(args.output_dir), {p: row for row, (p, k) in enumerate(plan) if k == 0}
+    pictures = {name: [paths[first[p]] for p in range(len(prompts))] for name, paths in files.items()}
     write_atomically(output / "metrics.json", json.dumps(plain(record), indent=2).encode())
-    write_csv(output / "per_image.csv", prompts, plan, values, labels)
-    write_report(output / "report.html", args, prompts, prompt_ids, values, results, warnings)
-    write_grid(output / "grid.png", [model.name for model in args.models], len(prompts), output / "images", args.seed)
-    print_summary(results, len(prompts), warnings)
-    last = args.models[-1].path
-    load = f"pipeline.load_lora_weights({str(last)!r})" if not (last / "unet").is_dir() else f"{last}/unet"
+    write_csv(output / "per_image.csv", prompts, plan, values, files, [scorer.label for scorer in args.scorers])
+    write_report(output / "report.html", record, prompts, means, pictures)
+    write_card(output / "model_card.md", record)
+    draw_win_rates(output / "win_rates.png", record)
+    write_grid(output / "grid.png", pictures, args.seed)
+    if args.user_study:
+        write_user_study(output, args.user_study, prompts, files, plan, args.seed)
+
+
+def print_endings(args: argparse.Namespace, output: Path) -> None:
+    """Where to look, and what to do next."""
     print(f"\nmemory  {peak_memory()}")
     print(f"open    {output / 'report.html'}")
-    print(f"next    to draw with {args.models[-1].name}: {load}")
+    if args.user_study:
+        print(f"ask     people with {output / 'user_study.html'}; then the same command with --votes votes-*.json")
+    last = args.models[-1]
+    if last.kind == "lora":
+        print(f"next    to draw with {last.name}: pipeline.load_lora_weights({str(last.path)!r})")
+    elif last.kind == "folder":
+        print(f"next    to draw with {last.name}: UNet2DConditionModel.from_pretrained({str(last.path / 'unet')!r})")
 
 
 # ---- Command line --------------------------------------------------------------------------------------------------
+
+PAPER_SCORERS = ("hpsv2", "imagereward", "aesthetic", "clip", "clip_iqa", "clip_iqa_sharpness", "pickscore")
 
 
 def use_embedded_world(parser: argparse.ArgumentParser, script: str) -> None:
@@ -2006,8 +3153,8 @@ def use_embedded_world(parser: argparse.ArgumentParser, script: str) -> None:
         print(f"{script}.py: the embedded world is used; --pretrained_model_name_or_path names your own model")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The settings, checked as far as possible without loading a model; args.models and args.scorers are parsed."""
+def build_parser() -> argparse.ArgumentParser:
+    """All flags, in groups."""
     parser = argparse.ArgumentParser(
         description="Compares tuned models with their base model on the same prompts, seeds and noise.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -2017,14 +3164,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--pretrained_model_name_or_path", help="base model, a folder or a hub id; without it: the embedded world")
     flag("--revision", help="revision of a model from the hub")
     flag("--variant", help="variant of its files, such as fp16")
-    models, models_help = (
-        ["base", "dpo=dpo-human-lora"],
-        "base and NAME=PATH[,lora_scale=S]: LoRAs, folders with unet/",
-    )
-    flag("--models", nargs="+", metavar="SPEC", default=models, help=models_help)
+    options = "; ".join(f"{name}: {words}" for name, (_, words, _) in MODEL_OPTIONS.items())
+    models_help = f"base and NAME=PATH[,option=value...]: LoRAs, folders with unet/, folders of images. {options}"
+    flag("--models", nargs="+", metavar="SPEC", default=["base", "dpo=dpo-human-lora"], help=models_help)
 
     flag = parser.add_argument_group("images").add_argument
-    flag("--prompts", help=PROMPTS_HELP)
+    flag("--prompts", help=f"{PROMPTS_HELP}; default: the validation split of the pairs that a model was trained on")
     flag("--prompt_column", help="column of the prompts or captions; none: the first of prompt, caption, text")
     flag("--max_prompts", type=int, help="use the first so many prompts")
     flag("--num_images_per_prompt", type=int, default=1, help="images per prompt, averaged before models are compared")
@@ -2042,47 +3187,120 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     flag = parser.add_argument_group("measures").add_argument
     scorer_help = (
-        "clip, pickscore, hpsv2, aesthetic, imagereward, clip_iqa, clip_iqa_sharpness, people, vqa, safety, each with "
-        "[=MODEL][,option=value...]; module:function or file.py:function; the first held-out one leads"
+        "clip, pickscore, hpsv2, aesthetic, imagereward, clip_iqa, clip_iqa_sharpness, people, people_count, "
+        "people_pose, people_limbs, vqa, safety, each with [=MODEL][,option=value...]; module:function, "
+        "file.py:function or file.jsonl; paper: all of the paper's; the first held-out one leads"
     )
-    flag("--scorers", nargs="+", metavar="SPEC", default=["clip", "pickscore"], help=scorer_help)
+    flag("--scorers", nargs="+", metavar="SPEC", default=["hpsv2", "clip", "pickscore"], help=scorer_help)
     training_help = (
         "what selected the training pairs, with commas; default: as recorded beside the weights, else pickscore"
     )
     flag("--training_scorer", metavar="NAMES", help=training_help)
-    flag("--feature_model", default="facebook/dinov2-base", help="DINOv2 or CLIPModel, to measure diversity")
+    flag(
+        "--group_by",
+        nargs="*",
+        metavar="COLUMN",
+        default=["people", "pose"],
+        help="people, pose, columns of --prompts",
+    )
+    flag("--real_data_dir", help="folder of real photos: distances (KD, FD, CMMD) and colour against them")
+    flag("--feature_model", default="facebook/dinov2-large", help="DINOv2 or CLIPModel: diversity, KD and FD")
+    flag("--cmmd_model", default="openai/clip-vit-large-patch14-336", help="CLIPModel of CMMD")
+    flag("--inception", metavar="FILE", help="TorchScript Inception (NVIDIA's inception-2015-12-05.pt): FID as well")
+
+    flag = parser.add_argument_group("personalised text-to-image").add_argument
+    identity_help = (
+        "the person, drawn under every model: lora=PATH[,scale=S], or ip_adapter=FILE,image=FILE_OR_FOLDER (or "
+        "embeds=FILE for FaceID)[,scale=S][,image_encoder=MODEL]; a DreamBooth model is given as the base model"
+    )
+    flag("--identity", metavar="SPEC", help=identity_help)
+    flag("--reference_faces", metavar="FOLDER", help="photos of the person: measures whether the face is kept")
+    flag("--face_embedder", default="sface", help="sface (needs OpenCV), module:function or file.py:function")
+    flag("--face_threshold", type=float, default=0.363, help="cosine from which a face is the person's; SFace's own")
+
+    flag = parser.add_argument_group("human votes").add_argument
+    flag("--user_study", type=int, metavar="N", help="write a blinded page of N random pairs for people to judge")
+    flag("--votes", nargs="+", metavar="FILE", help="the files that the page saved: win rates, agreement")
 
     flag = parser.add_argument_group("output").add_argument
     flag("--output_dir", default="human-eval", help="folder of images, metrics and report; a second start carries on")
     flag("--report_rows", type=int, default=9, help="so many worst losses, best wins and random prompts in the report")
     flag("--overwrite", action="store_true", help="draw images anew that were made with other settings")
+    return parser
 
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The settings, checked as far as possible without loading a model; models, scorers and identity are parsed."""
+    parser = build_parser()
     args = parser.parse_args(argv)
-    if args.pretrained_model_name_or_path is None:
+    if args.pretrained_model_name_or_path is None and not all(map(names_images, args.models)):
         use_embedded_world(parser, "eval_human")
         args = parser.parse_args(argv)
     validate(parser, args)
     return args
 
 
+def names_images(spec: str) -> bool:
+    """Whether a model is a folder of finished images."""
+    with contextlib.suppress(UserError):
+        return parse_model(spec).kind == "images"
+    return False
+
+
 def validate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Ends with one line where the settings cannot work; parses args.models and args.scorers."""
-    counts = ("max_prompts", "num_images_per_prompt", "num_inference_steps", "batch_size")
+    """Ends with one line where the settings cannot work; parses models, scorers and identity."""
+    counts = ("max_prompts", "num_images_per_prompt", "num_inference_steps", "batch_size", "user_study")
     for name in (*counts, "resolution", "height", "width"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    if args.prompts is None:
-        parser.error("--prompts is missing: a text file with one prompt per line, or another source (--help)")
+    for name in ("diversity_prompts", "report_rows", "seed"):
+        if getattr(args, name) < 0:
+            parser.error(f"--{name} must be at least 0")
+    if not math.isfinite(args.guidance_scale) or args.guidance_scale < 0:
+        parser.error("--guidance_scale must be a number from 0 on")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
         parser.error(f"--output_dir {args.output_dir} is a file")
     try:
-        check_model(args.pretrained_model_name_or_path, "model_index.json")
-        read_prompts(args.prompts, args.prompt_column, args.max_prompts)
         args.models = parse_models(args.models)
-        args.scorers = parse_scorers(args.scorers)
+        specs = [name for spec in args.scorers for name in (PAPER_SCORERS if spec == "paper" else (spec,))]
+        args.scorers = parse_scorers(list(dict.fromkeys(specs)))
+        args.identity = parse_identity(args.identity) if args.identity else None
+        check_inputs(args)
     except UserError as error:
         parser.error(str(error))
     args.height, args.width = args.height or args.resolution, args.width or args.resolution
+
+
+def check_inputs(args: argparse.Namespace) -> None:
+    """UserError for files and folders that are not there, or not what they have to be; finds the prompts."""
+    if any(model.drawn for model in args.models):
+        check_model(args.pretrained_model_name_or_path, "model_index.json")
+    args.prompts = args.prompts or recorded_validation_prompts(args.models)
+    prompts, _ = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
+    group_prompts(args, prompts)
+    for name in ("real_data_dir", "reference_faces"):
+        folder = getattr(args, name)
+        if folder and not (Path(folder).is_dir() and find_photos(Path(folder))):
+            raise UserError(f"--{name} {folder}: no such folder, or no images in it")
+    if args.inception and not Path(args.inception).is_file():
+        raise UserError(f"--inception: no such file: {args.inception}")
+    if args.inception and not args.real_data_dir:
+        raise UserError("--inception measures a distance to photos: name them with --real_data_dir")
+    if args.face_embedder != "sface":
+        find_factory(args.face_embedder)
+    for model in args.models:
+        if not model.drawn:
+            find_images(model, prompts, plan_images(len(prompts), args.num_images_per_prompt, args.diversity_prompts))
+    if args.votes:
+        read_votes(args.votes, Path(args.output_dir))
+
+
+def recorded_validation_prompts(models: list[Model]) -> str:
+    """The validation split of the pairs that a model was trained on; UserError where none is recorded."""
+    for folder in training_data(models):
+        if any(folder.glob("data/validation*.parquet")):
+            return f"{folder}:validation"
+    raise UserError("--prompts is missing: a text file with one prompt per line, or another source (--help)")
 
 
 def cli(argv: list[str] | None = None) -> None:

@@ -245,11 +245,13 @@ def sample(
     height: int | None = None,
     width: int | None = None,
     latents: torch.Tensor | None = None,
+    **options: Any,
 ) -> tuple[list[Image.Image], torch.Tensor]:
     """Draws an image for every prompt `rows[i]` of `embeds` (see encode_prompts) with the seed `seeds[i]`.
 
     Batches mix prompts freely: each image has its own CPU generator, so it depends on (model, prompt, seed) alone.
-    `steps` is their number or the timesteps themselves, `latents` (B, C, H, W) what to begin with in place of noise.
+    `steps` is their number or the timesteps themselves, `latents` (B, C, H, W) what to begin with in place of noise,
+    `options` what else a call of the pipeline takes.
     Returns the images and the sampler's own latents, scaled, (B, C, H, W) float16 on the CPU. Without a height and
     width, the model's own size.
     """
@@ -263,6 +265,7 @@ def sample(
         width=width,
         latents=latents,
         output_type="latent",
+        **options,
     ).images
     return decode(pipe, latents), latents.to("cpu", torch.float16)
 
@@ -770,9 +773,7 @@ def file_score(path: str) -> Callable[[Device], Score]:
         ids = [image.info.get("image_id") for image in images]
         for image_id in ids:
             if image_id not in table:
-                raise UserError(
-                    f"{path} has no score for the image {image_id}: --export images writes the images with their ids"
-                )
+                raise UserError(f"{path} has no score for the image {image_id}")
         return [table[image_id] for image_id in ids]
 
     return lambda device: score
@@ -1113,20 +1114,21 @@ def read_json(path: Path) -> list[dict[str, Any]]:
 
 
 def load_rows(source: str) -> Dataset:
-    """The rows of a folder, or of a hub name with or without :split, that `datasets` reads: of train, else the first.
+    """The rows of a folder or hub name, with or without :split, that `datasets` reads: of train, else the first split.
 
     A folder is read anew, because one that changed under its old name would come out of the cache as it was.
     """
     import datasets
 
-    folder = Path(source).is_dir()
-    name, _, split = (source, "", "") if folder else source.partition(":")
+    named = None if Path(source).is_dir() else re.fullmatch(r"(.+):([\w.-]+)", source)
+    name, split = named.groups() if named else (source, None)
+    folder = Path(name).is_dir()
     if not folder and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise UserError(f"no such file or folder: {source}")
     datasets.disable_progress_bars()
     mode = "force_redownload" if folder else "reuse_dataset_if_exists"
     try:
-        loaded = datasets.load_dataset(name, split=split or None, download_mode=mode)
+        loaded = datasets.load_dataset(name, split=split, download_mode=mode)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
         raise UserError(f"{source} is not a file, nor can datasets load it: {reason}") from error

@@ -1628,6 +1628,9 @@ def save_checkpoint(run: Run, step: int) -> None:
         weights, optimizer = ({}, {}) if deepspeed(accelerator) else collect_state(run)
         if accelerator.is_main_process:
             write_checkpoint(run, step, unfinished, weights, optimizer)
+        with averaged(run):
+            save_weights(run, unfinished)  # so that a checkpoint loads as the end result does
+        if accelerator.is_main_process:
             discard(folder)
             unfinished.rename(folder)
     except Exception as error:  # a full disk: safetensors, torch.save and open() each have their own
@@ -1676,9 +1679,11 @@ def load_checkpoint(run: Run, folder: Path) -> int:
 # ---- Output ---------------------------------------------------------------------------------------------------------
 
 
-def save_weights(run: Run) -> None:
-    """Writes what `pipeline.load_lora_weights` or, in unet/, `UNet2DConditionModel.from_pretrained` loads; with
-    --export_kohya also what ComfyUI and A1111 load."""
+def save_weights(run: Run, folder: Path) -> None:
+    """Writes what `pipeline.load_lora_weights(folder)` or, from unet/, `UNet2DConditionModel.from_pretrained` loads.
+
+    With --export_kohya also what ComfyUI and A1111 load.
+    """
     from diffusers import UNet2DConditionModel
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
@@ -1693,7 +1698,7 @@ def save_weights(run: Run) -> None:
         if whole:
             unet = UNet2DConditionModel.from_config(unet.config)
             unet.load_state_dict({name[5:]: value for name, value in whole.items() if name.startswith("unet.")})
-        unet.save_pretrained(Path(args.output_dir, "unet"))
+        unet.save_pretrained(folder / "unet")
     layers, kohya = {}, {}
     for name, module in adapted(run.pipe).items():
         prefix = "unet." if name == "unet" else f"text_encoders.{name}."
@@ -1705,7 +1710,7 @@ def save_weights(run: Run) -> None:
         layers[f"{name}_lora_adapter_metadata"] = config.to_dict()
         kohya |= kohya_weights(name, state, config.lora_alpha, two_encoders=hasattr(run.pipe, "text_encoder_2"))
     if layers:
-        run.pipe.save_lora_weights(args.output_dir, **layers)
+        run.pipe.save_lora_weights(folder, **layers)
     if layers and args.export_kohya:
         from safetensors.torch import save_file
 
@@ -1713,7 +1718,7 @@ def save_weights(run: Run) -> None:
         kind = {"ss_base_model_version": "sdxl_base_v1-0"} if hasattr(run.pipe, "text_encoder_2") else {}
         if run.plain.unet.config.cross_attention_dim == 1024:
             kind = {"ss_v2": "True"}  # A1111 shows what it takes for SD 1 by default to SD 1 models alone
-        save_file(kohya, Path(args.output_dir, f"{name}.kohya.safetensors"), {"format": "pt", **kind})
+        save_file(kohya, folder / f"{name}.kohya.safetensors", {"format": "pt", **kind})
 
 
 def kohya_weights(name: str, state: dict[str, Tensor], alpha: float, two_encoders: bool) -> dict[str, Tensor]:
@@ -2135,7 +2140,7 @@ def main(args: argparse.Namespace) -> None:
     accelerator.init_trackers("train_dpo_human", {name: str(value) for name, value in vars(args).items()})
     latest = train(run, first_step)
     with averaged(run):
-        save_weights(run)
+        save_weights(run, Path(args.output_dir))
     if accelerator.is_main_process:
         write_model_card(run, summary, latest)
     accelerator.end_training()

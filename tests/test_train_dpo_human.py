@@ -433,7 +433,9 @@ def test_kill_9_leaves_complete_checkpoints_and_resume_gives_the_uninterrupted_w
     process.wait()
     assert not (killed / "pytorch_lora_weights.safetensors").exists()
     for checkpoint in trainer.checkpoints(killed):
-        assert {path.name for path in checkpoint.iterdir()} == {"model.safetensors", "state.pt", "run.json"}
+        assert {path.name for path in checkpoint.iterdir()} == {
+            "model.safetensors", "state.pt", "run.json", "pytorch_lora_weights.safetensors",
+        }  # fmt: skip
     assert_equal(whole, train(data, killed, **settings, resume_from_checkpoint="latest"))
     assert not list(killed.glob("*.partial"))
 
