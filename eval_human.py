@@ -265,6 +265,173 @@ def diversity(features: np.ndarray) -> float:
     return float(np.mean(np.sum((unit[first] - unit[second]) ** 2, axis=1) / 2))  # exactly 0 where 1 - cos would round
 
 
+# ---- The method: distances to real photos --------------------------------------------------------------------------
+
+
+def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """FID's distance of two feature sets, (N, D) and (M, D), in squared units of the features; nan below two rows.
+
+    |mean(x) - mean(y)|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)) (https://arxiv.org/abs/1706.08500), without a matrix square
+    root and so for N < D too: with X = (x - mean) / sqrt(N - 1) = Qx Rx, Cx = X^T X, and the last trace is the sum of
+    the singular values of X Y^T, which are those of Rx Ry^T. It reads too high for few rows: their covariances differ
+    by chance, and a chance difference counts as distance.
+    """
+    if min(len(x), len(y)) < 2:
+        return math.nan
+    means = [sample.mean(axis=0, dtype=np.float64) for sample in (x, y)]
+    scaled = [(rows - m) / math.sqrt(len(rows) - 1) for rows, m in zip((x, y), means, strict=True)]
+    rx, ry = (np.linalg.qr(rows, mode="r") for rows in scaled)
+    shared = np.linalg.norm(rx @ ry.T, "nuc")
+    return float(((means[0] - means[1]) ** 2).sum() + (rx**2).sum() + (ry**2).sum() - 2 * shared)
+
+
+def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """KID's distance of two feature sets, (N, D) and (M, D): unbiased MMD^2 with the kernel (x.y / D + 1)^3.
+
+    https://arxiv.org/abs/1801.01401; of DINOv2 features it is called KD (https://arxiv.org/abs/2306.04675). All rows
+    at once, not the mean over subsets of 1000. It has no unit and is not multiplied (papers often print 1000 * KID).
+    Equal distributions give 0 on average, whatever the number of rows, so that a single value may be negative.
+    """
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        root = a @ b.T / a.shape[1] + 1
+        return root * root * root
+
+    return unbiased_mmd(kernel, x, y)
+
+
+def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0) -> float:
+    """CMMD: 1000 * unbiased MMD^2 with the kernel exp(-|x - y|^2 / (2 sigma^2)) of CLIP embeddings of length 1.
+
+    https://arxiv.org/abs/2401.09603, embeddings (N, D) and (M, D). The paper's is biased: it also counts the pairs of
+    an image with itself, which adds 1000 * (1 - mean kernel) / N for each set; here equal distributions give 0 on
+    average.
+    """
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
+        return np.exp(squares / (-2 * sigma**2))
+
+    return 1000 * unbiased_mmd(kernel, x, y)
+
+
+def unbiased_mmd(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], x: np.ndarray, y: np.ndarray) -> float:
+    """Mean kernel of two rows of x, plus that of two rows of y, minus twice that of a row of each; nan below two rows.
+
+    The squared maximum mean discrepancy (https://jmlr.org/papers/v13/gretton12a.html, Lemma 6), a U-statistic: no row
+    is paired with itself. `kernel` maps (N, D) and (M, D) to (N, M).
+    """
+    if min(len(x), len(y)) < 2:
+        return math.nan
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    within = sum(mean_kernel(kernel, rows, rows, diagonal=False) for rows in (x, y))
+    return float(within - 2 * mean_kernel(kernel, x, y))
+
+
+def mean_kernel(
+    kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], x: np.ndarray, y: np.ndarray, diagonal: bool = True
+) -> float:
+    """Mean of kernel(x, y) over all pairs of rows, or without the diagonal; 1024 rows at a time, to save memory."""
+    total = 0.0
+    for start in range(0, len(x), 1024):
+        values = kernel(x[start : start + 1024], y)
+        total += values.sum() - (0 if diagonal else values.trace(offset=start))
+    return total / (len(x) * (len(y) - (not diagonal)))
+
+
+def jackknife_interval(
+    statistic: Callable[..., float], *samples: np.ndarray, blocks: int = 20, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of `statistic(*samples)` by the delete-a-block jackknife; nan where there are not two rows.
+
+    The rows of the samples, (P, ...) each, are shuffled and cut into B = `blocks` blocks together, and each block is
+    left out once: error^2 = (B - 1) / B * sum of (value without a block - mean of these values)^2
+    (https://doi.org/10.1214/aos/1176347263). The interval is the value -/+ error * Student's t of B - 1 degrees.
+    Not the bootstrap: its samples hold rows twice. A row and its copy are as close as rows can be, so that
+    U-statistics such as unbiased_mmd, and the Frechet distance, come out too high on them, by more than the error.
+    """
+    count = len(samples[0])
+    blocks = min(blocks, count)
+    if blocks < 2:
+        return math.nan, math.nan
+    parts = np.array_split(np.random.default_rng(seed).permutation(count), blocks)
+    values = np.array([statistic(*(np.delete(sample, part, axis=0) for sample in samples)) for part in parts])
+    error = math.sqrt((blocks - 1) * values.var())
+    value, reach = statistic(*samples), student_t(blocks - 1) * error
+    return value - reach, value + reach
+
+
+def student_t(degrees: int) -> float:
+    """Two-sided 95 % quantile of Student's t, 1.96 for many degrees (Cornish-Fisher; within 1 % from 5 degrees)."""
+    z = 1.959964
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+
+
+def real_floor(statistic: Callable[..., float], photos: np.ndarray, n: int, seed: int) -> float:
+    """The distance of `n` random photos from all others, (M, D): about what `n` images of a perfect model would read.
+
+    At most half of the photos are set apart. Where that is less than `n`, the floor of frechet_distance is too high.
+    """
+    order = np.random.default_rng(seed).permutation(len(photos))
+    size = min(n, len(photos) // 2)
+    return statistic(photos[order[:size]], photos[order[size:]])
+
+
+def compare_realism(
+    features: dict[str, np.ndarray],
+    prompt_ids: np.ndarray,
+    photos: np.ndarray,
+    statistic: Callable[[np.ndarray, np.ndarray], float],
+    seed: int = 0,
+) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
+    """How far every model's images are from photos by `statistic`, and how far tuned models moved; lower is better.
+
+    features: {model: (N, D)}, "base" first, rows in the same order for all; a row with a nan in any model is left out
+    for all of them, so that each has the same number of images of the same prompts. prompt_ids (N,), photos (M, D).
+    Returns the distance: {"images", "floor", "models": {model: value}, "note"}, and the moves: {tuned model: {"base",
+    "tuned", "difference", "interval"}}. The interval is a jackknife over blocks of prompts, paired; the photos are
+    fixed, so that it does not tell how the difference would be against other photos.
+    """
+    known = np.logical_and.reduce([np.isfinite(found).all(axis=1) for found in features.values()])
+    ids = prompt_ids[known]
+    prompts, images = np.unique(ids), len(ids)
+
+    @lru_cache(None)  # base's distances serve every tuned model
+    def distance(name: str, kept: tuple[int, ...]) -> float:
+        return statistic(features[name][known][np.isin(ids, kept)], photos)
+
+    def difference(name: str, kept: np.ndarray) -> float:
+        return distance(name, tuple(kept)) - distance("base", tuple(kept))
+
+    values = {name: distance(name, tuple(prompts)) for name in features}
+    moves = {
+        name: {
+            "base": values["base"],
+            "tuned": value,
+            "difference": value - values["base"],
+            "interval": jackknife_interval(partial(difference, name), prompts, seed=seed),
+        }
+        for name, value in values.items()
+        if name != "base"
+    }
+    floor, note = real_floor(statistic, photos, images, seed), realism_note(statistic, images, len(photos))
+    return {"images": images, "floor": floor, "models": values, "note": note}, moves
+
+
+def realism_note(statistic: Callable[..., float], images: int, photos: int) -> str:
+    """Why to read a distance with care, in a sentence or two; "" where there is no reason."""
+    told = f"{images} images of each model and {photos} photos"
+    notes = []
+    if min(images, photos) < 100:
+        notes.append(f"With {told} this distance says little: use 100 of both or more.")
+    if statistic is frechet_distance and min(images, photos) < 2048:
+        notes.append(
+            f"A Frechet distance of {told} reads too high, and more so for varied images: below 2048 of both, trust "
+            "the kernel distances."
+        )
+    return " ".join(notes)
+
+
 # ---- Prompts ------------------------------------------------------------------------------------------------------
 
 CAPTION_COLUMNS = ("prompt", "caption", "text")
@@ -1350,6 +1517,48 @@ def image_features(name: str, device: torch.device) -> Callable[[list[Image.Imag
         ).to(device)
         return vision(pixel_values=inputs["pixel_values"]).pooler_output.double().cpu().numpy()
 
+    return features
+
+
+def clip_embeddings(name: str, device: torch.device) -> Callable[[list[Image.Image]], np.ndarray]:
+    """A function from images to a CLIPModel's image embeddings, projected and of length 1, (N, D): CMMD's features.
+
+    CMMD's own model is openai/clip-vit-large-patch14-336. Images are padded to a square. UserError where it cannot be
+    loaded.
+    """
+    try:
+        embed_images, _, _ = load_clip(device, name, "", crop=False)
+    except Exception as error:  # what a hub, a file or a library raises
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot load the CLIP model {name}: {reason}") from error
+    return lambda images: embed_images(images).double().cpu().numpy()
+
+
+def inception_features(path: str | Path, device: torch.device) -> Callable[[list[Image.Image]], np.ndarray]:
+    """A function from images to FID's 2048 features (N, D) of a TorchScript Inception.
+
+    Such as NVIDIA's inception-2015-12-05.pt: model(uint8 images (N, 3, 299, 299), return_features=True), so that no
+    torchvision or torch-fidelity is needed. Images are brought to 299 x 299 by PIL's antialiased bicubic filter, as
+    clean-fid does (https://arxiv.org/abs/2104.11222), but rounded to whole levels. UserError where the file is
+    missing, is not TorchScript or does not give (N, D).
+    """
+    if not Path(path).is_file():
+        raise UserError(f"no such file: {path}; it should be a TorchScript Inception, as inception-2015-12-05.pt")
+
+    @torch.inference_mode()
+    def features(images: list[Image.Image]) -> np.ndarray:
+        resized = [image.convert("RGB").resize((299, 299), Image.Resampling.BICUBIC) for image in images]
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in resized])).permute(0, 3, 1, 2)
+        return model(pixels.contiguous().to(device), return_features=True).double().cpu().numpy()
+
+    try:
+        model = torch.jit.load(path, map_location=device).eval()
+        shape = features([Image.new("RGB", (299, 299))] * 2).shape
+    except Exception as error:  # what is in the file may raise anything
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} is not a TorchScript Inception with return_features: {reason}") from error
+    if len(shape) != 2 or shape[0] != 2:
+        raise UserError(f"{path} gives features of the shape {shape} for two images: it should be (2, D)")
     return features
 
 
