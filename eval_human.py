@@ -913,13 +913,17 @@ def people_score(
     model: str = "PekingU/rtdetr_v2_r50vd",
     pose: str = "usyd-community/vitpose-base-simple",
     count: int = 0,
+    part: str = "",
 ) -> Score:
     """Are the people there whom the prompt asks for, and can their bodies be read? -inf if not, else 0 to 1.
 
     A detector (https://arxiv.org/abs/2407.17140) finds persons with a score above 0.5 on at least 2 % of the image;
-    ViTPose (https://arxiv.org/abs/2204.12484) gives their 17 COCO keypoints; see rate_people. `count` overrides the
-    number that count_people reads in the prompt. It sees missing, surplus and unreadable people, not six fingers.
+    ViTPose (https://arxiv.org/abs/2204.12484) gives their 17 COCO keypoints; see rate_people, also for `part`. `count`
+    overrides the number that count_people reads in the prompt. It is our heuristic. It sees missing, surplus and
+    unreadable people and limbs that are much too long; not fingers, faces, a third arm, or limbs that are too short.
     """
+    if part not in ("", "count", "pose", "limbs"):
+        raise ValueError(f"part is count, pose or limbs, not {part}")
     from transformers import AutoImageProcessor, AutoModelForObjectDetection, VitPoseForPoseEstimation
 
     detector, estimator = (
@@ -951,25 +955,79 @@ def people_score(
     def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
         images = [image.convert("RGB") for image in images]
         boxes = find_people(images)
-        confidence = torch.zeros(0, 17)
+        heatmaps = torch.zeros(0, 17, 1, 1)
         if any(boxes):  # ViTPose's processor raises where a batch has no box at all
             crops = to_crops(images, boxes=boxes, return_tensors="pt").pixel_values.to(device)
             coco = torch.zeros(len(crops), dtype=torch.long, device=device)  # ViTPose+ has an expert per data set
-            confidence = estimator(crops, dataset_index=coco).heatmaps.amax(dim=(2, 3)).clamp(0, 1).cpu()
-        each = confidence.split([len(found) for found in boxes])
-        return [rate_people(k, count or count_people(prompt)) for k, prompt in zip(each, prompts, strict=True)]
+            heatmaps = estimator(crops, dataset_index=coco).heatmaps.cpu()
+        confidence, cell = heatmaps.flatten(2).max(dim=-1)
+        points = torch.stack([cell % heatmaps.shape[3], cell // heatmaps.shape[3]], dim=-1).float()
+        sizes = [len(found) for found in boxes]
+        each = zip(points.split(sizes), confidence.clamp(0, 1).split(sizes), prompts, strict=True)
+        return [rate_people(place, sure, count or count_people(prompt), part) for place, sure, prompt in each]
 
     return score
 
 
-def rate_people(keypoints: torch.Tensor, wanted: int | None) -> float:
-    """Mean confidence of the keypoints (P, 17), each in [0, 1]; -inf unless `wanted` people (None: any) are there.
+def rate_people(points: torch.Tensor, confidence: torch.Tensor, wanted: int | None, part: str = "") -> float:
+    """Rates the keypoints of P boxes, (P, 17, 2), with their confidences in [0, 1], for `wanted` people (None: any).
 
     A box holds a person if the shoulders (5 and 6) have a mean confidence above 0.3; a profile hides one of them.
+    part "count": 1 if as many persons are there as wanted, else 0; "pose": mean confidence, 0 without a person;
+    "limbs": the persons' mean of plausible_limbs, nan where it is not known; "": pose * limbs, or pose alone where
+    limbs is not known, but -inf unless as many persons are there as wanted.
     """
-    people = keypoints[keypoints[:, 5:7].mean(-1) > 0.3]
-    there = len(people) == wanted if wanted else len(people) > 0
-    return people.mean().item() if there else -math.inf
+    clear = confidence[:, 5:7].mean(-1) > 0.3
+    there = clear.sum() == wanted if wanted else clear.any()
+    pose = confidence[clear].mean().item() if clear.any() else 0.0
+    limbs = plausible_limbs(points[clear], confidence[clear]).nanmean().item()
+    combined = pose * (1.0 if math.isnan(limbs) else limbs)
+    return {"count": float(there), "pose": pose, "limbs": limbs, "": combined if there else -math.inf}[part]
+
+
+# COCO's keypoints: nose, eyes and ears (0 to 4), then left and right by turns: shoulders (5, 6), elbows (7, 8), wrists
+# (9, 10), hips (11, 12), knees (13, 14), ankles (15, 16). Lengths as shares of a standing body's height, rounded from
+# Drillis and Contini's tables (Body Segment Parameters, 1966) between the joints that annotators mark.
+LIMBS = {
+    **dict.fromkeys(((5, 7), (6, 8)), 0.19),  # upper arms
+    **dict.fromkeys(((7, 9), (8, 10)), 0.15),  # forearms
+    **dict.fromkeys(((11, 13), (12, 14), (13, 15), (14, 16)), 0.25),  # thighs and shins
+}
+TRUNK = {
+    0.29: [(5, 11), (6, 12)],  # shoulder to hip
+    0.23: [(5, 6)],  # shoulder to shoulder
+    0.08: [(a, b) for a in range(5) for b in range(a)],  # the head: ear to ear from the front, nose to ear from a side
+}
+
+
+def plausible_limbs(points: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
+    """Share of each person's clearly seen limbs that are not too long, (P,): keypoints (P, 17, 2), confidence (P, 17).
+
+    Too long is above 1.6 * share * body_height: foreshortening may make the height 1.41 times too small, and people
+    differ by a tenth. A limb may be short: it points at the camera. nan where no limb or no height is known.
+    """
+    lengths = limb_lengths(points, confidence, LIMBS)
+    longest = 1.6 * body_height(points, confidence)[:, None] * torch.tensor(list(LIMBS.values()))
+    unknown = lengths.isnan() | longest.isnan()
+    return (lengths <= longest).float().masked_fill(unknown, math.nan).nanmean(-1)
+
+
+def body_height(points: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
+    """Standing heights (P,) of bodies by torso, shoulder line or head, whichever tells most, in units of `points`.
+
+    Torso and shoulder line are at a right angle, so that a view from anywhere leaves one of them at least 1 / sqrt(2)
+    of its length. nan unless two of the three are seen: the shoulder line alone may be a profile's.
+    """
+    parts = [limb_lengths(points, confidence, ends).nan_to_num(0).amax(-1) / share for share, ends in TRUNK.items()]
+    heights = torch.stack(parts, dim=-1)
+    return heights.amax(-1).masked_fill((heights > 0).sum(-1) < 2, math.nan)
+
+
+def limb_lengths(points: torch.Tensor, confidence: torch.Tensor, ends: Iterable[tuple[int, int]]) -> torch.Tensor:
+    """Distances (P, S) of S pairs of keypoints (P, 17, 2); nan unless both have a confidence above 0.3."""
+    a, b = torch.tensor(list(ends)).T
+    lengths = (points[:, a] - points[:, b]).norm(dim=-1)
+    return lengths.masked_fill(torch.minimum(confidence[:, a], confidence[:, b]) <= 0.3, math.nan)
 
 
 NUMBERS = {
@@ -1202,6 +1260,9 @@ BUILT_IN_SCORERS: dict[str, Callable[..., Score]] = {
     "clip_iqa": clip_iqa,
     "clip_iqa_sharpness": partial(clip_iqa, good="Sharp photo.", bad="Blurry photo."),
     "people": people_score,
+    "people_count": partial(people_score, part="count"),
+    "people_pose": partial(people_score, part="pose"),
+    "people_limbs": partial(people_score, part="limbs"),
     "vqa": vqa_score,
     "safety": safety_score,
 }

@@ -321,17 +321,117 @@ def test_count_people(prompt, people):
     assert data.count_people(prompt) == people
 
 
+JOINTS = {  # a man of height 100 from the front, the arms hanging: nose, eyes, ears, shoulders, elbows, ... ankles
+    "head": [(0, 94), (2, 96), (-2, 96), (4, 95), (-4, 95)],
+    "arms": [(11, 82), (-11, 82), (13, 63), (-13, 63), (14, 48), (-14, 48)],
+    "legs": [(6, 53), (-6, 53), (7, 28), (-7, 28), (7, 4), (-7, 4)],
+}
+
+
+def skeleton(**moved: tuple[float, float]) -> torch.Tensor:
+    """The keypoints (1, 17, 2) of JOINTS, with those at the numbers `_9=(x, y)` elsewhere."""
+    points = torch.tensor([place for part in JOINTS.values() for place in part], dtype=torch.float32)
+    for number, place in moved.items():
+        points[int(number[1:])] = torch.tensor(place, dtype=torch.float32)
+    return points[None]
+
+
+def seen(*hidden: int) -> torch.Tensor:
+    """Confidences (1, 17) of 0.8, of 0.2 for the keypoints `hidden`."""
+    confidence = torch.full((1, 17), 0.8)
+    confidence[0, list(hidden)] = 0.2
+    return confidence
+
+
 def test_rate_people():
-    clear, faint = torch.full((17,), 0.8), torch.full((17,), 0.8)
-    faint[5:7] = 0.2
-    profile = torch.full((17,), 0.8)
-    profile[5] = 0.1
-    assert data.rate_people(torch.stack([clear, clear]), 2) == pytest.approx(0.8)
-    assert data.rate_people(torch.stack([clear, faint]), 1) == pytest.approx(0.8)
-    assert data.rate_people(torch.stack([clear, profile]), None) == pytest.approx((34 * 0.8 - 0.7) / 34)
-    assert data.rate_people(torch.stack([clear, faint]), 2) == -INF
-    assert data.rate_people(torch.stack([clear, clear]), 1) == -INF
-    assert data.rate_people(faint[None], None) == data.rate_people(torch.zeros(0, 17), None) == -INF
+    clear, faint, profile = seen(), seen(5, 6), seen()
+    profile[0, 5] = 0.1
+    whole = skeleton().expand(2, 17, 2)
+    both = torch.cat([clear, clear])
+    assert data.rate_people(whole, both, 2) == pytest.approx(0.8)
+    assert data.rate_people(whole, torch.cat([clear, faint]), 1) == pytest.approx(0.8)
+    assert data.rate_people(whole, torch.cat([clear, profile]), None) == pytest.approx((34 * 0.8 - 0.7) / 34)
+    assert data.rate_people(whole, torch.cat([clear, faint]), 2) == -INF
+    assert data.rate_people(whole, both, 1) == -INF
+    nobody = torch.zeros(0, 17, 2), torch.zeros(0, 17)
+    assert data.rate_people(whole[:1], faint, None) == data.rate_people(*nobody, None) == -INF
+
+
+def test_parts_of_the_rate_of_people():
+    def parts(points: torch.Tensor, confidence: torch.Tensor, wanted: int | None) -> list[float]:
+        return [data.rate_people(points, confidence, wanted, part) for part in ("count", "pose", "limbs", "")]
+
+    broken = skeleton(_9=(60, 60))  # a forearm of 47
+    two, sure = torch.cat([skeleton(), broken]), torch.cat([seen(), seen()])
+    assert parts(broken, seen(), 1) == pytest.approx([1, 0.8, 7 / 8, 0.8 * 7 / 8])
+    assert parts(two, sure, 2) == pytest.approx([1, 0.8, 15 / 16, 0.8 * 15 / 16])
+    assert parts(two, sure, 3) == pytest.approx([0, 0.8, 15 / 16, -INF])
+    assert parts(two, sure, None) == pytest.approx([1, 0.8, 15 / 16, 0.8 * 15 / 16])
+    assert parts(two, torch.cat([seen(), seen(5, 6)]), 1) == pytest.approx([1, 0.8, 1, 0.8])  # the broken one is none
+    hidden = seen(*range(7, 17))  # head and shoulders: no limb is seen
+    assert parts(broken, hidden, 1) == pytest.approx([1, (7 * 0.8 + 2) / 17, NAN, (7 * 0.8 + 2) / 17], nan_ok=True)
+    nobody = torch.zeros(0, 17, 2), torch.zeros(0, 17)
+    for wanted in (1, None):
+        assert parts(*nobody, wanted) == pytest.approx([0, 0, NAN, -INF], nan_ok=True)
+
+
+@pytest.mark.parametrize(
+    ("points", "confidence", "share"),
+    [
+        (skeleton(), seen(), 1),
+        (skeleton(_7=(68, 82), _9=(113, 82)), seen(), 6 / 8),  # an arm three times too long
+        (skeleton(_9=(14, 40)), seen(), 1),  # half as long again is within what a view can do
+        (skeleton(_15=(7, -30)), seen(), 7 / 8),
+        (skeleton(_7=(12, 80), _9=(12, 79)), seen(), 1),  # an arm that points at the camera
+        (skeleton(_13=(6, 50), _14=(-6, 50), _15=(6, 26), _16=(-6, 26)), seen(), 1),  # sitting, from the front
+        (skeleton(_7=(68, 82), _9=(113, 82)), seen(9), 6 / 7),  # the hand is hidden
+        (skeleton(_7=(68, 82), _9=(113, 82)), seen(7), 1),
+        (skeleton(), seen(*range(7, 17)), NAN),  # no limb
+        (skeleton(), seen(*range(5), 11, 12), NAN),  # nothing but a shoulder line to measure the body by
+        (skeleton(), seen(*range(5)), 1),
+        (skeleton(), seen(*range(11, 17)), 1),  # head and arms
+        (skeleton(_7=(68, 82), _9=(113, 82)), seen(*range(11, 17)), 2 / 4),
+    ],
+)
+def test_plausible_limbs(points, confidence, share):
+    turned = torch.stack([-points[..., 1], points[..., 0]], dim=-1)
+    mirrored = points * torch.tensor([-1, 1])
+    swapped = [0, *(i + 1 if i % 2 else i - 1 for i in range(1, 17))]  # left keypoints become right ones
+    for same in (points, 0.04 * points + 7, turned, mirrored):
+        found = data.plausible_limbs(same, confidence)
+        assert found.shape == (1,)
+        assert found.item() == pytest.approx(share, nan_ok=True)
+    assert data.plausible_limbs(mirrored[:, swapped], confidence[:, swapped]).item() == pytest.approx(
+        share, nan_ok=True
+    )
+
+
+def test_each_person_has_a_height_of_their_own():
+    points = torch.cat([skeleton(), 0.2 * skeleton(_9=(60, 60)), 5 * skeleton()])
+    sure = torch.cat([seen(), seen(), seen(*range(17))])
+    np.testing.assert_allclose(data.plausible_limbs(points, sure), [1, 7 / 8, NAN])
+    np.testing.assert_allclose(data.body_height(points, sure), [100, 20, NAN], rtol=0.06)
+    assert data.plausible_limbs(points[:0], sure[:0]).shape == (0,)
+
+
+def test_no_pose_and_no_view_makes_a_right_limb_too_long():
+    """Bodies of right lengths, each limb in any direction, seen from anywhere, without perspective."""
+    rng = np.random.default_rng(0)
+    points = np.zeros((2000, 17, 3))
+    points[:, 5:7, 0], points[:, 11:13, 0] = (11.5, -11.5), (5.5, -5.5)
+    points[:, 5:7, 1] = 29
+    points[:, :5] = np.array([(0, 39, 7), (2, 41, 5), (-2, 41, 5), (4, 40, 0), (-4, 40, 0)])
+    for (start, end), share in data.LIMBS.items():
+        direction = rng.normal(size=(2000, 3))
+        points[:, end] = points[:, start] + 100 * share * direction / np.linalg.norm(direction, axis=1, keepdims=True)
+    views = np.linalg.qr(rng.normal(size=(2000, 3, 3)))[0]
+    flat = torch.tensor((points @ views)[..., :2], dtype=torch.float32)
+    sure = torch.full((2000, 17), 0.8)
+    assert data.plausible_limbs(flat, sure).min() == 1
+    height = data.body_height(flat, sure)
+    assert height.min() > 100 / math.sqrt(2)
+    flat[:, 9] = flat[:, 7] + 5 * (flat[:, 9] - flat[:, 7])  # what is far too long is seen from most sides
+    assert (data.plausible_limbs(flat, sure) == 7 / 8).float().mean() > 0.9
 
 
 @pytest.fixture(scope="module")
@@ -395,13 +495,14 @@ def pose(tmp_path_factory):
     model = shake(VitPoseForPoseEstimation(VitPoseConfig(backbone_config=backbone, num_labels=17)), std=0.05)
     torch.nn.init.uniform_(model.head.conv.bias, -0.1, 0.5, generator=torch.Generator().manual_seed(0))
     model.head.conv.bias.data[5:7] = -0.15  # the shoulders around 0.3
+    model.head.conv.bias.data[:5] = -0.4  # mostly no head, which would make every limb short
     model.save_pretrained(folder)
     VitPoseImageProcessorPil(size={"height": 32, "width": 24}).save_pretrained(folder)
     return folder
 
 
 def people_by_hand(finder: torch.nn.Module, reader: torch.nn.Module, crops, image: Image.Image) -> list[torch.Tensor]:
-    """The 17 confidences of every person's box that is large enough."""
+    """The heatmaps (17, H, W) of every person's box that is large enough."""
     pixels = np.asarray(image.resize((64, 64), Image.Resampling.BILINEAR)) / 255
     found = []
     with torch.no_grad():
@@ -414,8 +515,30 @@ def people_by_hand(finder: torch.nn.Module, reader: torch.nn.Module, crops, imag
             large = (right - left) * (bottom - top) >= 0.02 * image.width * image.height
             if label == 1 and large and out.logits[0, query, 1] > 0:
                 crop = crops(image, boxes=[[[left, top, right - left, bottom - top]]], return_tensors="pt")
-                found.append(reader(**crop).heatmaps[0].flatten(1).max(dim=1).values.clamp(0, 1))
+                found.append(reader(**crop).heatmaps[0])
     return found
+
+
+def limbs_by_hand(heatmaps: torch.Tensor) -> float:
+    """Share of the clear limbs of one person that are not too long; nan where that cannot be told."""
+    best = [np.unravel_index(one.argmax(), one.shape) for one in heatmaps.numpy()]
+    clear = [one.max() > 0.3 for one in heatmaps]
+
+    def length(a: int, b: int) -> float:
+        return math.dist(best[a], best[b]) if clear[a] and clear[b] else NAN
+
+    def longest(*lengths: float) -> float:
+        return max((one for one in lengths if not math.isnan(one)), default=0)
+
+    torso, shoulders = longest(length(5, 11), length(6, 12)) / 0.29, longest(length(5, 6)) / 0.23
+    head = longest(*(length(a, b) for a in range(5) for b in range(5) if a != b)) / 0.08
+    if sum(part > 0 for part in (torso, shoulders, head)) < 2:
+        return NAN
+    arms = {(5, 7): 0.19, (6, 8): 0.19, (7, 9): 0.15, (8, 10): 0.15}
+    legs = {(11, 13): 0.25, (12, 14): 0.25, (13, 15): 0.25, (14, 16): 0.25}
+    rates = [length(*ends) / share for ends, share in {**arms, **legs}.items()]
+    rates = [rate <= 1.6 * max(torso, shoulders, head) for rate in rates if not math.isnan(rate)]
+    return sum(rates) / len(rates) if rates else NAN
 
 
 def test_people(detector, pose):
@@ -427,18 +550,31 @@ def test_people(detector, pose):
     images = pictures(12)
     found = [people_by_hand(finder, reader, crops, image) for image in images]
     boxes = [len(each) for each in found]
-    found = [[k for k in each if (k[5] + k[6]) / 2 > 0.3] for each in found]
+    found = [[k for k in each if k[5:7].amax(dim=(1, 2)).clamp(0, 1).mean() > 0.3] for each in found]
     counts = [len(each) for each in found]
     assert {0, 1, 2, 3} <= {*counts}
     assert counts != boxes
-    means = [torch.stack(each).mean().item() if each else -INF for each in found]
-    score = load(f"people={detector / 'seeing'},pose={pose}")
-    np.testing.assert_allclose(score(images, ["people"] * 12), means, rtol=1e-3)
+    means = [torch.stack(each).amax(dim=(2, 3)).clamp(0, 1).mean().item() if each else 0.0 for each in found]
+    limbs = [[share for share in map(limbs_by_hand, each) if not math.isnan(share)] for each in found]
+    limbs = [sum(each) / len(each) if each else NAN for each in limbs]
+    assert len({share for share in limbs if not math.isnan(share)}) > 1
+    rates = [mean * (1 if math.isnan(share) else share) for mean, share in zip(means, limbs, strict=True)]
+    rates = [rate if count else -INF for rate, count in zip(rates, counts, strict=True)]
+
+    place = f"{detector / 'seeing'},pose={pose}"
+    score = load(f"people={place}")
+    np.testing.assert_allclose(score(images, ["people"] * 12), rates, rtol=1e-3)
     for prompt, wanted in (("a woman", 1), ("two men", 2)):
-        expected = [mean if count == wanted else -INF for mean, count in zip(means, counts, strict=True)]
+        expected = [rate if count == wanted else -INF for rate, count in zip(rates, counts, strict=True)]
         np.testing.assert_allclose(score(images, [prompt] * 12), expected, rtol=1e-3)
-        fixed = load(f"people={detector / 'seeing'},pose={pose},count={wanted}")
+        fixed = load(f"people={place},count={wanted}")
         np.testing.assert_allclose(fixed(images, ["seven women"] * 12), expected, rtol=1e-3)
+        counted = load(f"people_count={place}")(images, [prompt] * 12)
+        assert counted == [float(count == wanted) for count in counts]
+    assert load(f"people_count={place}")(images, ["people"] * 12) == [float(count > 0) for count in counts]
+    for spec in (f"people_pose={place}", f"people={place},part=pose"):
+        np.testing.assert_allclose(load(spec)(images, ["a woman"] * 12), means, rtol=1e-3)
+    np.testing.assert_allclose(load(f"people_limbs={place}")(images, ["two men"] * 12), limbs, rtol=1e-3)
     check_order_and_batch(score, images, ["people", "a man", "two men"] * 4)
 
 
@@ -462,13 +598,16 @@ def test_boxes_that_count(box, confidence, counted, detector, pose, monkeypatch)
     output = RTDetrV2ObjectDetectionOutput(logits=logits, pred_boxes=torch.tensor([[box]]))
     score = load(f"people={detector / 'seeing'},pose={pose}")
     monkeypatch.setattr(RTDetrV2ForObjectDetection, "forward", lambda self, **inputs: output)
-    monkeypatch.setattr(data, "rate_people", lambda keypoints, wanted: len(keypoints))
+    monkeypatch.setattr(data, "rate_people", lambda points, *_: len(points))
     assert score(pictures(1), ["a woman"]) == [counted]
 
 
 def test_pictures_without_people(detector, pose):
     score = load(f"people={detector / 'blind'},pose={pose}")
     assert score(pictures(2), ["a woman", "a landscape"]) == [-INF, -INF]
+    for part, expected in (("count", 0), ("pose", 0), ("limbs", NAN)):
+        found = load(f"people_{part}={detector / 'blind'},pose={pose}")(pictures(2), ["a woman", "a landscape"])
+        assert found == pytest.approx([expected] * 2, nan_ok=True)
     assert data.best_and_worst([*score(pictures(1), ["a man"]), 0.4, 0.5])[0] == (2, 0)
 
 
@@ -654,6 +793,8 @@ def test_too_few_scores_are_an_error():
         ("3*clip=a/b,label=large clip", "large clip", 3.0, {"model": "a/b"}),
         ("people=a/b,pose=c/d,count=2", "people", 1.0, {"model": "a/b", "pose": "c/d", "count": 2}),
         ("people,count=2", "people", 1.0, {"count": 2}),
+        ("people,part=limbs", "people", 1.0, {"part": "limbs"}),
+        ("0*people_count=a/b", "people_count", 0.0, {"model": "a/b"}),
         ("aesthetic,head=a/b", "aesthetic", 1.0, {"head": "a/b"}),
         ("imagereward,tokenizer=a/b", "imagereward", 1.0, {"tokenizer": "a/b"}),
         (
@@ -686,7 +827,7 @@ def test_specs(spec, label, weight, options, folder):
         ("*clip", "scorer *clip:  is not a number"),
         ("nan*clip", "nan is not a finite number"),
         ("clip,size=3", "scorer clip has no option size, only model, processor, crop, label"),
-        ("people,crop=1", "scorer people has no option crop, only model, pose, count, label"),
+        ("people,crop=1", "scorer people has no option crop, only model, pose, count, part, label"),
         ("vqa", "scorer vqa needs a model: vqa=..."),
         ("vqa,question=Yes?", "scorer vqa needs a model"),
         ("pickscore,crop=yes", "scorer pickscore: yes is not a number"),
@@ -763,6 +904,7 @@ def test_weights_that_cannot_be_loaded(blip, tmp_path, monkeypatch):
         f"imagereward={tmp_path / 'evil.pt'}": "cannot load the scorer imagereward",
         f"aesthetic={CLIP},head={tmp_path / 'empty.safetensors'}": "cannot load the scorer aesthetic",
         f"people={CLIP}": "cannot load the scorer people",
+        "people,part=hands": "cannot load the scorer people,part=hands: part is count, pose or limbs, not hands",
         "aesthetic=a/b,head=no/such-head,label=beauty": "cannot load the scorer aesthetic=a/b,head=no/such-head",
     }.items():
         with pytest.raises(data.UserError) as error:
