@@ -65,9 +65,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
-from itertools import chain
+from itertools import chain, islice, pairwise, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on shared CPU cores
@@ -175,6 +176,41 @@ def holm(p_values: list[float]) -> list[float]:
 def smallest_detectable_win_rate(prompts: int) -> float:
     """The win rate that a two-sided test at 5 % finds with 80 % power: .60 for 200 prompts."""
     return min(1.0, 0.5 + (1.96 + 0.84) * 0.5 / math.sqrt(prompts))
+
+
+def rater_agreement(counts: np.ndarray) -> float:
+    """Share of the couples of answers to the same question that agree, counts (U, C); nan where there is no couple.
+
+    A row is a question about one pair of images, a column one of the answers. Chance is not taken off.
+    """
+    answers = counts.sum(axis=1)
+    couples = (answers * (answers - 1)).sum()
+    return float((counts * (counts - 1)).sum() / couples) if couples else math.nan
+
+
+def krippendorff_alpha(counts: np.ndarray) -> float:
+    """Krippendorff's alpha of nominal answers, counts (U, C): 1 is perfect agreement, 0 is chance.
+
+    1 - observed / expected share of couples that differ; not every rater has to answer every question. nan where no
+    two raters met, or where all gave one and the same answer. K. Krippendorff, Computing Krippendorff's
+    Alpha-Reliability, 2011: https://repository.upenn.edu/asc_papers/43
+    """
+    shared = counts[counts.sum(axis=1) > 1]
+    answers, totals = shared.sum(axis=1, keepdims=True), shared.sum(axis=0)
+    observed = (shared * (answers - shared) / (answers - 1)).sum()
+    expected = (totals * (totals.sum() - totals)).sum() / max(totals.sum() - 1, 1)
+    return float(1 - observed / expected) if expected else math.nan
+
+
+def agrees_with_people(people: np.ndarray, base: np.ndarray, tuned: np.ndarray) -> np.ndarray:
+    """1 where a scorer prefers the image of a pair that most people prefer, 1/2 where it ties, 0 else: (V,) each.
+
+    `people` is the tuned image's share of the votes, `base` and `tuned` are the images' scores. nan where the votes
+    are split in halves or a score is not known.
+    """
+    scorer = np.where(base == tuned, 0.5, tuned > base)
+    unknown = np.isnan(people) | (people == 0.5) | np.isnan(base) | np.isnan(tuned)
+    return np.where(unknown, math.nan, np.where(people > 0.5, scorer, 1 - scorer))
 
 
 # ---- The method: colour and diversity ------------------------------------------------------------------------------
@@ -2390,7 +2426,7 @@ PAPER_COLUMNS = {  # the paper's names (arXiv 2405.20216, tables 1 and 2) and ou
 }
 
 
-def paper_table(
+def paper_rows(
     scorers: list[Scorer],
     averages: dict[str, dict[str, float]],
     models: dict[str, dict[str, Any]],
@@ -2530,123 +2566,396 @@ def read_groups(source: str, prompt_column: str | None, column: str) -> dict[str
 
 # ---- Report: one HTML file that loads nothing ----------------------------------------------------------------------
 
-LIGHT = """--paper:#fff;--card:#f6f7f7;--ink:#1f2529;--soft:#66717a;--line:#e2e6e8;
- --tuned:#2c6e91;--base:#9aa4ab;--win:#3f8f6b;--lose:#c4654a;--tie:#cfd5d8"""
-DARK = """--paper:#15191c;--card:#1d2327;--ink:#e4e8ea;--soft:#98a4ac;--line:#2e363b;
- --tuned:#6fb3d6;--base:#7d8890;--win:#5db48b;--lose:#dd8267;--tie:#434d53"""
-CSS = (
-    f"""
-:root{{color-scheme:light dark;{LIGHT}}}
-@media(prefers-color-scheme:dark){{:root{{{DARK}}}}}
-@media print{{:root{{color-scheme:light;{LIGHT}}}}}
-"""
-    + """
+LIGHT = {"paper": "#ffffff", "card": "#f5f7f7", "ink": "#1c2226", "soft": "#5f6a73", "line": "#e0e5e7"}
+LIGHT |= {"base": "#98a2a9", "tuned": "#1f6a94", "bad": "#b8452f"}
+DARK = {"paper": "#14181b", "card": "#1d2326", "ink": "#e6eaec", "soft": "#9aa6ad", "line": "#2e363b"}
+DARK |= {"base": "#77828a", "tuned": "#6bb1d6", "bad": "#e5846d"}
+CSS = """
+:root{color-scheme:light dark;@LIGHT}
+@media(prefers-color-scheme:dark){:root{@DARK}}
 *{box-sizing:border-box;print-color-adjust:exact;-webkit-print-color-adjust:exact}
+html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);overflow-wrap:anywhere;font-variant-numeric:tabular-nums;
- font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1080px;margin:0 auto;padding:56px 28px 72px}
-h1{font-size:34px;line-height:1.2;letter-spacing:-.02em;font-weight:650;margin:0 0 20px}
-h2{font-size:24px;letter-spacing:-.01em;font-weight:650;margin:64px 0 12px;padding-top:32px;
- border-top:1px solid var(--line)}
-h3{font-size:18px;font-weight:650;margin:52px 0 4px}
-h4{font-size:15px;font-weight:600;margin:30px 0 12px}
-p{margin:0 0 12px;max-width:72ch}
-.soft,th,figcaption,dt{color:var(--soft)}
-.said{padding-left:14px;border-left:3px solid var(--tie)}
-.said.good{border-color:var(--win)}.said.bad{border-color:var(--lose)}
-.head{font-size:19px;line-height:1.45}
+ font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1040px;margin:0 auto;padding:56px 32px 80px}
+h1,h2,h3,h4{font-weight:650;line-height:1.25;margin:0}
+h1{font-size:16px}h2{font-size:25px;letter-spacing:-.015em;margin-bottom:14px}
+h3{font-size:18px;margin:36px 0 8px}h2+h3{margin-top:0}h4{font-size:15px;margin:26px 0 8px}
+section{margin-top:56px;padding-top:30px;border-top:1px solid var(--line)}
+p{margin:0 0 12px;max-width:70ch}
+a{color:var(--tuned);text-underline-offset:3px;text-decoration-thickness:1px}
+small,.soft,th,figcaption,dt{color:var(--soft)}.soft,figcaption{font-size:14px}
+td small{display:block;font-size:12.5px}
+nav{display:flex;flex-wrap:wrap;gap:4px 20px;margin:26px 0 0;font-size:14px}nav a{text-decoration:none}
+.said{padding-left:18px;border-left:4px solid var(--line);max-width:64ch}.one .said{font-size:18px}
+.head{font-size:22px;line-height:1.35;font-weight:650;letter-spacing:-.01em;margin-top:26px;text-wrap:balance}
+.one .head{font-size:31px;line-height:1.22;letter-spacing:-.02em;max-width:28em}
+.good{border-color:var(--tuned)}.bad{border-color:var(--bad)}
 .scroll{overflow-x:auto;margin:14px 0}
 table{border-collapse:collapse;width:100%;font-size:15px}
-th{font-weight:500;font-size:13px;text-align:left}
-th,td{padding:10px 20px 10px 0;border-bottom:1px solid var(--line);white-space:nowrap}
-td:last-child,th:last-child{padding-right:0}
-.n{text-align:right}.wins{min-width:920px}.wins td:nth-child(4),.wins td:nth-child(5){width:19%}
-.lead td:first-child{font-weight:650}
-.tag{font-size:12px;font-weight:400;color:var(--soft);background:var(--card);border-radius:9px;padding:2px 8px;
- margin-left:8px}
-.whisker{display:block;width:100%;height:22px}
-.bar{display:flex;gap:2px;height:12px;border-radius:3px;overflow:hidden}
-.win{background:var(--win)}.tie{background:var(--tie)}.lose{background:var(--lose)}
-.key{display:inline-block;width:10px;height:10px;border-radius:2px;margin:0 6px 0 14px}
+th{font-weight:400;font-size:13px;vertical-align:bottom}
+th,td{padding:7px 0 7px 24px;border-bottom:1px solid var(--line);text-align:right;overflow-wrap:normal}
+td{white-space:nowrap}
+th:first-child,td:first-child{text-align:left;padding-left:0}
+td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:110px}
+.what{color:var(--soft);font-size:13px;margin-left:8px}
+.tag{display:inline-block;white-space:nowrap;font-size:12px;line-height:1.5;font-weight:400;color:var(--soft);
+ border:1px solid var(--line);border-radius:9px;padding:0 8px;margin-left:8px}
+td:has(.whisker){width:34%;padding-left:16px}.whisker{display:block;width:100%;min-width:120px;height:24px}
+.axis{display:flex;justify-content:space-between;min-width:120px;margin-left:-8px}
+.win{color:var(--tuned)}.lose{color:var(--bad)}.even{color:var(--base)}
+.win *,.lose *,.even *{stroke:currentColor}.band{fill:currentColor;stroke:none;opacity:.22}.tie{opacity:.1}
+.rule{stroke:var(--line)}.half{stroke:var(--base)}.dot{fill:currentColor}.training .dot{fill:var(--paper)}
+.key{display:inline-block;width:10px;height:10px;border-radius:5px;margin:0 6px 0 14px;border:2px solid var(--soft)}
 .key:first-child,br+.key{margin-left:0}
-.facts,.plots,.rows{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:14px;margin:18px 0}
-.fact,.row{background:var(--card);border-radius:10px;padding:14px 16px}
-.fact{font-size:13px;color:var(--soft)}
+svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
+.runs{display:block;width:100%;max-width:620px;overflow:visible}
+.runs g{stroke:var(--base);fill:var(--base);stroke-width:1.5}.runs path{fill:none}.runs g text{stroke:none}
+.runs .lead{stroke:var(--tuned);fill:var(--tuned);stroke-width:3}.runs .lead text{fill:var(--tuned);font-weight:650}
+.runs .training{stroke:var(--ink);fill:var(--paper)}.runs .training path{stroke-dasharray:6 4}
+.runs .training text{fill:var(--ink)}.runs .diversity path{stroke-dasharray:1 4}
+.runs line{stroke-width:1;opacity:.35}.lead line,.training line{opacity:1}
+figure+.soft{margin-top:10px}
+.facts,.plots,.rows{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:14px 32px;margin:18px 0}
+.fact{font-size:13px;color:var(--soft);border-top:2px solid var(--line);padding-top:8px}
 .fact b{display:block;font-size:26px;font-weight:600;line-height:1.35;color:var(--ink)}
-.plots{grid-template-columns:repeat(auto-fit,minmax(270px,1fr));gap:36px 30px;margin:34px 0}
-figure{margin:0}figcaption{font-size:13px;margin-bottom:12px}
-.plots svg{display:block;width:100%;max-width:420px}
-svg text{font:11px system-ui,sans-serif;fill:var(--soft)}
-.rows{grid-template-columns:repeat(auto-fill,minmax(290px,1fr))}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:8px}
-.pair img{display:block;width:100%;border-radius:5px}.small img{image-rendering:pixelated}
-.pair figcaption{margin:5px 0 0}
-.row p{font-size:14px;line-height:1.45;margin:10px 0 8px}
-.scores{font-size:12.5px;color:var(--soft);display:flex;flex-wrap:wrap;gap:2px 14px}
-details{margin-top:64px;border-top:1px solid var(--line);padding-top:20px}
-summary{cursor:pointer;margin-bottom:16px}
+.plots{grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:36px 32px;margin:34px 0}
+figure{margin:0}.plots figcaption{margin-bottom:12px}.plots svg{display:block;width:100%;max-width:420px}
+.rows{grid-template-columns:repeat(auto-fill,minmax(min(100%,430px),1fr));gap:40px 36px}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:10px;align-items:end}
+.pair img,.none{display:block;width:100%;height:auto;border-radius:4px}.small{image-rendering:pixelated}
+.none{display:grid;place-items:center;aspect-ratio:1;background:var(--card);color:var(--soft);font-size:13px}
+.row p{margin:10px 0 6px}.row figcaption{font-size:13px;margin-top:4px}
+.row table{font-size:13px}.row .scroll{margin:0}.row th,.row td{padding-block:2px;border:0}.row b{font-weight:650}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 24px;font-size:14px}dd{margin:0}
-@media(max-width:600px){main{padding:32px 18px 48px}h1{font-size:28px}.head{font-size:17px}
- dl{display:block}dd{margin-bottom:8px}}
-@media print{main{padding:0;max-width:none}body{font-size:10.5pt}h2,h3,h4{break-after:avoid}
- tr,figure,.fact,.row{break-inside:avoid}.scroll{overflow:visible}.wins{min-width:0;font-size:9pt}
- th,td{padding-right:10px}.rows,.plots{grid-template-columns:repeat(3,1fr)}}
+@media(max-width:600px){main{padding:28px 18px 48px}.one .head{font-size:25px}.head{font-size:20px}
+ section{margin-top:40px;padding-top:24px}.runs text{font-size:15px}
+ th,td{padding-left:16px}.tag{margin-left:0}dl{display:block}dd{margin-bottom:8px}}
+@page{size:A4;margin:15mm 14mm}
+@media print{:root{color-scheme:light;@LIGHT}main{padding:0;max-width:none}body{font-size:10pt}
+ nav,.links{display:none}section{margin-top:8mm;padding-top:5mm}h2,h3,h4{break-after:avoid}h2+*,h3+*{break-before:avoid}
+ tr,figure,.fact,.row,.said{break-inside:avoid}.scroll{overflow:visible}table,dl,.said{font-size:9pt}
+ .one .head{font-size:20pt}.head{font-size:14pt}th,td{padding-left:10px}th,td small{font-size:8pt;white-space:normal}
+ .whisker,.axis{min-width:40px}.axis,.tag{margin-left:0}td:has(.whisker){width:28%}td:first-child{min-width:20mm}
+ .scroll{break-inside:avoid}.scroll+.soft{break-before:avoid}.soft{font-size:9pt}
+ .plots{grid-template-columns:repeat(3,1fr);gap:6mm}.rows{grid-template-columns:repeat(2,1fr);gap:7mm}
+ .facts{grid-template-columns:repeat(4,1fr)}.runs{max-width:140mm}a{color:inherit;text-decoration:none}}
 """
-)
+CSS = CSS.replace("@LIGHT", ";".join(f"--{name}:{colour}" for name, colour in LIGHT.items()))
+CSS = CSS.replace("@DARK", ";".join(f"--{name}:{colour}" for name, colour in DARK.items()))
 
 READING = """The prompt is the unit: a model's images of one prompt are averaged first. Win rate: share of the
 prompts on which the tuned model is higher, ties as one half; its interval is a bootstrap over prompts, its p an exact
 sign test with Holm's correction over the metrics. The training scorer selected the training pairs, so it never leads.
 Diversity: mean cosine distance of one prompt's images. Hue, all images together, is the paper's: where hues go all
 around the circle it is not stable, and its interval says so."""
+LEGEND = """Blue: the interval lies above one half; red: below; grey: it holds one half. The band is what the tuned
+model won, its pale end the ties. Open dot: the training scorer. Bold: the metric that leads."""
+
+ROLES = {"held-out": "", "training": "training scorer", "diversity": "diversity", "identity": "identity"}
+PAPER = {  # the columns of the paper's tables
+    "P-Score": "PickScore",
+    "HPS": "HPSv2",
+    "IR": "ImageReward",
+    "AES": "LAION's aesthetic score",
+    "CLIP": "100 cos(image, prompt) of CLIP",
+    "FID": "Fréchet Inception distance to the photos, lower is better",
+    "CI-Q": "CLIP-IQA: good against bad photo",
+    "CI-S": "CLIP-IQA: sharp against blurry photo",
+    "ATHEC": "sharpness: std of the Laplacian",
+    "Hue": "distance to base's mean hue in degrees",
+}
+SHIFTS = {  # the four figures of the colour shift: words, unit, decimals
+    "delta_e": ("Delta E (2.3 is just visible)", "", 2),
+    "hue_distance": ("Hue, image by image", "°", 1),
+    "hue_shift": ("Hue, all images together", "°", 1),
+    "latent_shift": ("Latent means, in std of base", "", 3),
+}
+AXIS = '<span class="axis"><span>0</span><span>50 %</span><span>100</span></span>'
+NONE = "–"  # a value that is not known
+UNKNOWN = {"value": None, "win_rate": None, "interval": (None, None)}  # a measure that is not there
+TINY = 128  # images of so few pixels a side are shown with hard pixels
 
 
-def percent(share: float) -> str:
+def known(*values: float | None) -> bool:
+    """Whether all of the values are finite numbers."""
+    return all(value is not None and math.isfinite(value) for value in values)
+
+
+def percent(share: float | None) -> str:
     """A share as "59.1 %"."""
-    return f"{100 * share:.1f} %"
+    return f"{100 * share:.1f} %" if known(share) else NONE
 
 
-def number(value: float) -> str:
-    """A value with four significant digits."""
-    return f"{value:.4g}"
+def number(value: float | None) -> str:
+    """A value with four significant digits; an infinite one is told as such."""
+    if value is None or math.isnan(value):
+        return NONE
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}"
 
 
-def span(interval: tuple[float, float], scale: float = 1.0, digits: int = 1) -> str:
+def p_value(p: float | None) -> str:
+    """A p value with two significant digits, or in words where it is very small."""
+    return NONE if not known(p) else f"{p:.2g}" if p >= 1e-4 else "below .0001"
+
+
+def span(interval: Sequence[float | None], scale: float = 1.0, digits: int = 1) -> str:
     """An interval as "[53.1, 65.9]"."""
-    return f"[{scale * interval[0]:.{digits}f}, {scale * interval[1]:.{digits}f}]"
+    return f"[{', '.join(f'{scale * end:.{digits}f}' for end in interval)}]" if known(*interval) else ""
 
 
-def tone(interval: tuple[float, float]) -> str:
-    """The colour of a win rate by its interval: win above 1/2, lose below it, else that of base."""
-    return "win" if interval[0] > 0.5 else "lose" if interval[1] < 0.5 else "base"
+def change(difference: float | None, interval: Sequence[float | None]) -> str:
+    """A difference and its interval as "-0.110 [-0.127, -0.092]", by the interval's width."""
+    if not known(difference, *interval):
+        return NONE
+    width = interval[1] - interval[0] or abs(difference) or 1.0
+    digits = max(0, 1 - math.floor(math.log10(width)))
+    return f"{difference:+.{digits}f} {span(interval, digits=digits)}"
 
 
-def whisker(value: float, interval: tuple[float, float]) -> str:
-    """A share with its interval on an axis from 0 to 100 %, with a line at 50 %."""
-    colour, (x, low, high) = f"var(--{tone(interval)})", (f"{2 + 96 * end:.2f}%" for end in (value, *interval))
-    return f"""<svg class="whisker"><line x1="2%" x2="98%" y1="11" y2="11" stroke="var(--line)"/>
-<line x1="50%" x2="50%" y1="2" y2="20" stroke="var(--base)"/>
-<line x1="{low}" x2="{high}" y1="11" y2="11" stroke="{colour}" stroke-width="3" stroke-linecap="round"/>
-<circle cx="{x}" cy="11" r="5" fill="{colour}"/></svg>"""
+def tone(interval: Sequence[float | None], even: float = 0.5) -> str:
+    """win where the interval lies above `even`, lose where below it, else even."""
+    if not known(*interval):
+        return "even"
+    return "win" if interval[0] > even else "lose" if interval[1] < even else "even"
 
 
-def metric_table(name: str, metrics: dict[str, dict]) -> str:
-    """The table of win rates; `name` is escaped already."""
-    rows, lead = [], leading_metric(metrics)
-    for label, m in metrics.items():
-        tag = {"training": "training scorer", "diversity": "in a prompt"}.get(m["role"], "")
-        tag = tag and f'<span class="tag">{tag}</span>'
-        bar = "".join(
-            f'<i class="{key}" style="flex:{m[key]:.4f}"></i>' for key in ("win", "tie", "lose") if m[key] > 0
-        )
-        rows.append(f"""<tr{' class="lead"' if label == lead else ""}><td>{html.escape(label)}{tag}</td>
-<td class="n">{percent(m["win_rate"])}</td><td class="n">{span(m["interval"], 100)}</td>
-<td>{whisker(m["win_rate"], m["interval"]) if m["prompts"] else ""}</td><td><div class="bar">{bar}</div></td>
-<td class="n">{number(m["base"])} → {number(m["tuned"])}</td><td class="n">{m["holm"]:.2g}</td></tr>""")
-    return f"""<div class="scroll"><table class="wins"><tr><th>Metric</th><th class="n">Win rate</th>
-<th class="n">95 % interval</th><th>0 to 100 %</th>
-<th><i class="key win"></i>won<i class="key tie"></i>tied<i class="key lose"></i>lost</th>
-<th class="n">Mean, base → {name}</th><th class="n">p (Holm)</th></tr>{"".join(rows)}</table></div>"""
+def in_order(metrics: dict[str, dict]) -> dict[str, dict]:
+    """The metrics with the held-out ones first, in the order of ROLES."""
+    return dict(sorted(metrics.items(), key=lambda item: list(ROLES).index(item[1]["role"])))
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table of HTML cells, the first column text, the others numbers or plots; "" where there are no rows."""
+    top = "".join(f"<th>{cell}</th>" for cell in head)
+    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    whole = f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
+    return whole if body else ""
+
+
+def shift_text(result: dict[str, Any], key: str) -> str:
+    """One of SHIFTS as "1.8°"."""
+    _, unit, digits = SHIFTS[key]
+    value = (result.get("colour") or {}).get(key, UNKNOWN)["value"]
+    return f"{value:.{digits}f}{unit}" if known(value) else NONE
+
+
+def shift_span(result: dict[str, Any], key: str) -> str:
+    """Its interval."""
+    return span((result.get("colour") or {}).get(key, UNKNOWN)["interval"], digits=SHIFTS[key][2])
+
+
+def with_note(body: str, words: str) -> str:
+    """A part of the page with a remark below it; "" where there is none."""
+    return f'{body}<p class="soft">{words}</p>' if body else ""
+
+
+def by_model(models: dict[str, dict], show: Callable[[str, dict], str]) -> str:
+    """show(name, result) of every tuned model, under its name where there are more; what is "" is left out."""
+    shown = [(html.escape(name), show(name, result)) for name, result in models.items()]
+    return "".join((f"<h3>{name} against base</h3>" if len(shown) > 1 else "") + body for name, body in shown if body)
+
+
+def whisker(metric: dict[str, Any], role: str = "held-out") -> str:
+    """A win rate with its interval on an axis from 0 to 100 %, above a band of what is won and tied."""
+    rate, (low, high) = metric["win_rate"], metric["interval"]
+    if not known(rate, low, high):
+        return ""
+    x, low, high, won, tied = (96 * share for share in (rate, low, high, metric.get("win", 0), metric.get("tie", 0)))
+    return f"""<svg class="whisker {tone(metric["interval"])} {role}">
+<line class="rule" x1="2%" x2="98%" y1="12" y2="12"/>
+<rect class="band" x="2%" y="7" width="{won:.2f}%" height="10"/>
+<rect class="band tie" x="{2 + won:.2f}%" y="7" width="{tied:.2f}%" height="10"/>
+<line class="half" x1="50%" x2="50%" y1="1" y2="23"/>
+<line x1="{2 + low:.2f}%" x2="{2 + high:.2f}%" y1="12" y2="12" stroke-width="2"/>
+<circle class="dot" cx="{2 + x:.2f}%" cy="12" r="4.5" stroke-width="2"/></svg>"""
+
+
+def win_rates(name: str, result: dict[str, Any]) -> str:
+    """The table of a tuned model's win rates: held-out scorers first, the leading one bold."""
+    rows, metrics = [], result["metrics"]
+    lead = leading_metric(metrics)
+    for label, m in in_order(metrics).items():
+        title = f"<b>{html.escape(label)}</b>" if label == lead else html.escape(label)
+        tag = f'<span class="tag">{ROLES[m["role"]]}</span>' if ROLES[m["role"]] not in ("", label) else ""
+        figures = percent(m["win_rate"]), span(m["interval"], 100), number(m["base"]), number(m["tuned"])
+        rows.append((title + tag, whisker(m, m["role"]), *figures, p_value(m.get("holm"))))
+    return table(("Metric", AXIS, "Win rate", "95 % interval", "base", html.escape(name), "p (Holm)"), rows)
+
+
+def verdict_words(verdict: Sequence[tuple[str, str]]) -> str:
+    """The verdict in a word or two, by its tones."""
+    first, *others = [tone for tone, _ in verdict] or ["plain"]
+    word = {"good": "better", "bad": "worse"}.get(first, "not told apart")
+    return f"{word}, with a warning" if "bad" in others else word
+
+
+def summary_table(models: dict[str, dict]) -> str:
+    """A row for every tuned model, where there is more than one."""
+    rows, lead = [], leading_metric(next(iter(models.values()))["metrics"])
+    for name, result in models.items():
+        first = {m["role"]: m for m in reversed(result["metrics"].values())}
+        led = result["metrics"].get(lead, UNKNOWN)
+        others = (percent(first.get(role, UNKNOWN)["win_rate"]) for role in ("training", "diversity"))
+        title = f"{html.escape(name)}<small>{verdict_words(result['verdict'])}</small>"
+        rows.append((title, whisker(led), percent(led["win_rate"]), *others, shift_text(result, "delta_e")))
+    head = ("Model", AXIS, html.escape(lead), "training scorer", "diversity", "Delta E")
+    return table(head, rows) if len(rows) > 1 else ""
+
+
+def training_runs(models: dict[str, dict]) -> dict[str, dict[int, dict[str, dict]]]:
+    """{run: {step: metrics}}, by step, of the runs of which two or more checkpoints were compared."""
+    runs: dict[str, dict[int, dict[str, dict]]] = {}
+    for result in models.values():
+        if point := result.get("checkpoint"):
+            runs.setdefault(point["of"], {})[point["step"]] = result["metrics"]
+    return {run: dict(sorted(steps.items())) for run, steps in runs.items() if len(steps) > 1 and run_lines(steps)}
+
+
+def spread(places: Sequence[float], gap: float, limit: float) -> list[float]:
+    """The places, in their order, moved down so as to lie `gap` apart, and up again where they pass `limit`."""
+    order, moved = np.argsort(places, kind="stable").tolist(), list(places)
+    for above, below in pairwise(order):
+        moved[below] = max(moved[below], moved[above] + gap)
+    for below, above in pairwise(order[::-1]):
+        moved[below] = min(moved[below], limit)
+        moved[above] = min(moved[above], moved[below] - gap)
+    return moved
+
+
+def run_lines(steps: dict[int, dict[str, dict]]) -> dict[str, list[tuple[int, dict]]]:
+    """{label: [(step, metric)]} of the win rates that are known, held-out metrics first."""
+    labels = in_order({label: m for metrics in steps.values() for label, m in metrics.items()})
+    lines = {label: [(step, metrics.get(label, UNKNOWN)) for step, metrics in steps.items()] for label in labels}
+    lines = {label: [(step, m) for step, m in line if known(m["win_rate"])] for label, line in lines.items()}
+    return {label: line for label, line in lines.items() if line}
+
+
+def run_plot(steps: dict[int, dict[str, dict]]) -> str:
+    """Win rates over the steps of one training run, a line for each metric, from base (one half) at step 0."""
+    lines = run_lines(steps)
+    lead, last = leading_metric({label: line[-1][1] for label, line in lines.items()}), max(steps)
+    ends = [end for line in lines.values() for _, m in line for end in m["interval"] if known(end)]
+    low, high = math.floor(4 * min(0.49, *ends)) / 4, math.ceil(4 * max(0.51, *ends)) / 4
+
+    def at(step: float, rate: float) -> tuple[float, float]:
+        return 42 + 318 * step / last, 12 + 240 * (high - rate) / (high - low)
+
+    places = spread([at(last, line[-1][1]["win_rate"])[1] for line in lines.values()], 15, limit=252)
+    drawn = [
+        run_line(label, line, "lead" if label == lead else line[-1][1]["role"], at, place)
+        for (label, line), place in zip(lines.items(), places, strict=True)
+    ]
+    rules = "".join(
+        f'<path class="{"half" if rate == 0.5 else "rule"}" d="M42 {(y := at(0, rate)[1]):.1f}H360"/>'
+        f'<text x="34" y="{y + 4:.1f}" text-anchor="end">{100 * rate:.0f} %</text>'
+        for rate in np.arange(low, high + 0.01, 0.25)
+    )
+    ticks = [0]
+    for step in steps:
+        ticks = [tick for tick in ticks if at(step, 0)[0] - at(tick, 0)[0] > 28] + [step]  # the last one is shown
+    named = "".join(f'<text x="{at(step, 0)[0]:.1f}" y="272" text-anchor="middle">{step}</text>' for step in ticks)
+    return f"""<svg class="runs" viewBox="0 0 480 292">{rules}{named}
+<text x="201" y="290" text-anchor="middle">training step</text>{"".join(reversed(drawn))}</svg>"""
+
+
+def run_line(
+    label: str,
+    line: list[tuple[int, dict]],
+    role: str,
+    at: Callable[[float, float], tuple[float, float]],
+    place: float,
+) -> str:
+    """One metric's line of run_plot with whiskers, dots and name; `at` gives the place of a step and a win rate."""
+    points = [at(0, 0.5), *(at(step, m["win_rate"]) for step, m in line)]
+    marks = ""
+    for (x, y), (step, m) in zip(points[1:], line, strict=True):
+        (_, top), (_, bottom) = (at(step, end if known(end) else m["win_rate"]) for end in reversed(m["interval"]))
+        told = f"{html.escape(label)}, step {step}: {percent(m['win_rate'])} {span(m['interval'], 100)}"
+        marks += f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
+        marks += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{told}</title></circle>'
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    name = html.escape(textwrap.shorten(label, 16, placeholder="…"))
+    return f'<g class="{role}"><path d="M{path}"/>{marks}<text x="370" y="{place + 4:.1f}">{name}</text></g>'
+
+
+def run_sentence(steps: dict[int, dict[str, dict]]) -> str:
+    """Where the leading metric and the training scorers are highest, and what it means when these steps differ."""
+    lines = run_lines(steps)
+    lead = leading_metric({label: line[-1][1] for label, line in lines.items()})
+    shown = {label: line for label, line in lines.items() if label == lead or line[-1][1]["role"] == "training"}
+    best = {label: max(line, key=lambda point: point[1]["win_rate"])[0] for label, line in shown.items()}
+    told = ", ".join(f"{html.escape(label)} is highest at step {step}" for label, step in best.items())
+    if max(best.values()) > best[lead]:
+        told += ". The training scorer goes on rising when the held-out one no longer does"
+    return f"<p>{told}.</p>"
+
+
+def runs_section(models: dict[str, dict]) -> str:
+    """Training scorer against held-out metrics over the checkpoints of each run."""
+    figures = "".join(
+        f"<h3>{html.escape(run)}</h3><figure>{run_sentence(steps)}{run_plot(steps)}</figure>"
+        for run, steps in training_runs(models).items()
+    )
+    told = """Win rate against base with 95 % intervals. The leading metric is blue, the training scorer dashed with
+open dots, diversity dotted."""
+    return with_note(figures, told)
+
+
+def group_tables(name: str, result: dict[str, Any]) -> str:
+    """A table for each column of groups of prompts, worst first by the leading metric."""
+    lead, tables = leading_metric(result["metrics"]), ""
+    for column, groups in (result.get("groups") or {}).items():
+        labels = list(dict.fromkeys(chain([lead], *(group["metrics"] for group in groups.values()))))
+        rows = []
+        for title, group in groups.items():
+            row = [html.escape(title), str(group["prompts"])]
+            found = [group["metrics"].get(label, UNKNOWN) for label in labels]
+            for label, m in zip(labels, found, strict=True):
+                told = percent(m["win_rate"])
+                sure = known(m.get("holm")) and m["holm"] < 0.05
+                role = result["metrics"].get(label, {}).get("role", "held-out")
+                row += [whisker(m, role), f"<b>{told}</b>" if sure else told]
+            rate = found[0]["win_rate"]
+            rows.append((rate if known(rate) else math.inf, row))
+        head = [html.escape(column), "prompts", *chain(*((AXIS, html.escape(label)) for label in labels))]
+        tables += table(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
+    return tables
+
+
+def paper_columns(paper: dict[str, dict]) -> list[str]:
+    """The paper's columns that are known of a model."""
+    return [name for name in PAPER if any(known(row.get(name)) for row in paper.values())]
+
+
+def paper_table(paper: dict[str, dict]) -> str:
+    """The columns of the paper's tables as rows, the models as columns."""
+    rows = (
+        (f'{name} <span class="what">{PAPER[name]}</span>', *(number(row.get(name)) for row in paper.values()))
+        for name in paper_columns(paper)
+    )
+    return table(("Name", *map(html.escape, paper)), rows)
+
+
+def shifted(value: float | None, row: dict[str, Any], lower_is_better: bool = False) -> str:
+    """A value above its row's difference with the interval; red or blue where lower is better and it is sure."""
+    kind = {"win": "lose", "lose": "win"}.get(tone(row.get("interval", (None, None)), even=0.0), "")
+    difference = change(row.get("difference"), row.get("interval", (None, None)))
+    return f'{number(value)}<small class="{kind * lower_is_better}">{difference}</small>'
+
+
+def realism_section(record: dict[str, Any]) -> str:
+    """Distances to the photos, with the differences of the tuned models from base."""
+    found, models, rows = record.get("realism") or {}, record["models"], []
+    for name, distance in found.get("distances", {}).items():
+        title = f"{html.escape(name)}<small>{html.escape(distance.get('note') or '')}</small>"
+        compared = {model: (result.get("realism") or {}).get(name, {}) for model, result in models.items()}
+        cells = (shifted(distance["models"].get(model), row, lower_is_better=True) for model, row in compared.items())
+        rows.append((title, number(distance.get("floor")), number(distance["models"].get("base")), *cells))
+    told = f"""{found.get("images")} images of each model against {found.get("photos")} photos. Below each distance
+of a tuned model: its difference from base, 95 % interval."""
+    shown = table(("Lower is better", "photos among themselves", "base", *map(html.escape, models)), rows)
+    return f'<p class="soft">{told}</p>{shown}' if rows else ""
 
 
 def colour_plane(base: np.ndarray, tuned: np.ndarray) -> str:
@@ -2669,7 +2978,7 @@ def colour_plane(base: np.ndarray, tuned: np.ndarray) -> str:
 
 def colour_strips(base: np.ndarray, tuned: np.ndarray, hues: np.ndarray) -> str:
     """Mean colours of up to 60 prompts, (P, 3) in 0..255 each, base above tuned, in the order of base's hues (P,)."""
-    order = np.argsort(np.nan_to_num(hues))
+    order = np.argsort(hues)
     order = order[np.linspace(0, len(order) - 1, min(60, len(order))).astype(int)]
     width = 300 / len(order)
     cells = "".join(
@@ -2689,53 +2998,107 @@ def channel_plot(channels: list[dict]) -> str:
         x, low, high = (160 + 120 * end / reach for end in (channel["value"], *channel["interval"]))
         lines.append(f"""<text x="10" y="{y + 4:.1f}">{i}</text>
 <circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="var(--tuned)"/>
-<path d="M{low:.1f} {y:.1f}H{high:.1f}" stroke="var(--tuned)" stroke-width="3" stroke-linecap="round"/>""")
+<path d="M{low:.1f} {y:.1f}H{high:.1f}" stroke="var(--tuned)" stroke-width="2"/>""")
     return f"""<svg viewBox="0 0 300 300"><path d="M160 10V276" stroke="var(--base)"/>
 <path d="M40 276H280" stroke="var(--line)"/>
 <text x="40" y="292" text-anchor="middle">-{reach:.2g}</text><text x="160" y="292" text-anchor="middle">0</text>
 <text x="280" y="292" text-anchor="middle">+{reach:.2g}</text>{"".join(lines)}</svg>"""
 
 
-def colour_section(name: str, colour: dict, base: dict[str, np.ndarray], tuned: dict[str, np.ndarray]) -> str:
-    """Figures, plots and table of the colour shift; base and tuned hold a value per prompt; `name` is escaped."""
-    shifts = {
-        "hue_distance": ("Hue, image by image", "°", 1),
-        "hue_shift": ("Hue, all images together", "°", 1),
-        "delta_e": ("Delta E (2.3 is just visible)", "", 2),
-        "latent_shift": ("Latent means, in std of base", "", 3),
-    }
+def columns(means: dict[str, np.ndarray], keys: Sequence[str]) -> np.ndarray:
+    """The measures side by side, (P, len(keys)); nan where a model lacks one."""
+    missing = np.full(max(map(len, means.values()), default=0), np.nan)
+    return np.stack([means.get(key, missing) for key in keys], axis=1)
+
+
+def colour_figures(name: str, channels: list[dict], base: np.ndarray, tuned: np.ndarray) -> str:
+    """The plots of the colour shift; base and tuned hold a, b, red, green, blue and hue of each prompt, (P, 6)."""
+    known_rows = np.isfinite(base).all(axis=1) & np.isfinite(tuned).all(axis=1)
+    base, tuned = base[known_rows], tuned[known_rows]
+    figures = {}
+    if len(base):
+        key = '<i class="key" style="border-color:var(--{0});background:var(--{0})"></i>{1}'.format
+        keys = f"{key('base', 'base')}{key('tuned', name)}"
+        figures[f"Mean colours of the prompts in the Lab plane<br>{keys}"] = colour_plane(base[:, :2], tuned[:, :2])
+        caption = f"Mean colours of the prompts by hue<br>base above, {name} below"
+        figures[caption] = colour_strips(base[:, 2:5], tuned[:, 2:5], base[:, 5])
+    if channels and known(*(end for channel in channels for end in (channel["value"], *channel["interval"]))):
+        figures["Shift of the latent channels' means<br>in std of base"] = channel_plot(channels)
+    drawn = "".join(f"<figure><figcaption>{words}</figcaption>{plot}</figure>" for words, plot in figures.items())
+    return f'<div class="plots">{drawn}</div>' if drawn else ""
+
+
+def colour_section(name: str, result: dict, base: dict[str, np.ndarray], tuned: dict[str, np.ndarray]) -> str:
+    """Figures, plots and table of the colour shift; base and tuned hold a value per prompt of each measure, (P,)."""
+    title, colour, keys = html.escape(name), result.get("colour") or {}, ("a", "b", "red", "green", "blue", "hue")
     facts = "".join(
-        f'<div class="fact">{words}<b>{colour[key]["value"]:.{digits}f}{unit}</b>'
-        f"{span(colour[key]['interval'], digits=digits)}</div>"
-        for key, (words, unit, digits) in shifts.items()
+        f'<div class="fact">{words}<b>{shift_text(result, key)}</b>{shift_span(result, key)}</div>'
+        for key, (words, _, _) in SHIFTS.items()
+        if key in colour
     )
-    plane = colour_plane(*(np.stack([side["a"], side["b"]], axis=1) for side in (base, tuned)))
-    rgb = (np.stack([side[key] for key in ("red", "green", "blue")], axis=1) for side in (base, tuned))
-    rows = "".join(
-        f"""<tr><td>{words}</td><td class="n">{number(row["base"])}</td><td class="n">{number(row["tuned"])}</td>
-<td class="n">{row["difference"]:+.3f}</td><td class="n">{span(row["interval"], digits=3)}</td></tr>"""
-        for row, words in ((colour[key], words) for key, words in COLOURS.items())
+    rows = (
+        (words, number(row["base"]), number(row["tuned"]), change(row["difference"], row["interval"]))
+        for row, words in ((colour[key], words) for key, words in COLOURS.items() if key in colour)
     )
-    return f"""<h3>Colour</h3><p class="soft">How far {name} moved from base, with 95 % intervals over prompts.</p>
-<div class="facts">{facts}</div><div class="plots">
-<figure><figcaption>Mean colour of each prompt in the Lab plane<br>
-<i class="key" style="background:var(--base)"></i>base
-<i class="key" style="background:var(--tuned)"></i>{name}</figcaption>{plane}</figure>
-<figure><figcaption>Mean colour of each prompt in the order of hue<br>base above, {name} below</figcaption>
-{colour_strips(*rgb, base["hue"])}</figure>
-<figure><figcaption>Shift of each latent channel's mean<br>in std of base</figcaption>
-{channel_plot(colour["latent_channels"])}</figure></div>
-<div class="scroll"><table><tr><th>Mean over prompts</th><th class="n">base</th><th class="n">{name}</th>
-<th class="n">difference</th><th class="n">95 % interval</th></tr>{rows}</table></div>"""
+    figures = colour_figures(title, colour.get("latent_channels", []), columns(base, keys), columns(tuned, keys))
+    listed = table(("Mean over prompts", "base", title, "difference and 95 % interval"), rows)
+    return (f'<div class="facts">{facts}</div>' if facts else "") + figures + listed
 
 
-def image_uri(path: Path, side: int = 384) -> tuple[str, int]:
-    """An image as a data URI, at most `side` pixels a side (JPEG; tiny ones stay PNG), and its width in pixels."""
-    image, buffer = Image.open(path).convert("RGB"), io.BytesIO()
-    kind = "png" if max(image.size) <= 128 else "jpeg"
+def photos_table(photos: dict[str, dict]) -> str:
+    """The colours of every model against the photos': rows are measures, with differences from the photos."""
+    shifts = [row.get("delta_e", UNKNOWN) for row in photos.values()]
+    cells = (f"{number(shift['value'])}<small>{span(shift['interval'])}</small>" for shift in shifts)
+    rows = [("Delta E", NONE, *cells)]
+    for key, words in COLOURS.items():
+        found = [row.get(key) or {} for row in photos.values()]
+        side = next((row["photos"] for row in found if row), None)
+        rows.append((words, number(side), *(shifted(row.get("model"), row) for row in found)))
+    shown = table(("Mean over prompts", "photos", *map(html.escape, photos)), rows)
+    told = "Below each mean: its difference from the photos, 95 % interval."
+    return f"<h3>Against the photos</h3>{with_note(shown, told)}" if photos else ""
+
+
+def identity_table(identity: dict[str, dict]) -> str:
+    """How like the reference faces every model's faces are."""
+    rows = []
+    for name, row in identity.items():
+        shares = percent(row["recognised"]), percent(row["no_face"])
+        rows.append((html.escape(name), number(row["cosine"]), span(row["interval"], digits=3), *shares))
+    return table(("Faces against the references", "cosine", "95 % interval", "recognised", "no face"), rows)
+
+
+def image_link(path: Path, folder: Path) -> str:
+    """The address of a file as seen from a page in `folder`: relative where it lies below it."""
+    file, folder = (Path(os.path.abspath(place)) for place in (path, folder))
+    return quote(file.relative_to(folder).as_posix()) if file.is_relative_to(folder) else file.as_uri()
+
+
+def small_jpeg(image: Image.Image, limit: int = 28_000) -> bytes:
+    """A JPEG of at most `limit` bytes, or of quality 35 where that is not enough."""
+    for quality in (88, 78, 66, 50, 35):
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality, optimize=True)
+        if buffer.tell() <= limit:
+            break
+    return buffer.getvalue()
+
+
+def image_tile(folder: Path, path: Path | None, side: int = 384) -> str:
+    """An image of at most `side` pixels a side, a JPEG or a tiny PNG, linked to its file; a grey tile for None.
+
+    `folder` is where the page lies.
+    """
+    if path is None:
+        return '<div class="none">no image</div>'
+    with Image.open(path) as file:
+        tiny = max(file.size) <= TINY
+        file.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size
+        image = file.convert("RGB")
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    image.save(buffer, kind, quality=88)
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}", image.width
+    kind, data = ("png", png(image)) if tiny else ("jpeg", small_jpeg(image))
+    return f"""<a href="{image_link(path, folder)}"><img{' class="small"' * tiny} alt="full size" width="{image.width}"
+height="{image.height}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}"></a>"""
 
 
 def choose_rows(base: np.ndarray, tuned: np.ndarray, count: int, seed: int) -> dict[str, list[int]]:
@@ -2750,92 +3113,269 @@ def choose_rows(base: np.ndarray, tuned: np.ndarray, count: int, seed: int) -> d
     }
 
 
-def side_by_side(folder: Path, name: str, p: int, prompt: str, scores: dict[str, tuple[float, float]]) -> str:
-    """One prompt's first images of base and `name`, with the prompt and its scores {label: (base, tuned)}."""
-    figures, width = "", 0
-    for side in ("base", name):
-        uri, width = image_uri(folder / side / f"{p:05d}_0.png")
-        figures += f'<figure><img src="{uri}" alt=""><figcaption>{html.escape(side)}</figcaption></figure>'
-    listed = "".join(
-        f"<span>{html.escape(label)} {number(a)} → {number(b)}</span>" for label, (a, b) in scores.items()
+def score_row(label: str, base: float, tuned: float) -> tuple[str, str, str]:
+    """A metric's scores of one prompt, the higher one bold."""
+    a, b = number(base), number(tuned)
+    return html.escape(label), f"<b>{a}</b>" if base > tuned else a, f"<b>{b}</b>" if tuned > base else b
+
+
+def side_by_side(prompt: str, tiles: dict[str, str], scores: dict[str, tuple[float, float]]) -> str:
+    """One prompt: the tiles {model: HTML} of base and a tuned model, the prompt, its scores {label: (base, tuned)}."""
+    figures = "".join(
+        f"<figure>{tile}<figcaption>{html.escape(name)}</figcaption></figure>" for name, tile in tiles.items()
     )
-    return f"""<div class="row"><div class="pair{" small" if width <= 128 else ""}">{figures}</div>
-<p>{html.escape(prompt)}</p><div class="scores">{listed}</div></div>"""
+    listed = table(("", *map(html.escape, tiles)), (score_row(label, *both) for label, both in scores.items()))
+    return f'<div class="row"><div class="pair">{figures}</div><p>{html.escape(prompt)}</p>{listed}</div>'
 
 
-def model_section(
-    folder: Path, name: str, result: dict, base: dict, tuned: dict, prompts: list[str], rows: int, seed: int
+def rows_section(
+    metrics: dict[str, dict],
+    prompts: list[str],
+    sides: dict[str, dict[str, np.ndarray]],
+    tile: Callable[[str, int], str],
+    settings: dict[str, Any],
 ) -> str:
-    """All about one tuned model; base and tuned hold a value per prompt of every measure; so many rows of images."""
-    title, lead = html.escape(name), leading_metric(result["metrics"])
-    labels = [label for label, row in result["metrics"].items() if row["role"] != "diversity"]
-    groups = ""
-    for heading, chosen in choose_rows(base[lead], tuned[lead], rows, seed).items():
-        shown = (
-            side_by_side(folder, name, p, prompts[p], {label: (base[label][p], tuned[label][p]) for label in labels})
+    """Images of base and a tuned model, the two `sides` {model: {measure: (P,)}}; tile(model, prompt) is an image."""
+    lead, (base, tuned) = leading_metric(metrics), sides.values()
+    labels = [label for label, m in in_order(metrics).items() if m["role"] != "diversity"]
+    both = np.stack([columns(base, labels), columns(tuned, labels)], axis=2)  # (P, labels, 2)
+    ordered = both[:, labels.index(lead)].T if lead in labels else np.full((2, len(prompts)), np.nan)
+    told = (
+        f'<p class="soft">Ordered by {html.escape(lead)}; the higher score is bold. An image opens in full size.</p>'
+    )
+    for heading, chosen in choose_rows(*ordered, settings.get("report_rows", 9), settings.get("seed", 0)).items():
+        shown = "".join(
+            side_by_side(prompts[p], {side: tile(side, p) for side in sides}, dict(zip(labels, both[p], strict=True)))
             for p in chosen
         )
-        groups += f'<h4>{heading}</h4><div class="rows">{"".join(shown) or "None."}</div>'
-    return f"""<section><h2>{title} against base</h2>{metric_table(title, result["metrics"])}
-{colour_section(title, result["colour"], base, tuned)}<h3>Side by side</h3>
-<p class="soft">Same prompt, seed and noise on both sides, ordered by {html.escape(lead)}. Scores: base → {title}.</p>
-{groups}</section>"""
+        told += f'<h4>{heading}</h4><div class="rows">{shown}</div>' if shown else ""
+    return told
+
+
+def verdict_lines(record: dict[str, Any]) -> str:
+    """The top of the page: what was compared, the verdicts, the first sentence of each large, and the caveats."""
+    files = " · ".join(f'<a href="{name}">{name}</a>' for name in ("metrics.json", "per_image.csv", "model_card.md"))
+    lines = [
+        f'<p class="said {kind}{"" if i else " head"}">{html.escape(sentence).replace(" %", "&nbsp;%")}</p>'
+        for result in record["models"].values()
+        for i, (kind, sentence) in enumerate(result["verdict"])
+    ]
+    lines += [f'<p class="soft">{html.escape(sentence)}</p>' for sentence in record.get("caveats") or []]
+    counts = f"{record['prompts']} prompts, {record['images']} images per model"
+    return f"""<h1>Does it draw better people?</h1><p class="soft">{counts}<span class="links"> · {files}</span></p>
+<div{' class="one"' if len(record["models"]) == 1 else ""}>{"".join(lines)}</div>"""
+
+
+def settings_list(settings: dict[str, object]) -> str:
+    """All settings, a line each."""
+    lines = (f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in settings.items())
+    return f"<dl>{''.join(lines)}</dl>" if settings else ""
+
+
+def page(title: str, top: str, sections: dict[str, str]) -> str:
+    """The whole page: what stands on top, links to the sections {heading: HTML} that are not empty, the sections."""
+    sections = {heading: body for heading, body in sections.items() if body}
+    ids = {heading: re.sub(r"\W+", "-", heading.lower()) for heading in sections}
+    links = "".join(f'<a href="#{ids[heading]}">{heading}</a>' for heading in sections)
+    bodies = "".join(f'<section id="{ids[name]}"><h2>{name}</h2>{body}</section>' for name, body in sections.items())
+    return f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none';img-src data:;style-src 'unsafe-inline'">
+<title>{html.escape(title)}</title>
+<style>{CSS}</style></head><body><main>{top}<nav>{links}</nav>{bodies}</main></body></html>"""
 
 
 def write_report(
     path: Path,
-    args: argparse.Namespace,
+    record: dict[str, Any],
     prompts: list[str],
-    prompt_ids: np.ndarray,
-    values: dict[str, dict[str, np.ndarray]],
-    results: dict[str, dict],
-    notes: list[str],
+    means: dict[str, dict[str, np.ndarray]],
+    pictures: dict[str, list[Path | None]],
 ) -> None:
-    """report.html: the verdicts first, then a section for every tuned model, then the settings."""
-    means = {
-        name: {
-            key: column if len(column) == len(prompts) else per_prompt(column, prompt_ids)
-            for key, column in found.items()
-        }
-        for name, found in values.items()
+    """report.html: the verdicts, then every part of `record` that is there, then images side by side, then settings.
+
+    means: a value per prompt of every measure, {model: {measure: (P,)}}; pictures: each prompt's first image, or None.
+    """
+    models, settings = record["models"], record["settings"]
+    decode_once = lru_cache(maxsize=None)(partial(image_tile, path.parent))
+
+    def colours(name: str, result: dict[str, Any]) -> str:
+        return colour_section(name, result, means["base"], means[name])
+
+    def rows(name: str, result: dict[str, Any]) -> str:
+        sides = {"base": means["base"], name: means[name]}
+        return rows_section(
+            result["metrics"], prompts, sides, lambda side, p: decode_once(pictures[side][p]), settings
+        )
+
+    sections = {
+        "All models": summary_table(models),
+        "Win rates": with_note(by_model(models, win_rates), LEGEND),
+        "Over training": runs_section(models),
+        "Groups of prompts": with_note(by_model(models, group_tables), "Worst first. Bold: p below .05 after Holm."),
+        "The paper's names": paper_table(record.get("paper") or {}),
+        "Realism": realism_section(record),
+        "Colour": by_model(models, colours) + photos_table(record.get("photos_colour") or {}),
+        "Identity": identity_table(record.get("identity") or {}),
+        "Votes": votes_section(record["votes"]) if "votes" in record else "",
+        "Side by side": by_model(models, rows),
+        "How to read this": f"<p>{READING}</p>",
+        "Settings": settings_list(settings),
     }
-    images, answers, sections = path.parent / "images", "", ""
-    for name, result in results.items():
-        for i, (tone, sentence) in enumerate(result["verdict"]):
-            answers += f'<p class="said {tone}{"" if i else " head"}">{html.escape(sentence)}</p>'
-        sides = means["base"], means[name]
-        sections += model_section(images, name, result, *sides, prompts, args.report_rows, args.seed)
-    answers += "".join(f'<p class="soft">{html.escape(note)}</p>' for note in notes)
-    listed = "".join(
-        f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in describe(args).items()
+    title = f"{', '.join(models)} against base"
+    write_atomically(path, page(title, verdict_lines(record), sections).encode())
+
+
+def plain_text(text: str) -> str:
+    """One line without control characters."""
+    return " ".join(re.sub(r"[^ -~\u00a0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text).split())
+
+
+def markdown_text(text: str) -> str:
+    """Text that markdown shows as it is, in a paragraph or in a cell of a table."""
+    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(plain_text(text), quote=False))
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table whose first column is text and whose others are numbers or short words; cells are escaped here."""
+    lines = [header, ["---", *["--:"] * (len(header) - 1)]]
+    lines += [[markdown_text(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def public_name(source: object) -> str:
+    """A model or file as given, without the folders of an absolute path: a card is read on other machines."""
+    return Path(str(source)).name if Path(str(source)).is_absolute() else str(source)
+
+
+def compared_sentence(record: dict[str, Any]) -> str:
+    """What was compared, on which prompts, and how the images were drawn, as far as the settings tell."""
+    settings = {key: value for key, value in record["settings"].items() if value is not None}
+    words = {"pretrained_model_name_or_path": " {}", "prompts": " of {}", "sampler": ", sampler {}"}
+    words |= {"num_inference_steps": ", {} steps", "guidance_scale": ", guidance {}", "width": ", width {}"}
+    words |= {"height": ", height {}", "seed": ", seed {}"}
+    told = {key: form.format(public_name(settings[key])) if key in settings else "" for key, form in words.items()}
+    base, source, *how = told.values()
+    counts = f"{record['prompts']} prompts{source}, {record['images']} images per model{''.join(how)}"
+    return markdown_text(f"Compared with the base model{base} on {counts}: {', '.join(record['models'])}.")
+
+
+def card_rates(metrics: dict[str, dict]) -> str:
+    """The win rates in Markdown."""
+    rows = []
+    for label, m in in_order(metrics).items():
+        rate = percent(m["win_rate"]), span(m["interval"], 100)
+        means = number(m["base"]), number(m["tuned"]), p_value(m.get("holm"))
+        rows.append((label, ROLES[m["role"]] or m["role"], *rate, *means))
+    return markdown_table(("metric", "role", "win rate", "95 % interval", "base", "tuned", "p (Holm)"), rows)
+
+
+def card_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown under its title; "" where there are no rows."""
+    found = list(rows)
+    return f"### {title}\n\n{markdown_table([*map(markdown_text, head)], found)}" if found else ""
+
+
+def card_tables(record: dict[str, Any]) -> list[str]:
+    """The paper's columns, the colour shift and the distances to photos of all models in Markdown."""
+    models, paper = record["models"], record.get("paper") or {}
+    names = paper_columns(paper)
+    columns = ((model, *(number(row.get(name)) for name in names)) for model, row in paper.items() if names)
+    shifts = (
+        (name, *(f"{shift_text(result, key)} {shift_span(result, key)}" for key in SHIFTS))
+        for name, result in models.items()
+        if result.get("colour")
     )
-    page = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{html.escape(", ".join(results))} against base</title>
-<style>{CSS}</style></head><body><main><p class="soft">{len(prompts)} prompts, {len(prompt_ids)} images per model,
-the same seeds and noise for all</p><h1>Does it draw better people?</h1>{answers}{sections}
-<details><summary>How to read this, and all settings</summary><p>{READING}</p><dl>{listed}</dl></details>
-</main></body></html>"""
-    write_atomically(path, page.encode())
+    photos = (
+        (distance, number(found.get("floor")), *(number(found["models"].get(name)) for name in ("base", *models)))
+        for distance, found in (record.get("realism") or {}).get("distances", {}).items()
+    )
+    return [
+        card_table("Under the paper's names", ["model", *names], columns),
+        card_table("Colour shift from base, with 95 % intervals", ["model", *(s[0] for s in SHIFTS.values())], shifts),
+        card_table("Distance to photos, lower is better", ["", "photos among themselves", "base", *models], photos),
+    ]
 
 
-def write_grid(path: Path, models: list[str], prompts: int, folder: Path, seed: int, columns: int = 8) -> None:
+def write_card(path: Path, record: dict[str, Any]) -> None:
+    """model_card.md: the evaluation as a section of a model card, in Markdown, ready to paste."""
+    parts = ["## Evaluation", compared_sentence(record)]
+    for name, result in record["models"].items():
+        headline, *others = [markdown_text(sentence) for _, sentence in result["verdict"]] or [""]
+        parts += [f"### {markdown_text(name)} against base", f"**{headline}**" if headline else ""]
+        parts += ["\n".join(f"- {sentence}" for sentence in others), card_rates(result["metrics"])]
+    caveats = "\n".join(f"- {markdown_text(sentence)}" for sentence in record.get("caveats", []))
+    parts += [*card_tables(record), f"### Caveats\n\n{caveats}" if caveats else ""]
+    parts += [markdown_text(READING)]
+    write_atomically(path, ("\n\n".join(filter(None, parts)) + "\n").encode())
+
+
+def draw_rates(draw: ImageDraw.ImageDraw, top: int, title: str, metrics: dict[str, dict]) -> None:
+    """One model's win rates on an axis from 0 to 100 %, from `top` downwards, in quarters of a pixel."""
+    left, right, low, high = 1040, 2560, top + 280, top + 280 + 128 * len(metrics)
+    font, small = ImageFont.load_default(64), ImageFont.load_default(52)
+    colours = {"win": LIGHT["tuned"], "lose": LIGHT["bad"], "even": LIGHT["base"]}
+    draw.text((128, top + 140), title, LIGHT["ink"], ImageFont.load_default(88), anchor="ls")
+    for rate in (0, 25, 50, 75, 100):
+        x = left + (right - left) * rate / 100
+        draw.line((x, low, x, high), LIGHT["base" if rate == 50 else "line"], 8 if rate == 50 else 4)
+        draw.text((x, low - 24), f"{rate} %", LIGHT["soft"], small, anchor="ms")
+    for row, (label, m) in enumerate(in_order(metrics).items()):
+        y, colour = low + 64 + 128 * row, colours[tone(m["interval"])]
+        name = textwrap.shorten(plain_text(label), 24, placeholder="…")
+        draw.text((128, y), name, LIGHT["ink"], font, anchor="lm")
+        if m["role"] == "training":
+            draw.text((128 + draw.textlength(name, font), y), "  training", LIGHT["soft"], small, anchor="lm")
+        if not known(m["win_rate"], *m["interval"]):
+            continue
+        x, start, end = (left + (right - left) * share for share in (m["win_rate"], *m["interval"]))
+        draw.line((start, y, end, y), colour, 12)
+        draw.ellipse(
+            (x - 26, y - 26, x + 26, y + 26), LIGHT["paper"] if m["role"] == "training" else colour, colour, 12
+        )
+        draw.text(
+            (right + 96, y), f"{percent(m['win_rate'])}  {span(m['interval'], 100)}", LIGHT["ink"], font, anchor="lm"
+        )
+
+
+def draw_win_rates(path: Path, record: dict[str, Any]) -> None:
+    """win_rates.png: the tuned models' win rates with their intervals around one half, training scorers open.
+
+    Drawn at four times the size at which it is read and saved at twice that size, so that edges are smooth.
+    """
+    models = record["models"]
+    heights = [400 + 128 * len(result["metrics"]) for result in models.values()]
+    sheet = Image.new("RGB", (3520, sum(heights) + 160), LIGHT["paper"])
+    draw = ImageDraw.Draw(sheet)
+    for i, (name, result) in enumerate(models.items()):
+        draw_rates(draw, sum(heights[:i]), f"{name} against base", result["metrics"])
+    told = f"Win rate over {record['prompts']} prompts with 95 % intervals. Open dots: the training scorer."
+    draw.text((128, sheet.height - 100), told, LIGHT["soft"], ImageFont.load_default(52), anchor="ls")
+    write_atomically(path, png(sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS)))
+
+
+def grid_tile(path: Path | None, side: int) -> Image.Image:
+    """An image within (side, 2 side) pixels; a grey square for None."""
+    if path is None:
+        return Image.new("RGB", (side, side), LIGHT["card"])
+    return ImageOps.contain(load_images([path])[0], (side, 2 * side))
+
+
+def write_grid(
+    path: Path, pictures: dict[str, list[Path | None]], seed: int, columns: int = 8, side: int = 192
+) -> None:
     """grid.png: a row per model, base above; the prompts of the columns are chosen by seed."""
+    prompts = len(next(iter(pictures.values())))
     chosen = sorted(np.random.default_rng(seed).permutation(prompts)[:columns].tolist())
-    font, gap, margin, side = ImageFont.load_default(18), 8, 34, 192
-    for i, name in enumerate(models):
-        tiles = [
-            ImageOps.contain(image, (side, 2 * side))
-            for image in load_images([folder / name / f"{p:05d}_0.png" for p in chosen])
-        ]
-        width, height = tiles[0].size
-        if i == 0:
-            sheet = Image.new(
-                "RGB", (gap + len(tiles) * (width + gap), len(models) * (height + margin) + gap), "white"
-            )
-        ImageDraw.Draw(sheet).text((gap, i * (height + margin) + 8), name, fill="#333333", font=font)
+    rows = {name: [grid_tile(paths[p], side) for p in chosen] for name, paths in pictures.items()}
+    height, gap, margin = max(tile.height for tiles in rows.values() for tile in tiles), 8, 34
+    size = gap + len(chosen) * (side + gap), len(rows) * (height + margin) + gap
+    sheet, font = Image.new("RGB", size, LIGHT["paper"]), ImageFont.load_default(18)
+    for i, (name, tiles) in enumerate(rows.items()):
+        top = i * (height + margin)
+        ImageDraw.Draw(sheet).text((gap, top + 8), name, LIGHT["ink"], font)
         for j, tile in enumerate(tiles):
-            sheet.paste(tile, (gap + j * (width + gap), i * (height + margin) + margin))
+            sheet.paste(tile, (gap + j * (side + gap) + (side - tile.width) // 2, top + margin))
     write_atomically(path, png(sheet))
 
 
@@ -2850,6 +3390,577 @@ def peak_memory() -> str:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         parts.append(f"{peak / 2**30:.1f} GiB of host memory")
     return ", ".join(parts) or "not known"
+
+
+# ---- Human votes ---------------------------------------------------------------------------------------------------
+# The paper's user study: a blind page for raters, the key to it, and what their votes say. A tie is allowed: between
+# images that look alike a forced choice is a coin's noise, which widens the intervals and hides that nothing changed.
+
+QUESTIONS = {"realism": "Which image is more realistic?", "alignment": "Which image fits the text better?"}
+FINDINGS = {"realism": "more realistic", "alignment": "closer to the text"}
+ANSWERS = ("left", "tie", "right")
+STUDY_KEY = "user_study_key.json"
+
+STUDY_PAGE = r"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none';img-src data:;style-src 'unsafe-inline';script-src 'unsafe-inline'">
+<title>Which image is better?</title>
+<style>
+:root{color-scheme:light dark;--paper:#fff;--card:#f3f5f5;--ink:#1f2529;--soft:#5f6a73;--line:#dfe4e6;--plain:#2c6e91}
+@media(prefers-color-scheme:dark){:root{--paper:#15191c;--card:#1f262a;--ink:#e4e8ea;--soft:#98a4ac;--line:#30393e;
+ --plain:#6fb3d6}}
+*{box-sizing:border-box}[hidden]{display:none!important}
+body{max-width:920px;margin:0 auto;padding:20px 28px 32px;background:var(--paper);color:var(--ink);
+ font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;font-variant-numeric:tabular-nums;
+ overflow-wrap:anywhere}
+h1{font-size:30px;line-height:1.2;letter-spacing:-.02em;font-weight:650;margin:7vh 0 16px}
+p{margin:0 0 14px;max-width:60ch}.soft,legend,label,#place{color:var(--soft);font-size:15px}
+button,input{font:inherit;color:inherit;background:var(--card);border:1px solid var(--line);border-radius:10px;
+ padding:9px 18px;min-height:48px}
+button{cursor:pointer;touch-action:manipulation}button:hover:enabled{border-color:var(--soft)}
+button:disabled{opacity:.4;cursor:default}
+:focus-visible{outline:2px solid var(--plain);outline-offset:2px}section:focus{outline:0}
+.main,button[aria-pressed=true]{background:var(--plain);border-color:var(--plain);color:var(--paper);font-weight:600}
+label{display:block;margin:26px 0}label input{display:block;width:100%;max-width:340px;margin-top:6px;color:var(--ink)}
+header{display:flex;align-items:center;gap:14px}header button{min-height:44px;font-size:15px;padding:5px 16px}
+progress{flex:1;min-width:0;height:6px;appearance:none;border:0;border-radius:3px;overflow:hidden}
+progress,::-webkit-progress-bar{background:var(--line)}
+::-webkit-progress-value{background:var(--plain)}::-moz-progress-bar{background:var(--plain)}
+#ask{display:flex;flex-direction:column}
+blockquote{margin:16px 0;min-height:2.8em;font-size:19px;line-height:1.4;white-space:pre-wrap}
+.pair{display:grid;grid-template-columns:1fr 1fr;gap:16px}.pair :first-child{justify-self:end}
+.pair button{width:min(100%,52vh*var(--shape));padding:0;border:0;overflow:hidden;cursor:zoom-in}
+img{display:block;width:100%}.tiny img{image-rendering:pixelated}
+fieldset{border:0;margin:16px 0 0;padding:0;min-width:0}
+legend{padding:0;margin-bottom:6px}.now legend{color:var(--ink);font-weight:600}
+fieldset div{display:grid;grid-template-columns:1fr 1fr 1fr;gap:10px}fieldset button{padding:4px}
+.now button:not([aria-pressed=true]){border-color:var(--plain)}
+kbd{font:inherit;font-size:13px;border:1px solid var(--line);border-radius:4px;padding:0 6px;background:var(--card)}
+dialog{width:100vw;height:100dvh;max-width:none;max-height:none;padding:0;border:0;background:#000;color:#fff}
+dialog img{height:100%;object-fit:contain}dialog p{left:14px;padding:12px 16px;line-height:24px}
+dialog p,dialog button{position:absolute;top:12px;margin:0;border-radius:10px;background:#000b}
+dialog button{right:14px;border-color:#fff6}
+#keys{max-width:none;margin:24px 0 0}#told:empty{display:none}
+#said{position:absolute;width:1px;height:1px;overflow:hidden;clip-path:inset(50%)}
+@media(max-width:600px){body{padding:12px 12px 20px}.pair,fieldset div{gap:6px}blockquote{font-size:17px;margin:12px 0}
+ header{gap:10px}fieldset button{font-size:15px}#ask{min-height:calc(100dvh - 80px)}#questions{margin-top:auto}}
+@media(pointer:coarse){.keys{display:none}}
+</style>
+</head>
+<body>
+<header id="bar" hidden><button id="back" aria-label="One step back">←</button>
+<progress id="done" aria-label="Pairs answered"></progress><span id="place"></span>
+<button class="save">Save votes</button></header>
+<main>
+<section id="start"><h1>Which image is better?</h1><p id="about"></p>
+<p>Answer by your first impression, and “no difference” where you see none. An image opens when you click or tap it;
+once more, and the other one takes its place.</p>
+<form id="form"><label>Your name, or a word that stands for you (optional)
+<input id="rater" maxlength="40" autocomplete="off" spellcheck="false"></label>
+<button class="main">Start</button></form></section>
+<section id="ask" tabindex="-1" aria-label="A pair of images" hidden><blockquote id="prompt"></blockquote>
+<div class="pair"><button id="left" aria-label="Enlarge the left image"><img alt="Left image"></button>
+<button id="right" aria-label="Enlarge the right image"><img alt="Right image"></button></div>
+<div id="questions"></div></section>
+<section id="end" tabindex="-1" hidden><h1>Thank you.</h1>
+<p>All pairs are answered. Save the votes and send the file to whoever asked you; nothing has left this browser.</p>
+<p><button class="save main">Save votes</button></p>
+<p><button id="other">Let another person vote</button></p></section>
+<p class="soft keys" id="keys"><kbd>1</kbd> left, <kbd>2</kbd> no difference, <kbd>3</kbd> right; <kbd>←</kbd> or
+<kbd>Backspace</kbd> back, <kbd>→</kbd> forward; <kbd>Z</kbd> opens an image, <kbd>Esc</kbd> closes it.</p>
+<p id="told" role="alert"></p><p id="said" role="status"></p>
+</main>
+<dialog id="large" aria-label="One image, enlarged"><img alt=""><p></p><button>Close</button></dialog>
+<script type="application/json" id="data">@DATA@</script>
+<script>
+const $ = id => document.getElementById(id), {study, questions, pairs} = JSON.parse($("data").textContent);
+const answers = {left: "Left", tie: "No difference", right: "Right"}, names = Object.keys(questions);
+const steps = pairs.length * names.length, large = $("large"), [view, label] = large.children;
+const make = (tag, props, ...inside) => {
+  const node = Object.assign(document.createElement(tag), props);
+  node.append(...inside);
+  return node;
+};
+let shown, since, due;  // the pair on screen, when it came (less the time spent on it before), when it may be answered
+const order = pairs.map(pair => [Math.random(), pair.id]).sort().map(([, id]) => id);
+let state = {rater: "", order, votes: {}, at: -1};  // all that is kept; `at` is the step: a question of a pair
+try { state = JSON.parse(localStorage.getItem(study)) ?? state; } catch {}
+
+const pairAt = step => pairs.find(pair => pair.id === state.order[Math.floor(step / names.length)]);
+const voteOf = pair => state.votes[pair.id] ?? {};
+const complete = pair => names.every(name => voteOf(pair)[name]);
+
+function present(pair) {
+  for (const side of ["left", "right"]) $(side).firstChild.src = pair[side];
+  $("prompt").textContent = pair.prompt;
+  $("ask").style.setProperty("--shape", pair.shape);
+  document.body.classList.toggle("tiny", pair.tiny);
+  since = performance.now() - 1000 * (voteOf(pair).seconds ?? 0);
+  due = performance.now() + 150;  // until then a click is the second one of a double click on the pair before
+  shown = pair;
+}
+
+function draw() {
+  const {at} = state, done = pairs.filter(complete).length, pair = at >= 0 && at < steps ? pairAt(at) : undefined;
+  const hidden = {bar: at < 0, start: at >= 0, ask: !pair, end: at < steps, keys: at === steps};
+  for (const id in hidden) $(id).hidden = hidden[id];
+  Object.assign($("done"), {max: pairs.length, value: done});
+  $("place").textContent = `${done} / ${pairs.length}`;
+  $("back").disabled = at === 0;
+  if (pair && pair !== shown) present(pair);
+  document.querySelectorAll("fieldset").forEach((field, i) => {
+    field.classList.toggle("now", i === at % names.length);
+    for (const button of field.querySelectorAll("button"))
+      button.setAttribute("aria-pressed", !!pair && voteOf(pair)[names[i]] === button.value);
+  });
+  const place = Math.floor(at / names.length) + 1;
+  $("said").textContent = pair ? `Pair ${place}: ${questions[names[at % names.length]]}` : "";
+}
+
+function go(step) {
+  state.at = Math.max(0, Math.min(steps, step));
+  try { localStorage.setItem(study, JSON.stringify(state)); } catch {
+    $("told").textContent = "This browser keeps nothing: save the votes before you close the page.";
+  }
+  draw();
+  if (state.at === steps) $("end").focus();
+}
+
+function answer(name, value) {
+  if (performance.now() < due) return;
+  const first = state.at - state.at % names.length, fresh = !complete(shown);
+  const vote = {...voteOf(shown), [name]: value, seconds: Math.round(performance.now() - since) / 1000};
+  state.votes[shown.id] = vote;
+  const open = names.findIndex(other => !vote[other]);
+  go(open >= 0 ? first + open : fresh ? first + names.length : first + names.indexOf(name) + 1);
+}
+
+function enlarge(side) {
+  Object.assign(view, {src: shown[side], alt: `${answers[side]} image`});
+  label.textContent = answers[large.dataset.side = side];
+  if (!large.open) large.showModal();
+}
+
+function save() {
+  const votes = Object.entries(state.votes).map(([pair, vote]) => ({pair, ...vote}));
+  const text = JSON.stringify({study, rater: state.rater, votes}, null, 1);
+  const href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
+  const download = `votes-${state.rater.replace(/[^\p{L}\p{N}-]+/gu, "_")}.json`;
+  make("a", {href, download}).click();
+  $("told").textContent = `${votes.length} of ${pairs.length} pairs are in ${download}.`;
+}
+
+const back = () => go(state.at - 1), flip = () => enlarge(large.dataset.side === "left" ? "right" : "left");
+const forward = () => { if (state.at < steps && voteOf(shown)[names[state.at % names.length]]) go(state.at + 1); };
+const choose = value => () => { if (state.at < steps) answer(names[state.at % names.length], value); };
+const keys = {1: choose("left"), 2: choose("tie"), 3: choose("right"), arrowleft: back, backspace: back,
+  arrowright: forward, z: () => { if (state.at < steps) enlarge("left"); }};
+document.onkeydown = event => {
+  const key = event.key.toLowerCase(), other = event.altKey || event.ctrlKey || event.metaKey || event.repeat;
+  if (state.at < 0 || other || !(key in keys)) return;
+  event.preventDefault();
+  if (!large.open) keys[key](); else if (key.startsWith("arrow")) flip();
+};
+for (const name of names) {
+  const button = value => make("button", {value, onclick: () => answer(name, value)}, answers[value]);
+  const row = make("div", {}, ...Object.keys(answers).map(button));
+  $("questions").append(make("fieldset", {}, make("legend", {}, questions[name]), row));
+}
+for (const side of ["left", "right"]) $(side).onclick = () => enlarge(side);
+for (const button of document.querySelectorAll(".save")) button.onclick = save;
+view.onclick = flip;
+large.lastChild.onclick = () => large.close();
+$("back").onclick = back;
+$("other").onclick = () => {
+  if (!confirm("Are your votes saved? They are removed from this browser.")) return;
+  localStorage.removeItem(study);
+  location.reload();
+};
+$("form").onsubmit = event => {
+  event.preventDefault();
+  state.rater = $("rater").value.trim() || `rater-${Math.random().toString(36).slice(2, 8)}`;
+  go(0);
+  $("ask").focus();
+};
+$("about").textContent = `You will see ${pairs.length} pairs of images, each with the text it was made from, and `
+  + `answer two questions on each. It takes about ${Math.ceil(pairs.length / 5)} min; you can stop and go on later.`;
+draw();
+</script>
+</body>
+</html>
+"""
+
+
+def choose_pairs(
+    available: dict[str, list[int]], prompt_ids: np.ndarray, count: int, rng: np.random.Generator
+) -> list[tuple[str, str, int]]:
+    """At most `count` random (left model, right model, row) of {tuned model: rows where base has an image too}.
+
+    The models share the pairs evenly, and each is left as often as right. Every prompt comes once before one comes
+    twice, and every row before one comes for a second model: who sees an image twice knows that it is base's.
+    """
+    by_prompt: dict[int, list[int]] = {}
+    for row in rng.permutation(len(prompt_ids)).tolist():
+        by_prompt.setdefault(int(prompt_ids[row]), []).append(row)
+    order = [row for turn in zip_longest(*by_prompt.values()) for row in turn if row is not None]
+    models, chosen = len(available), []
+    for m, (name, there) in enumerate((name, set(rows)) for name, rows in available.items()):
+        dealt = (row for lap in range(models) for row in order[(m - lap) % models :: models] if row in there)
+        rows = list(islice(dealt, count // models + (m < count % models)))
+        coins = rng.permutation(len(rows)) % 2
+        chosen += [(name, "base", row) if coin else ("base", name, row) for row, coin in zip(rows, coins, strict=True)]
+    return [chosen[i] for i in rng.permutation(len(chosen))]
+
+
+def blind_pair(left: Path, right: Path, side: int = 768) -> dict[str, Any]:
+    """Two images as data URIs that differ in their pixels alone, their width by height, and whether they are tiny.
+
+    Both get the longest side of the smaller one, at most `side` pixels, and one codec: JPEG, or PNG if tiny.
+    """
+    images, uris = load_images([left, right]), []
+    side = min(side, *(max(image.size) for image in images))
+    kind = "png" if side <= 128 else "jpeg"
+    for image in images:
+        size, buffer = [max(1, round(edge * side / max(image.size))) for edge in image.size], io.BytesIO()
+        image = image.resize(size, Image.Resampling.LANCZOS)
+        image.info = {}  # a comment or a colour profile would be written too
+        image.save(buffer, kind, quality=90)
+        uris.append(f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}")
+    return {"left": uris[0], "right": uris[1], "shape": round(size[0] / size[1], 3), "tiny": kind == "png"}
+
+
+def write_user_study(
+    folder: Path,
+    count: int,
+    prompts: list[str],
+    paths: dict[str, list[Path | None]],
+    plan: list[tuple[int, int]],
+    seed: int,
+) -> int:
+    """Writes user_study.html, a blind page with `count` pairs of base and a tuned model, and user_study_key.json.
+
+    `paths` holds the image of every row of the plan for every model, base among them, None where there is none. The
+    page tells nothing of the models; the key does, and is not for raters. An earlier study's key is kept under another
+    name. Returns the number of pairs, which is smaller where there are no more. UserError where there is none.
+    """
+    both = {
+        name: [row for row, two in enumerate(zip(paths["base"], images, strict=True)) if all(two)]
+        for name, images in paths.items()
+        if name != "base"
+    }
+    pairs = choose_pairs(both, np.array([p for p, _ in plan]), count, np.random.default_rng(seed))
+    if not pairs:
+        raise UserError("--user_study: no prompt has an image of base and one of a tuned model")
+    with ThreadPoolExecutor(8) as pool:
+        images = list(pool.map(lambda pair: blind_pair(*(paths[name][pair[2]] for name in pair[:2])), pairs))
+    shown, key = [], {}
+    for number, ((left, right, row), image) in enumerate(zip(pairs, images, strict=True), 1):
+        p, k = plan[row]
+        shown.append({"id": str(number), "prompt": prompts[p], **image})
+        key[str(number)] = {"prompt_id": p, "index": k, "prompt": prompts[p], "left": left, "right": right}
+    study = hashlib.sha256(json.dumps([shown, key]).encode()).hexdigest()[:16]
+    content = json.dumps({"study": study, "questions": QUESTIONS, "pairs": shown}).replace("<", "\\u003c")
+    keep_other_key(folder / STUDY_KEY, study)
+    write_atomically(folder / STUDY_KEY, json.dumps({"study": study, "pairs": key}, indent=1).encode())
+    write_atomically(folder / "user_study.html", STUDY_PAGE.replace("@DATA@", content).encode())
+    return len(pairs)
+
+
+def other_key(path: Path, study: Any) -> Path:
+    """Where the key of an earlier study is kept, when a later one takes its place at `path`."""
+    return path.with_name(re.sub(r"\W", "_", f"{path.stem}_{study}") + path.suffix)
+
+
+def keep_other_key(path: Path, study: str) -> None:
+    """Renames the key of another study that stands at `path`: without it the votes on that study would be lost."""
+    if path.is_file() and (old := read_object(path).get("study")) != study:
+        os.replace(path, other_key(path, old))
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in a json file; UserError with the line where it is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}, line {error.lineno}: not json ({error.msg})") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not utf-8"
+        raise UserError(f"cannot read {path}: {reason}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__} in place of an object")
+    return content
+
+
+def read_votes(files: Sequence[str], folder: Path, prompts: list[str] | None = None) -> list[dict[str, Any]]:
+    """All votes in `files`, which the page saved, joined with the key in `folder`: a row per rater and pair.
+
+    {"rater", "pair", "prompt_id", "index", "model": the tuned one, "tuned_side": "left" | "right", "seconds": float or
+    None, and for each of QUESTIONS "left" | "tie" | "right" or None, not answered}. With `prompts`, the key's have to
+    be the same. UserError: one line with the file and the place.
+    """
+    path, raters, votes = folder / STUDY_KEY, {}, []
+    if not path.is_file():
+        raise UserError(f"--votes: {path} is missing: --user_study writes it, together with the page to vote on")
+    key = read_object(path)
+    if not key.keys() >= {"study", "pairs"}:
+        raise UserError(f"{path} is not the key of a user study: --user_study writes it anew")
+    for pair, row in key["pairs"].items() if prompts is not None else ():
+        if row["prompt_id"] >= len(prompts) or prompts[row["prompt_id"]] != row["prompt"]:
+            raise UserError(f"--votes: pair {pair} of {path} shows another prompt than now: give --prompts as it was")
+    for file in files:
+        rater, found = read_votes_file(Path(file), key, path)
+        if rater in raters:
+            told = "keep the later one, which has all answers; if they are two people, rename one in its file"
+            raise UserError(f"{file}: {raters[rater]} holds votes of the same rater, {rater!r}: {told}")
+        raters[rater] = file
+        votes += found
+    if not votes:
+        raise UserError(f"--votes: no answers in {', '.join(map(str, files)) or 'no file'}")
+    return votes
+
+
+def read_votes_file(path: Path, key: dict[str, Any], key_file: Path) -> tuple[str, list[dict[str, Any]]]:
+    """The rater and the votes of one file, joined with the key; UserError as in read_votes."""
+    content, votes, seen = read_object(path), [], set()
+    study, rater, rows = content.get("study"), content.get("rater"), content.get("votes")
+    if not (isinstance(rater, str) and isinstance(rows, list) and all(isinstance(row, dict) for row in rows)):
+        raise UserError(f"{path} is not a file of votes: it needs study, rater and votes, as the page saves them")
+    if study != key["study"]:
+        kept = other_key(key_file, study)
+        told = f"{kept} is its key: put it back under that name" if kept.is_file() else "give the folder of its page"
+        raise UserError(f"{path}: votes on study {study!r}, and {key_file} is the key of {key['study']!r}: {told}")
+    for number, row in enumerate(rows, 1):
+        pair, place = row.get("pair"), f"{path}, vote {number}"
+        if not isinstance(pair, str) or pair not in key["pairs"]:
+            raise UserError(f"{place}: the study has no pair {pair!r}")
+        if pair in seen:
+            raise UserError(f"{place}: a second vote on pair {pair!r}")
+        seen.add(pair)
+        votes.append({"rater": rater, "pair": pair, **join_vote(row, key["pairs"][pair], place)})
+    return rater, [vote for vote in votes if any(vote[question] for question in QUESTIONS)]
+
+
+def join_vote(row: dict[str, Any], sides: dict[str, Any], place: str) -> dict[str, Any]:
+    """What a vote says, of the pair that the key describes; UserError with its place for an unknown answer."""
+    for question in QUESTIONS:
+        if row.get(question) not in (*ANSWERS, None):
+            raise UserError(f"{place}: {question} is {row[question]!r}, not one of {', '.join(ANSWERS)}")
+    seconds = row.get("seconds")
+    if not isinstance(seconds, int | float | None):
+        raise UserError(f"{place}: seconds is {seconds!r}, not a number")
+    side = "right" if sides["left"] == "base" else "left"
+    joined = {"prompt_id": sides["prompt_id"], "index": sides["index"], "model": sides[side], "tuned_side": side}
+    return joined | {"seconds": seconds} | {question: row.get(question) for question in QUESTIONS}
+
+
+def votes_for_tuned(votes: list[dict[str, Any]], question: str) -> np.ndarray:
+    """1 where the tuned image was chosen, 1/2 where no difference was seen, 0 where base's was: answers -> (V,)."""
+    return np.array(
+        [0.5 if vote[question] == "tie" else vote[question] == vote["tuned_side"] for vote in votes], float
+    )
+
+
+def known_shares(values: np.ndarray, prompt_ids: np.ndarray) -> np.ndarray:
+    """The mean of every prompt that has one: values (V,), prompt numbers (V,) -> (P or fewer,)."""
+    shares = per_prompt(values, prompt_ids)
+    return shares[~np.isnan(shares)]
+
+
+def compare_answers(votes: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What the votes on one tuned model say to each question. The prompt is the unit: its votes are averaged first."""
+    rows = {}
+    for question in QUESTIONS:
+        answered = [vote for vote in votes if vote[question]]
+        if not answered:
+            continue
+        worth, prompt_ids = votes_for_tuned(answered, question), np.array([vote["prompt_id"] for vote in answered])
+        shares = known_shares(worth, prompt_ids)
+        rows[question] = {
+            "raters": len({vote["rater"] for vote in answered}),
+            "votes": len(answered),
+            "prompts": len(shares),
+            "win_rate": mean(shares),
+            "interval": bootstrap_interval(mean, shares),
+            **{
+                outcome: mean(known_shares((worth == value).astype(float), prompt_ids))
+                for outcome, value in (("win", 1), ("tie", 0.5), ("lose", 0))
+            },
+            "sign_test": sign_test(shares, np.full(len(shares), 0.5)),
+        }
+    for row, p in zip(rows.values(), holm([row["sign_test"] for row in rows.values()]), strict=True):
+        row["holm"] = p
+    return rows
+
+
+def compare_raters(votes: list[dict[str, Any]], question: str) -> dict[str, Any]:
+    """How far the raters agree with each other on one question, by what they saw: left, right or no difference.
+
+    By sides, and not by models: each model is left as often as right, so that chance agreement stays the same
+    however often one of them wins. `left` is the share of left among left and right; far from 1/2, look at the raters.
+    """
+    answered = [vote for vote in votes if vote[question]]
+    pairs = {pair: i for i, pair in enumerate(dict.fromkeys(vote["pair"] for vote in answered))}
+    counts = np.zeros((len(pairs), len(ANSWERS)))
+    for vote in answered:
+        counts[pairs[vote["pair"]], ANSWERS.index(vote[question])] += 1
+    sides = counts[:, [0, 2]].sum(axis=0)
+    return {
+        "pairs": int((counts.sum(axis=1) > 1).sum()),
+        "agreement": rater_agreement(counts),
+        "alpha": krippendorff_alpha(counts),
+        "left": float(sides[0] / sides.sum()) if sides.any() else math.nan,
+    }
+
+
+def compare_scorers(
+    votes: list[dict[str, Any]],
+    question: str,
+    values: dict[str, dict[str, np.ndarray]],
+    plan: list[tuple[int, int]],
+    labels: list[str],
+) -> dict[str, dict[str, Any]]:
+    """Share of the pairs on which each scorer prefers the image that most raters prefer, with its interval.
+
+    A prompt counts once, as everywhere. Pairs that are not among the images of this run are left out.
+    """
+    rows = {place: row for row, place in enumerate(plan)}
+    votes = [v for v in votes if v[question] and v["model"] in values and (v["prompt_id"], v["index"]) in rows]
+    if not votes:
+        return {}
+    pairs = {vote["pair"]: vote for vote in votes}
+    numbers = {pair: number for number, pair in enumerate(pairs)}
+    people = per_prompt(votes_for_tuned(votes, question), np.array([numbers[vote["pair"]] for vote in votes]))
+    places = [(vote["model"], rows[vote["prompt_id"], vote["index"]]) for vote in pairs.values()]
+    prompt_ids, found = np.array([plan[row][0] for _, row in places]), {}
+    for label in labels:
+        base = np.array([values["base"][label][row] for _, row in places])
+        tuned = np.array([values[name][label][row] for name, row in places])
+        agrees = agrees_with_people(people, base, tuned)
+        shares, judged = known_shares(agrees, prompt_ids), int(np.isfinite(agrees).sum())
+        found[label] = {"pairs": judged, "agreement": mean(shares), "interval": bootstrap_interval(mean, shares)}
+    return found
+
+
+def compare_votes(
+    votes: list[dict[str, Any]],
+    values: dict[str, dict[str, np.ndarray]],
+    plan: list[tuple[int, int]],
+    labels: list[str],
+) -> dict[str, Any]:
+    """What people say, as plain values: votes of read_votes, and the scores {model: {label: (N,)}} of the plan's rows.
+
+    {"raters", "pairs", "votes", "seconds": median per pair, "models": {tuned model: compare_answers}, "agreement":
+    {question: compare_raters}, "scorers": {question: compare_scorers}, "closest": {question: the label of the scorer
+    that agrees most}}; what is not known is None, as the agreement of a single rater.
+    """
+    named = {vote["model"] for vote in votes}
+    names = [*(name for name in values if name in named), *sorted(named - values.keys())]
+    seconds = [vote["seconds"] for vote in votes if vote["seconds"] is not None]
+    scorers = {question: compare_scorers(votes, question, values, plan, labels) for question in QUESTIONS}
+    rates = {q: {name: row["agreement"] for name, row in rows.items() if row["pairs"]} for q, rows in scorers.items()}
+    return plain(
+        {
+            "raters": len({vote["rater"] for vote in votes}),
+            "pairs": len({vote["pair"] for vote in votes}),
+            "votes": len(votes),
+            "seconds": float(np.median(seconds)) if seconds else None,
+            "models": {name: compare_answers([vote for vote in votes if vote["model"] == name]) for name in names},
+            "agreement": {question: compare_raters(votes, question) for question in QUESTIONS},
+            "scorers": scorers,
+            "closest": {q: max(found, key=found.get, default=None) for q, found in rates.items()},
+        }
+    )
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 rater, 3 raters."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
+def votes_finding(name: str, question: str, row: dict[str, Any]) -> tuple[str, str]:
+    """What people say to one question about one tuned model: a tone ("good", "bad" or "plain") and a sentence."""
+    finding, rate = FINDINGS[question], row["win_rate"]
+    prompts = counted(row["prompts"], "prompt")
+    told = f"{name} wins {percent(rate)} of {prompts} {span(row['interval'], 100)}, p = {row['holm']:.2g}."
+    if row["holm"] >= 0.05 or rate == 0.5:
+        return "plain", f"People do not settle whether {name} or base is {finding}: {told}"
+    better, worse = (name, "base") if rate > 0.5 else ("base", name)
+    return ("good" if rate > 0.5 else "bad"), f"People find {better} {finding} than {worse}: {told}"
+
+
+def agreement_sentence(votes: dict[str, Any]) -> str:
+    """How far raters agree with each other, in one sentence; says so where no two of them met."""
+    told = [
+        f"{percent(row['agreement'])} of the time on what is {FINDINGS[question]}"
+        + (f" (Krippendorff's alpha {row['alpha']:.2f})" if row["alpha"] is not None else "")
+        for question, row in votes["agreement"].items()
+        if row["agreement"] is not None
+    ]
+    return (
+        f"Two raters agree {', '.join(told)}." if told else "No pair has two raters, so their agreement is not known."
+    )
+
+
+def votes_table(votes: dict[str, Any]) -> str:
+    """The table of what people chose, a row per tuned model and question."""
+    rows = []
+    for name, found in votes["models"].items():
+        for question, row in found.items():
+            figures = percent(row["win_rate"]), span(row["interval"], 100), str(row["prompts"]), str(row["votes"])
+            rows.append((f"{html.escape(name)}: {FINDINGS[question]}", whisker(row), *figures, p_value(row["holm"])))
+    return table(("Which image is", AXIS, "win rate", "95 % interval", "prompts", "votes", "p (Holm)"), rows)
+
+
+def scorers_table(votes: dict[str, Any]) -> str:
+    """The table of how far each scorer agrees with people, a row per question and scorer, the closest in bold."""
+    rows = []
+    for question, found in votes["scorers"].items():
+        for label, row in sorted(found.items(), key=lambda item: -(item[1]["agreement"] or 0)):
+            if row["pairs"]:
+                name = f"<b>{html.escape(label)}</b>" if label == votes["closest"][question] else html.escape(label)
+                plot = whisker({"win_rate": row["agreement"], "interval": row["interval"]})
+                figures = percent(row["agreement"]), span(row["interval"], 100), str(row["pairs"])
+                rows.append((f"{name}<small>{FINDINGS[question]}</small>", plot, *figures))
+    return table(("Scorer", AXIS, "agrees with people", "95 % interval", "pairs"), rows)
+
+
+def votes_section(votes: dict[str, Any]) -> str:
+    """The report's section on the votes of compare_votes, as HTML."""
+    findings = (
+        votes_finding(name, question, row)
+        for name, found in votes["models"].items()
+        for question, row in found.items()
+    )
+    said = "".join(f'<p class="said {tone}">{html.escape(sentence)}</p>' for tone, sentence in findings)
+    scorers = ""
+    if any(votes["closest"].values()):
+        scorers = f"""<h3>Do the scorers see what people see?</h3><p class="soft">Share of the pairs on which a scorer
+prefers the image that most raters prefer; a coin: 50 %. Pairs on which the votes are split in halves are left
+out.</p>{scorers_table(votes)}"""
+    left = " and ".join(percent(row["left"]) for row in votes["agreement"].values() if row["left"] is not None)
+    spent = f", {votes['seconds']:.0f} seconds on each (median)" if votes["seconds"] is not None else ""
+    return f"""{said}<p class="soft">{counted(votes["raters"], "rater")} saw
+{counted(votes["pairs"], "pair")}{spent}, blind, each model as often left as right; the left image got {left or "none"}
+of the choices. {agreement_sentence(votes)} The prompt is the unit: all votes on a prompt are averaged first, no
+difference as one half.</p>{votes_table(votes)}{scorers}"""
+
+
+def print_votes(votes: dict[str, Any]) -> None:
+    """The votes of compare_votes in a few lines."""
+    print(f"\nvotes of {counted(votes['raters'], 'rater')} on {counted(votes['pairs'], 'pair')}")
+    for name, found in votes["models"].items():
+        for question, row in found.items():
+            print(f"  {votes_finding(name, question, row)[1]}")
+    print(f"  {agreement_sentence(votes)}")
+    for question, label in votes["closest"].items():
+        if label:
+            row = votes["scorers"][question][label]
+            told = f"{percent(row['agreement'])} of {counted(row['pairs'], 'pair')} {span(row['interval'], 100)}"
+            print(f"  {label} agrees most with people on what is {FINDINGS[question]}: {told}; a coin: 50 %")
 
 
 # ---- Main ----------------------------------------------------------------------------------------------------------
@@ -2944,7 +4055,7 @@ def conclude(
 
     averages = {name: {label: mean(column) for label, column in found.items()} for name, found in means.items()}
     distances = {kind: distance for kind, (distance, _) in realism.items()}
-    record = {"means": averages, "models": models, "paper": paper_table(args.scorers, averages, models, distances)}
+    record = {"means": averages, "models": models, "paper": paper_rows(args.scorers, averages, models, distances)}
     if photos:
         record["realism"] = {"photos": len(photos["colour"]), "images": len(prompt_ids), "distances": distances}
         record["photos_colour"] = {name: compare_with_photos(means[name], colour_columns(photos)) for name in values}
@@ -3153,10 +4264,12 @@ def main(args: argparse.Namespace) -> None:
     record = {"settings": describe(args), "prompts": len(prompts), "images": len(plan), "training_scorers": training}
     record |= {"caveats": notes, **found}
     if args.votes:
-        votes = read_votes(args.votes, output)
+        votes = read_votes(args.votes, output, prompts)
         record["votes"] = compare_votes(votes, values, plan, [scorer.label for scorer in args.scorers])
     write_results(args, record, prompts, plan, values, means, files)
     print_summary(record)
+    if "votes" in record:
+        print_votes(record["votes"])
     print_endings(args, output)
 
 
@@ -3301,6 +4414,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def expand_paper(specs: list[str]) -> list[str]:
+    """--scorers with those of the paper, but for ones that are given with options of their own, for "paper"."""
+    given = {split_spec(spec)[3] for spec in specs}
+    paper = [name for name in PAPER_SCORERS if name not in given]
+    return [name for spec in specs for name in (paper if spec == "paper" else [spec])]
+
+
 def names_images(spec: str) -> bool:
     """Whether a model is a folder of finished images."""
     with contextlib.suppress(UserError):
@@ -3314,8 +4434,9 @@ def validate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name in (*counts, "resolution", "height", "width"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1")
-    for name in ("diversity_prompts", "report_rows", "seed"):
-        if getattr(args, name) < 0:
+    least = {"diversity_prompts": args.diversity_prompts, "report_rows": args.report_rows, "seed": args.seed}
+    for name, value in least.items():
+        if value < 0:
             parser.error(f"--{name} must be at least 0")
     if not math.isfinite(args.guidance_scale) or args.guidance_scale < 0:
         parser.error("--guidance_scale must be a number from 0 on")
@@ -3323,8 +4444,7 @@ def validate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--output_dir {args.output_dir} is a file")
     try:
         args.models = parse_models(args.models)
-        specs = [name for spec in args.scorers for name in (PAPER_SCORERS if spec == "paper" else (spec,))]
-        args.scorers = parse_scorers(list(dict.fromkeys(specs)))
+        args.scorers = parse_scorers(expand_paper(args.scorers))
         args.identity = parse_identity(args.identity) if args.identity else None
         check_inputs(args)
     except UserError as error:
@@ -3353,7 +4473,7 @@ def check_inputs(args: argparse.Namespace) -> None:
         if not model.drawn:
             find_images(model, prompts, plan_images(len(prompts), args.num_images_per_prompt, args.diversity_prompts))
     if args.votes:
-        read_votes(args.votes, Path(args.output_dir))
+        read_votes(args.votes, Path(args.output_dir), prompts)
 
 
 def recorded_validation_prompts(models: list[Model]) -> str:

@@ -1,0 +1,563 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What eval_human.py shows of a finished comparison: report.html, model_card.md, win_rates.png, grid.png."""
+
+import base64
+import copy
+import html
+import io
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import eval_human as ev
+
+
+HOSTILE = (
+    '</style></title><script>document.title="broken"</script><img src=x onerror=alert(1)> "a|b" & *c* `d`\nfür 犬'
+)
+PROMPTS = [f"person number {p} waves" for p in range(12)]
+NAN = math.nan
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM_FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--virtual-time-budget=2000"]
+CHROMIUM_FLAGS += ["--hide-scrollbars"]
+
+
+# ---- A record ------------------------------------------------------------------------------------------------------
+
+
+def metric(role: str, rate: float, **changes: object) -> dict:
+    """A metric as compare() gives it, with an interval of 0.1 around the win rate."""
+    shares = {"win": rate - 0.02, "tie": 0.04, "lose": 0.98 - rate}
+    found = {"role": role, "prompts": 12, "win_rate": rate, "interval": (rate - 0.05, rate + 0.05), **shares}
+    found |= {"base": 20.125, "tuned": 20.625, "difference": 0.5, "difference_interval": (0.4, 0.6)}
+    return found | {"sign_test": 0.01, "wilcoxon": 0.01, "holm": 0.0123} | changes
+
+
+def colour(shift: float, latents: bool = True) -> dict:
+    """A colour comparison as compare_colour() gives it."""
+    found = {key: {"base": 50.0, "tuned": 51.5, "difference": 1.5, "interval": (1.1, 1.9)} for key in ev.COLOURS}
+    moved = {"value": shift, "interval": (shift - 0.5, shift + 0.5)}
+    found |= {"delta_e": moved, "hue_distance": moved, "hue_shift": moved}
+    return found | ({"latent_shift": moved, "latent_channels": [moved] * 4} if latents else {})
+
+
+def tuned_model(judge: float, training: float, **changes: object) -> dict:
+    metrics = {"pickscore": metric("training", training), "judge": metric("held-out", judge)}
+    metrics |= {"diversity": metric("diversity", 0.2), "face": metric("identity", 0.55)}
+    said = [
+        ("good", f"It wins {100 * judge:.0f} % by judge."),
+        ("bad", "Looks like reward hacking: the scorer rises."),
+    ]
+    return {"metrics": metrics, "colour": colour(3.21), "verdict": said} | changes
+
+
+def minimal_record() -> dict:
+    """One model, one scorer, nothing that is optional, and values that are not known."""
+    lone = metric("held-out", 0.5, win_rate=NAN, interval=(NAN, NAN), base=None, tuned=NAN, holm=NAN)
+    model = {
+        "metrics": {"judge": lone},
+        "colour": None,
+        "groups": {},
+        "checkpoint": None,
+        "verdict": [("plain", "x.")],
+    }
+    return {
+        "settings": {},
+        "prompts": 12,
+        "images": 12,
+        "training_scorers": [],
+        "caveats": [],
+        "models": {"dpo": model},
+    }
+
+
+def full_record() -> dict:
+    """Three checkpoints of a run, and all parts that a record can have."""
+    points = {"dpo-20": (20, 0.66, 0.7), "dpo-40": (40, 0.74, 0.8), "dpo": (80, 0.62, 0.93)}
+    models = {
+        name: tuned_model(judge, training, checkpoint={"of": "dpo", "step": step})
+        for name, (step, judge, training) in points.items()
+    }
+    for model in models.values():
+        model["groups"] = {"framing": {name: {"prompts": 4, "metrics": {"judge": metric("", rate)}} for name, rate in
+                                       (("close-up", 0.81), ("full body", 0.31), ("waist up", 0.61))}}  # fmt: skip
+        model["groups"]["framing"]["unknown"] = {"prompts": 0, "metrics": {"judge": metric("", NAN)}}
+        model["realism"] = {"KD": {"base": 1.25, "tuned": 0.75, "difference": -0.5, "interval": (-0.61, -0.39)}}
+    names = ["base", *models]
+    record = minimal_record() | {"training_scorers": ["pickscore"], "models": models, "caveats": ["Only 12 prompts."]}
+    record["settings"] = {"pretrained_model_name_or_path": "/secret/sd15", "prompts": "people.txt", "seed": 3}
+    record["settings"] |= {"sampler": "dpmsolver", "num_inference_steps": 50, "report_rows": 4, "height": None}
+    record["paper"] = {name: {"P-Score": 21.73, "CI-S": None, "Hue": 27.94} for name in names}
+    distance = {"floor": 0.03125, "models": dict.fromkeys(names, 0.75), "note": "Biased below 2048 images."}
+    record["realism"] = {"photos": 777, "images": 12, "distances": {"KD": distance}}
+    photo = {"photos": 61.25, "model": 58.5, "difference": -2.75, "interval": (-3.5, -2.0)}
+    moved = {"delta_e": {"value": 4.875, "interval": (4.0, 5.5)}}
+    record["photos_colour"] = {name: moved | dict.fromkeys(ev.COLOURS, photo) for name in names}
+    face = {"cosine": 0.6125, "recognised": 0.875, "no_face": 0.0625, "interval": (0.5, 0.7)}
+    record["identity"] = dict.fromkeys(names, face)
+    return record
+
+
+def make_means(record: dict) -> dict[str, dict[str, np.ndarray]]:
+    """Per-prompt means in which the tuned model loses most on prompt 3, then 7, and wins most on prompt 5."""
+    gains = np.array([1, 2, 3, -9, 4, 9, 5, -8, 6, 7, 8, 0], dtype=float)
+    rows = np.arange(12.0)
+    base = {"judge": 30 + rows, "pickscore": rows, "hue": 30 * rows, "a": rows, "b": -rows, "diversity": rows}
+    base |= dict.fromkeys(("red", "green", "blue"), 20 * rows)
+    return {"base": base, **{name: base | {"judge": base["judge"] + gains} for name in record["models"]}}
+
+
+def make_pictures(folder: Path, names: list[str], size: tuple[int, int] = (32, 48)) -> dict[str, list[Path | None]]:
+    pictures = {}
+    for i, name in enumerate(names):
+        (folder / "images" / name).mkdir(parents=True, exist_ok=True)
+        pictures[name] = [folder / "images" / name / f"{p:05d} #0.png" for p in range(12)]
+        for p, path in enumerate(pictures[name]):
+            Image.new("RGB", size, (60 * i, 20 * p, 90)).save(path)
+    return pictures
+
+
+def write(folder: Path, record: dict, prompts: list[str] = PROMPTS) -> str:
+    """report.html of the record, with all of its images; returns the page."""
+    pictures = make_pictures(folder, ["base", *record["models"]])
+    ev.write_report(folder / "report.html", record, prompts, make_means(record), pictures)
+    return (folder / "report.html").read_text(encoding="utf-8")
+
+
+class Page(HTMLParser):
+    """The tags of a page with their attributes, and its text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def headings(page: str) -> list[str]:
+    return [html.unescape(title) for title in re.findall(r"<h2>(.*?)</h2>", page)]
+
+
+def section(page: str, title: str) -> str:
+    return re.search(rf"<h2>{re.escape(title)}</h2>(.*?)</section>", page, re.DOTALL).group(1)
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("report")
+    return folder, write(folder, full_record())
+
+
+# ---- The page ------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_record_shows_every_part_in_order(full):
+    parts = ["All models", "Win rates", "Over training", "Groups of prompts", "The paper's names", "Realism"]
+    assert headings(full[1]) == [*parts, "Colour", "Identity", "Side by side", "How to read this", "Settings"]
+    before = full[1][: full[1].index("<section")]
+    assert re.findall(r'class="said (\w+)( head)?"', before) == [("good", " head"), ("bad", "")] * 3
+    assert before.index("Looks like reward hacking") < before.index("Only 12 prompts.")
+    assert re.findall(r'href="([\w.]+)"', before) == ["metrics.json", "per_image.csv", "model_card.md"]
+    assert [a["href"][1:] for a in Page(before).all("a") if a["href"][0] == "#"] == re.findall(
+        r'<section id="(.*?)"', full[1]
+    )
+
+
+def test_a_minimal_record_shows_no_empty_parts(tmp_path):
+    page = write(tmp_path, minimal_record())
+    assert headings(page) == ["Win rates", "Colour", "Side by side", "How to read this"]
+    assert "nan" not in Page(page).text
+    assert "None" not in Page(page).text
+    assert section(page, "Colour").count("<svg") == 2  # plane and strips; no latents, no table
+    assert "<table" not in section(page, "Colour")
+
+
+def test_without_any_colour_there_is_no_colour_section(tmp_path):
+    record = minimal_record()
+    means = {name: {"judge": np.arange(12.0)} for name in ("base", "dpo")}
+    ev.write_report(tmp_path / "report.html", record, PROMPTS, means, dict.fromkeys(means, [None] * 12))
+    page = (tmp_path / "report.html").read_text()
+    assert "Colour" not in headings(page)
+    assert page.count("no image") == 2 * 9  # the random rows; nobody wins or loses
+    assert "Worst losses" not in page
+
+
+def test_latent_measures_may_be_missing(tmp_path):
+    record = full_record()
+    record["models"] = {"dpo": tuned_model(0.6, 0.7, colour=colour(1.5, latents=False))}
+    shown = section(write(tmp_path, record), "Colour")
+    assert "Latent" not in shown
+    assert "latent channel" not in shown
+    assert "1.50" in shown
+
+
+def test_votes_come_from_their_own_function(tmp_path, monkeypatch):
+    monkeypatch.setattr(ev, "votes_section", lambda votes: f"<p>{votes['raters']} raters</p>", raising=False)
+    assert section(write(tmp_path, full_record() | {"votes": {"raters": 17}}), "Votes") == "<p>17 raters</p>"
+
+
+def cells(table: str) -> list[list[str]]:
+    """The text of a table's cells, plots left out."""
+    rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+    return [[Page(cell).text.strip() for cell in re.findall(r"<t[dh]>(.*?)</t[dh]>", row, re.DOTALL)] for row in rows]
+
+
+def test_numbers_are_the_record_s(full):
+    record, page = full_record(), full[1]
+    first = cells(section(page, "Win rates").split("</table>")[0])
+    assert first[0][2:] == ["Win rate", "95 % interval", "base", "dpo-20", "p (Holm)"]
+    figures = ["20.12", "20.62", "0.012"]
+    assert first[1] == ["judge", "", "66.0 %", "[61.0, 71.0]", *figures]  # the held-out one leads
+    assert first[2] == ["pickscoretraining scorer", "", "70.0 %", "[65.0, 75.0]", *figures]
+    assert [row[0] for row in first[3:]] == ["diversity", "faceidentity"]
+    summary = cells(section(page, "All models"))
+    assert summary[3] == ["dpobetter, with a warning", "", "62.0 %", "93.0 %", "20.0 %", "3.21"]
+    assert [row[0] for row in summary[1:]] == [f"{name}better, with a warning" for name in record["models"]]
+    assert cells(section(page, "The paper's names"))[1:] == [
+        ["P-Score PickScore", *["21.73"] * 4],
+        ["Hue distance to base's mean hue in degrees", *["27.94"] * 4],
+    ]
+    realism = cells(section(page, "Realism"))
+    assert realism[1] == ["KDBiased below 2048 images.", "0.03125", "0.7500", *["0.7500-0.50 [-0.61, -0.39]"] * 3]
+    assert 'class="win"' in section(page, "Realism")  # nearer to the photos
+    assert "777 photos" in section(page, "Realism")
+    photos = cells(section(page, "Colour").rpartition("<h3>")[2])
+    assert photos[1] == ["Delta E", ev.NONE, *["4.875[4.0, 5.5]"] * 4]
+    assert photos[2] == ["lightness (Lab L*)", "61.25", *["58.50-2.8 [-3.5, -2.0]"] * 4]
+    assert cells(section(page, "Identity"))[1] == ["base", "0.6125", "[0.500, 0.700]", "87.5 %", "6.2 %"]
+
+
+def test_whiskers_stand_at_the_record_s_values():
+    plot = ev.whisker(metric("held-out", 0.75), "held-out")
+    assert re.search(r'cx="([\d.]+)%"', plot).group(1) == f"{2 + 96 * 0.75:.2f}"
+    assert re.search(r'x1="([\d.]+)%" x2="([\d.]+)%" y1="12" y2="12" stroke-width', plot).groups() == (
+        f"{2 + 96 * 0.7:.2f}",
+        f"{2 + 96 * 0.8:.2f}",
+    )
+    assert [ev.tone(interval) for interval in ((0.51, 0.6), (0.4, 0.49), (0.5, 0.6), (NAN, NAN), (None, None))] == [
+        "win", "lose", "even", "even", "even"
+    ]  # fmt: skip
+    assert ev.whisker(ev.UNKNOWN) == ""
+
+
+def test_groups_are_sorted_worst_first(full):
+    rows = cells(section(full[1], "Groups of prompts").split("</table>")[0])
+    assert [row[0] for row in rows] == ["framing", "full body", "waist up", "close-up", "unknown"]
+    assert rows[1][:2] + rows[1][3:] == ["full body", "4", "31.0 %"]
+
+
+def test_rows_are_worst_losses_best_wins_and_seeded(full):
+    shown = section(full[1], "Side by side").split("<h3>")[1]
+    worst, best, random = re.split(r"<h4>.*?</h4>", shown)[1:]
+    number = re.compile(r"person number (\d+) waves")
+    assert number.findall(worst) == ["3", "7"]
+    assert number.findall(best) == ["5", "10", "9", "8"]
+    assert len(set(number.findall(random))) == 4
+    assert number.findall(random) == [str(p) for p in np.random.default_rng(3).permutation(12)[:4]]
+    assert cells(worst)[1] == ["judge", "33.00", "24.00"]
+    assert "<b>33.00</b>" in worst
+
+
+def test_images_are_linked_to_their_files_and_small(full):
+    folder, page = full
+    parsed = Page(page)
+    links = [unquote(a["href"]) for a in parsed.all("a") if a["href"].startswith("images")]
+    assert len(links) == len(parsed.all("img")) == 3 * 2 * (2 + 4 + 4)
+    assert all((folder / link).is_file() for link in links)
+    uri = parsed.all("img")[0]
+    assert uri["class"] == "small"
+    with Image.open(io.BytesIO(base64.b64decode(uri["src"].partition(",")[2]))) as image:
+        assert (image.format, image.size) == ("PNG", (32, 48))
+
+
+def test_large_images_become_small_jpegs_and_files_elsewhere_keep_their_place(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (900, 600, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.jpg")
+    tile = ev.image_tile(tmp_path / "report", tmp_path / "photo.jpg")
+    assert len(tile) < 100_000
+    assert (tmp_path / "photo.jpg").as_uri() in tile
+    data = re.search(r'src="data:image/jpeg;base64,(.*?)"', tile).group(1)
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        assert image.size == (256, 384)
+
+
+def test_every_image_is_decoded_once(tmp_path, monkeypatch):
+    opened = []
+    original = Image.open
+    monkeypatch.setattr(ev.Image, "open", lambda path, *rest: opened.append(path) or original(path, *rest))
+    write(tmp_path, full_record())
+    files = [path for path in opened if isinstance(path, Path)]
+    assert len(files) == len(set(files)) > 0
+
+
+def test_a_missing_image_is_a_grey_tile(tmp_path):
+    record = full_record()
+    pictures = make_pictures(tmp_path, ["base", *record["models"]])
+    pictures["dpo"][3] = None
+    ev.write_report(tmp_path / "report.html", record, PROMPTS, make_means(record), pictures)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count('<div class="none">no image</div>') == 1
+    ev.write_grid(tmp_path / "grid.png", pictures | {"dpo": [None] * 12}, seed=0, columns=5)
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (8 + 5 * 200, 4 * (288 + 34) + 8)
+        assert grid.convert("RGB").getpixel((8 + 96, 3 * 322 + 34 + 96)) == (0xF5, 0xF7, 0xF7)
+
+
+# ---- Over training -------------------------------------------------------------------------------------------------
+
+
+def test_lines_over_training_stand_at_step_and_win_rate(full):
+    plot = section(full[1], "Over training")
+    lead = re.search(r'<g class="lead">(.*?)</g>', plot, re.DOTALL).group(1)
+    dots = [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', lead)]
+    start = tuple(map(float, re.search(r'd="M([\d.]+) ([\d.]+)L', lead).groups()))
+    (x0, y0), steps, rates = start, np.array([20, 40, 80]), np.array([0.66, 0.74, 0.62])
+    x, y = np.array(dots).T
+    np.testing.assert_allclose((x - x0) / (x[-1] - x0), steps / 80, atol=1e-3)  # step 0 is base
+    np.testing.assert_allclose((y0 - y) / (y0 - y[0]), (rates - 0.5) / 0.16, atol=0.02)  # at one half
+    assert "judge, step 40: 74.0 % [69.0, 79.0]" in lead
+    assert re.findall(r'<g class="([\w-]+)">', plot)[::-1] == ["lead", "training", "diversity", "identity"]
+    assert "judge is highest at step 40, pickscore is highest at step 80. The training scorer goes on rising" in plot
+
+
+def test_over_optimisation_is_said_only_where_it_is_seen():
+    steps = {20: tuned_model(0.6, 0.7)["metrics"], 40: tuned_model(0.7, 0.8)["metrics"]}
+    assert ev.run_sentence(steps) == "<p>judge is highest at step 40, pickscore is highest at step 40.</p>"
+
+
+def test_runs_need_two_checkpoints_of_one_run():
+    models = full_record()["models"]
+    runs = ev.training_runs(dict(reversed(models.items())))
+    assert {run: list(steps) for run, steps in runs.items()} == {"dpo": [20, 40, 80]}
+    assert ev.training_runs({"dpo": models["dpo"]}) == {}
+    assert ev.training_runs({"a": tuned_model(0.5, 0.5, checkpoint=None), "b": tuned_model(0.5, 0.5)}) == {}
+
+
+def test_names_of_lines_never_overlap():
+    placed = ev.spread([100, 102, 101, 250, 251], 15, limit=252)
+    assert min(np.diff(sorted(placed))) >= 15
+    assert max(placed) <= 252
+    assert np.argsort(placed).tolist() == [0, 2, 1, 3, 4]
+    assert ev.spread([10, 90], 15, limit=252) == [10, 90]
+
+
+# ---- Safety --------------------------------------------------------------------------------------------------------
+
+
+def rename(value: object) -> object:
+    """The record with hostile text in all names and words that users write."""
+    if isinstance(value, dict):
+        words = {"judge", "dpo-40", "framing", "full body", "KD", "sampler"}
+        return {HOSTILE + key if key in words else key: rename(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(rename(item) if item not in ("good", "bad", "plain") else item for item in value)
+    return value
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> tuple[Path, str, dict]:
+    record = rename(full_record())
+    record["models"] = {name: copy.deepcopy(model) for name, model in record["models"].items()}
+    for model in record["models"].values():
+        model["verdict"] = [("good", f"It wins by {HOSTILE}."), ("bad", HOSTILE)]
+        model["checkpoint"]["of"] = HOSTILE
+    record["caveats"], record["settings"]["prompts"] = [HOSTILE], HOSTILE
+    folder = tmp_path_factory.mktemp("hostile")
+    pictures = dict.fromkeys(["base", *record["models"]], make_pictures(folder, ["base"])["base"])
+    means = {name: {label.replace("judge", f"{HOSTILE}judge"): found for label, found in side.items()}
+             for name, side in make_means(record).items()}  # fmt: skip
+    ev.write_report(folder / "report.html", record, [HOSTILE + str(p) for p in range(12)], means, pictures)
+    return folder, (folder / "report.html").read_text(encoding="utf-8"), record
+
+
+def test_all_that_users_write_is_escaped(hostile):
+    page = Page(hostile[1])
+    assert {"script", "iframe", "link", "object"}.isdisjoint({tag for tag, _ in page.tags})
+    assert not [name for _, found in page.tags for name in found if name.startswith("on")]
+    assert {image["src"].partition(",")[0] for image in page.all("img")} == {"data:image/png;base64"}
+    assert hostile[1].count("</style>") == 1
+    assert page.text.count(HOSTILE) > 50
+    where = ("All models", "Win rates", "Over training", "Groups of prompts", "Realism", "Side by side", "Settings")
+    assert [title for title in where if "broken" not in section(hostile[1], title)] == []
+
+
+def test_the_page_loads_nothing(full, hostile):
+    for page in (full[1], hostile[1]):
+        found = [item.get("src") or item.get("href") for _, item in Page(page).tags]
+        assert {re.match(r"data:image/png;base64,|images/|#|[\w.]+$", link) is None for link in found if link} == {
+            False
+        }
+        assert "url(" not in page
+        assert "@import" not in page
+        assert "default-src 'none'" in page
+
+
+def chromium(folder: Path, *flags: str) -> str:
+    line = [CHROMIUM, *CHROMIUM_FLAGS, f"--user-data-dir={folder / 'chromium'}", *flags]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_in_a_browser_nothing_runs_and_nothing_overflows_a_phone(hostile, full, tmp_path):
+    """Both pages in frames of 390 px: their titles, and how wide their contents are."""
+    frame = '<iframe src="{}" style="width:390px;height:800px;border:0"></iframe>'
+    frames = "".join(frame.format((folder / "report.html").as_uri()) for folder in (full[0], hostile[0]))
+    measure = """<script>onload = () => { document.title = JSON.stringify([...document.querySelectorAll("iframe")].map(
+        ({contentDocument: d}) => [d.title, d.documentElement.scrollWidth, d.querySelectorAll("section").length])) }
+        </script>"""
+    (tmp_path / "frames.html").write_text(f"<title>waiting</title>{frames}{measure}")
+    page = chromium(tmp_path, "--allow-file-access-from-files", "--dump-dom", (tmp_path / "frames.html").as_uri())
+    shown, strange = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", page, re.DOTALL).group(1)))
+    assert shown == ["dpo-20, dpo-40, dpo against base", 390, len(headings(full[1]))]
+    assert strange[0] == " ".join(f"dpo-20, {HOSTILE}dpo-40, dpo against base".split())
+    assert strange[1:] == [390, len(headings(hostile[1]))]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_it_can_be_printed(full, tmp_path):
+    chromium(
+        tmp_path, "--no-pdf-header-footer", f"--print-to-pdf={tmp_path / 'a.pdf'}", (full[0] / "report.html").as_uri()
+    )
+    written = (tmp_path / "a.pdf").read_bytes()
+    assert written.startswith(b"%PDF")
+    boxes = re.findall(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", written)
+    assert len(boxes) > 3
+    assert {(round(float(w)), round(float(h))) for w, h in boxes} == {(595, 842)}  # A4 in points
+
+
+# ---- The card and the picture --------------------------------------------------------------------------------------
+
+
+def tables(card: str) -> list[list[list[str]]]:
+    """The tables of a Markdown text as rows of cells; a pipe counts where no backslash stands before it."""
+    found = re.findall(r"(?:^\|.*\|$\n?)+", card, re.MULTILINE)
+    return [[re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()] for table in found]
+
+
+def test_the_card_has_all_and_its_tables_are_whole(tmp_path, hostile):
+    ev.write_card(tmp_path / "model_card.md", full_record())
+    card = (tmp_path / "model_card.md").read_text()
+    assert card.startswith("## Evaluation\n\nCompared with the base model sd15 on 12 prompts of people.txt, 12 images")
+    assert "sampler dpmsolver, 50 steps, seed 3" in card
+    assert "secret" not in card
+    assert card.count("**It wins") == 3
+    assert "| pickscore | training scorer | 93.0 % | \\[88.0, 98.0\\] | 20.12 | 20.62 | 0.012 |" in card
+    assert "| judge | held-out | 62.0 % |" in card
+    assert "| dpo | 21.73 | 27.94 |" in card
+    assert "| KD | 0.03125 | 0.7500 | 0.7500 | 0.7500 | 0.7500 |" in card
+    assert "- Only 12 prompts." in card
+    assert "3.21 \\[2.71, 3.71\\]" in card
+    ev.write_card(tmp_path / "hostile.md", hostile[2])
+    strange = (tmp_path / "hostile.md").read_text()
+    for text in (card, strange):
+        assert len(tables(text)) == 6
+        assert all(len({len(row) for row in table}) == 1 for table in tables(text))
+    assert [len(table[0]) for table in tables(strange)] == [7, 7, 7, 3, 5, 6]
+    assert "<" not in strange
+    assert re.search(r"(?<!\\)[*`]", strange.replace("**", "")) is None
+
+
+def test_a_minimal_card_has_no_empty_parts(tmp_path):
+    ev.write_card(tmp_path / "model_card.md", minimal_record())
+    card = (tmp_path / "model_card.md").read_text()
+    assert re.findall(r"^#+ .*", card, re.MULTILINE) == ["## Evaluation", "### dpo against base"]
+    assert "nan" not in card.lower().replace("– ", "")
+    assert len(tables(card)) == 1
+
+
+def columns_of(image: Image.Image, colour: str) -> np.ndarray:
+    """The columns in which most pixels of a colour are, as a weighted mean per row band: x of all such pixels."""
+    pixels = np.asarray(image.convert("RGB")).astype(int)
+    wanted = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)])
+    return np.argwhere(np.abs(pixels - wanted).max(axis=2) < 12)
+
+
+def test_dots_of_win_rates_stand_at_their_rates(tmp_path):
+    rates = {"far": 0.9, "near": 0.6, "low": 0.2}
+    metrics = {label: metric("held-out", rate, interval=(rate - 0.01, rate + 0.01)) for label, rate in rates.items()}
+    metrics["trained"] = metric("training", 0.75, interval=(0.7, 0.8))
+    metrics["gone"] = metric("held-out", NAN, interval=(NAN, NAN))
+    record = minimal_record() | {"models": {"dpo": {"metrics": metrics}}}
+    ev.draw_win_rates(tmp_path / "win_rates.png", record)
+    with Image.open(tmp_path / "win_rates.png") as image:
+        assert image.width == 1760
+        blue, red = columns_of(image, ev.LIGHT["tuned"]), columns_of(image, ev.LIGHT["bad"])
+        half = columns_of(image, ev.LIGHT["base"])
+    bands = np.split(blue, np.flatnonzero(np.diff(blue[:, 0]) > 5) + 1)
+    far, near, trained = (band[:, 1].mean() for band in bands)
+    middle, low = np.median(half[:, 1]), red[:, 1].mean()
+    unit = (far - middle) / 0.4
+    assert near == pytest.approx(middle + 0.1 * unit, abs=2)
+    assert trained == pytest.approx(middle + 0.25 * unit, abs=2)
+    assert low == pytest.approx(middle - 0.3 * unit, abs=2)
+    sizes = [len(band) for band in bands]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+    centre = np.abs(bands[2] - bands[2].mean(axis=0)).max(axis=1)
+    assert centre.min() > 3  # the training scorer's dot is open
+    assert np.abs(bands[0] - bands[0].mean(axis=0)).max(axis=1).min() < 1
+
+
+# ---- Figures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    zip(
+        (0.683, 13.0, -0.0665, 0.0, 12345.6, None, NAN, -math.inf),
+        ("0.6830", "13.00", "-0.06650", "0.000", "12,346", "–", "–", "-inf"),
+        strict=True,
+    ),
+)
+def test_numbers_have_four_digits(value, words):
+    assert ev.number(value) == words
+
+
+def test_differences_have_the_digits_that_their_interval_supports():
+    assert ev.change(-0.10987, (-0.1271, -0.0922)) == "-0.110 [-0.127, -0.092]"
+    assert ev.change(11.84, (2.1, 21.7)) == "+12 [2, 22]"
+    assert ev.change(0.0, (0.0, 0.0)) == "+0.0 [0.0, 0.0]"
+    assert ev.change(NAN, (0.0, 1.0)) == ev.change(1.0, (None, None)) == ev.NONE
+
+
+def test_p_values_and_shares_that_are_not_known_are_dashes():
+    assert [ev.p_value(p) for p in (0.0123, 3e-9, None, NAN)] == ["0.012", "below .0001", "–", "–"]
+    assert [ev.percent(share) for share in (0.591, None, NAN)] == ["59.1 %", "–", "–"]
+    assert ev.span((None, 1.0)) == ""
+
+
+@pytest.mark.parametrize(
+    ("tones", "words"),
+    [
+        ("good", "better"),
+        ("bad", "worse"),
+        ("good plain", "better"),
+        ("good bad", "better, with a warning"),
+        ("plain", "not told apart"),
+        ("", "not told apart"),
+    ],
+)
+def test_the_verdict_in_a_word(tones, words):
+    assert ev.verdict_words([(tone, "x") for tone in tones.split()]) == words
