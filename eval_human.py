@@ -1573,8 +1573,8 @@ class Model(NamedTuple):
 
 def parse_model(spec: str) -> Model:
     """`base` or `NAME=PATH[,option=value...]`, the options of MODEL_OPTIONS; UserError for what cannot be drawn."""
-    name, _, rest = spec.partition("=")
-    path, *options = rest.split(",")
+    first, *options = spec.split(",")
+    name, _, path = first.partition("=")
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"{spec!r}: a model's name is made of letters, digits, '.', '-' and '_'")
     if name != "base" and not path:
@@ -1687,8 +1687,8 @@ def model_kind(path: Path) -> str:
     """A key of KINDS; UserError where there is nothing that can be compared."""
     if (path / "unet").is_dir():
         return "folder" if weight_files(path) else ""
-    lora = path.is_file() or any(path.glob("*.safetensors"))
-    if not lora and path.is_dir() and find_photos(path):
+    trained = path.is_file() or any(path.glob("*.safetensors")) or (path / "training_settings.json").is_file()
+    if not trained and path.is_dir() and find_photos(path):
         return "images"
     return "lora" if weight_files(path) else ""
 
@@ -4028,10 +4028,10 @@ def conclude(
     prompts: list[str],
     prompt_ids: np.ndarray,
     values: dict[str, dict[str, np.ndarray]],
+    photos: dict[str, np.ndarray],
     training: list[str],
 ) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
     """All that is found, for metrics.json, and every measure's means over the images of each prompt."""
-    photos, values = values.get(PHOTOS, {}), {name: found for name, found in values.items() if name != PHOTOS}
     labels = [scorer.label for scorer in args.scorers]
     means = per_prompt_means(values, labels, prompt_ids, args.face_threshold)
     roles, groups = metric_roles(labels, training, bool(args.reference_faces)), group_prompts(args, prompts)
@@ -4260,7 +4260,7 @@ def main(args: argparse.Namespace) -> None:
         return
     for name in files:
         values[name]["latents"] = read_latents(files[name])
-    found, means = conclude(args, prompts, prompt_ids, values, training)
+    found, means = conclude(args, prompts, prompt_ids, values, values.pop(PHOTOS, {}), training)
     record = {"settings": describe(args), "prompts": len(prompts), "images": len(plan), "training_scorers": training}
     record |= {"caveats": notes, **found}
     if args.votes:

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from tiny_human.figures import draw
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -512,6 +513,196 @@ def test_embedded_world_is_the_default(inputs, tmp_path, monkeypatch, capsys):
     assert "--pretrained_model_name_or_path" in capsys.readouterr().out
 
 
+# ---- What else is measured -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def everything(inputs, tmp_path_factory) -> Path:
+    """A run with photos, a person, groups, a user study and scores from elsewhere on 16 prompts."""
+    folder = tmp_path_factory.mktemp("everything")
+    rows = [
+        {"prompt": f"a {pose} person in a {shirt} shirt", "place": place, "number": 1}
+        for pose in ("standing", "walking")
+        for shirt in ("red", "blue", "green", "yellow", "purple", "orange", "black", "white")
+        for place in ("street" if pose == "standing" else "park",)
+    ]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for k in range(12):
+        draw({"pose": "standing", "arms": "both arms down"} | BACKGROUND, seed=k).image.save(folder / f"photo{k}.png")
+    (folder / "photos").mkdir()
+    for file in folder.glob("photo*.png"):
+        file.rename(folder / "photos" / file.name)
+    ids = [f"{model}/{p:05d}_{k}.png" for model in ("base", "lora") for p in range(16) for k in range(2)]
+    scores = [json.dumps({"image_id": name, "score": float(name.startswith("lora"))}) for name in ids]
+    (folder / "theirs.jsonl").write_text("\n".join(scores))
+    (folder / "embed.py").write_text(
+        "import numpy as np\ndef embed(device):\n"
+        "    return lambda images: np.stack([np.asarray(i.resize((4, 4)), float).ravel() - 128 for i in images])\n"
+    )
+    run(everything_flags(inputs, folder))
+    return folder
+
+
+def everything_flags(inputs: Path, folder: Path) -> list[str]:
+    changes = {"prompts": folder / "prompts.jsonl", "real_data_dir": folder / "photos", "cmmd_model": WORLD / "scorer"}
+    changes |= {"reference_faces": folder / "photos", "face_embedder": f"{folder}/embed.py:embed", "user_study": 8}
+    changes |= {"identity": f"lora={inputs / 'zero'}", "face_threshold": 0.9, "diversity_prompts": 4}
+    line = flags(inputs, folder / "out", **changes)
+    return [*line, f"{folder}/theirs.jsonl", "--group_by", "pose", "place", "number", "people"]
+
+
+BACKGROUND = {"shirt": "red", "trousers": "black", "background": "mint"}
+
+
+def test_everything_is_in_the_record(everything):
+    record = json.loads((everything / "out" / "metrics.json").read_text())
+    result = record["models"]["lora"]
+    assert result["metrics"]["theirs"]["win_rate"] == 1
+    assert result["metrics"]["identity"]["role"] == result["metrics"]["recognised"]["role"] == "identity"
+    assert set(result["realism"]) == set(record["realism"]["distances"]) == {"KD (DINOv2)", "FD (DINOv2)", "CMMD"}
+    for kind, row in result["realism"].items():
+        assert row["tuned"] - row["base"] == pytest.approx(row["difference"])
+        assert record["realism"]["distances"][kind]["models"]["lora"] == row["tuned"]
+    assert record["realism"]["photos"] == 12
+    assert record["photos_colour"]["base"]["L"]["photos"] > 0
+    assert set(record["paper"]["base"]) == set(ev.PAPER_COLUMNS)
+    assert record["paper"]["lora"]["Hue"] == result["colour"]["hue_shift"]["value"]
+    assert record["paper"]["base"]["Hue"] is None
+    assert record["paper"]["lora"]["P-Score"] == pytest.approx(record["means"]["lora"]["pickscore"])
+    page = (everything / "out" / "report.html").read_text()
+    for word in ("Realism", "Identity", "Groups of prompts", "paper", "street", "CMMD"):
+        assert word in page
+
+
+def test_groups_of_prompts(everything):
+    """Two poses and two places of eight prompts each; number and people have one group, so nothing to compare."""
+    groups = json.loads((everything / "out" / "metrics.json").read_text())["models"]["lora"]["groups"]
+    assert {column: {name: row["prompts"] for name, row in found.items()} for column, found in groups.items()} == {
+        "pose": {"standing": 8, "walking": 8},
+        "place": {"street": 8, "park": 8},
+    }
+    assert groups["pose"]["standing"]["metrics"] == groups["place"]["street"]["metrics"]
+    assert list(groups["pose"]["standing"]["metrics"]) == ["brightness", "pickscore"]
+
+
+def test_group_win_rates_are_those_of_their_prompts():
+    base, tuned = {"m": np.zeros(20)}, {"m": np.array([1.0] * 9 + [-1.0] + [0.0] * 10)}
+    found = ev.compare_groups(base, tuned, ["m"], {"where": ["a"] * 10 + ["b"] * 10, "few": ["c"] * 7 + ["d"] * 13})
+    assert set(found) == {"where"}
+    assert [found["where"][name]["metrics"]["m"]["win_rate"] for name in "ab"] == [0.9, 0.5]
+    assert found["where"]["a"]["metrics"]["m"]["holm"] == pytest.approx(2 * scipy.stats.binomtest(9, 10).pvalue)
+    said = ev.losing_groups(ev.compare_groups(tuned, base, ["m"], {"where": ["a"] * 10 + ["b"] * 10}), "m")
+    assert said == ["Worse where where is a: m wins 10 % [0, 30] of 10 prompts."]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pose"),
+    [("A WALKING man", "walking"), ("a man who sits", "not said"), ("standing, then running", "standing")],
+)
+def test_pose_is_the_first_that_a_prompt_names(prompt, pose):
+    assert ev.name_pose(prompt) == pose
+
+
+def test_worse_realism_is_a_cost():
+    metrics = {"clip": ev.compare(np.zeros(50), np.ones(50), "held-out") | {"holm": 0.0}}
+    colour = {"delta_e": {"value": 0.0, "interval": (0.0, 0.0)}}
+    row = {"base": 0.1, "tuned": 0.3, "difference": 0.2}
+    worse = ev.verdict("dpo", metrics, colour, {"KD": row | {"interval": (0.1, 0.3)}})
+    assert worse[1] == ("bad", "At a cost: KD to the real photos grows (0.1 to 0.3).")
+    better = ev.verdict("dpo", metrics, colour, {"KD": row | {"interval": (-0.3, -0.1)}})
+    assert better[1] == ("good", "Closer to the real photos by KD.")
+    assert len(ev.verdict("dpo", metrics, colour, {"KD": row | {"interval": (-0.1, 0.3)}})) == 1
+
+
+def test_the_person_is_known_in_the_csv(everything):
+    with (everything / "out" / "per_image.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    record = json.loads((everything / "out" / "metrics.json").read_text())
+    sums = {name: {} for name in ("base", "lora")}
+    for row in rows:
+        sums[row["model"]].setdefault(row["prompt_id"], []).append(float(row["identity"]))
+    for name, found in sums.items():
+        assert record["identity"][name]["cosine"] == pytest.approx(
+            np.mean([np.mean(v) for v in found.values()]), abs=1e-4
+        )
+
+
+def test_measures_are_kept_until_what_they_depend_on_changes(inputs, everything, tmp_path, monkeypatch):
+    own, loaded = ev.load_scorer, []
+    monkeypatch.setattr(ev, "load_scorer", lambda scorer, device: loaded.append(scorer.label) or own(scorer, device))
+    folder = shutil.copytree(everything, tmp_path / "copy", copy_function=shutil.copy2)
+    line = [part.replace(str(everything), str(folder)) for part in everything_flags(inputs, everything)]
+    run(line)  # the scores' file has another path now
+    assert loaded == ["theirs"]
+    run(line)
+    assert loaded == ["theirs"]
+    scores = folder / "theirs.jsonl"
+    scores.write_text(scores.read_text().replace("1.0", "-1.0"))
+    assert run(line)["models"]["lora"]["metrics"]["theirs"]["win_rate"] == 0
+    assert loaded == ["theirs", "theirs"]
+    os.utime(folder / "out" / "images" / "base" / "00003_0.png")
+    run(line)
+    assert loaded[2:] == ["pickscore", "brightness", "picky", "theirs"]
+
+
+def test_votes_come_into_the_report(inputs, everything, tmp_path, capsys):
+    folder = shutil.copytree(everything, tmp_path / "copy", copy_function=shutil.copy2)
+    key = json.loads((folder / "out" / "user_study_key.json").read_text())
+    votes = [{"pair": pair, "realism": "left", "alignment": "tie", "seconds": 2.0} for pair in key["pairs"]]
+    (folder / "votes-a.json").write_text(json.dumps({"study": key["study"], "rater": "a", "votes": votes}))
+    line = [part.replace(str(everything), str(folder)) for part in everything_flags(inputs, everything)]
+    record = run([*line, "--votes", str(folder / "votes-a.json")])
+    found = record["votes"]["models"]["lora"]
+    assert found["realism"]["win_rate"] == found["alignment"]["win_rate"] == 0.5  # each model is left as often
+    assert found["alignment"]["tie"] == 1
+    assert "Votes" in (folder / "out" / "report.html").read_text()
+    assert "votes of 1 rater" in capsys.readouterr().out
+
+
+def test_two_processes_draw_and_measure_the_same(inputs, finished, tmp_path):
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [*launch, ROOT / "eval_human.py", *flags(inputs, tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "process 1 of 2" in done.stderr
+    assert done.stdout.count("lora against base") == 1
+    np.testing.assert_allclose(pixels(tmp_path / "out", "lora"), pixels(finished, "lora"), atol=1)
+    found, one = (json.loads((folder / "metrics.json").read_text()) for folder in (tmp_path / "out", finished))
+    for label, row in found["models"]["lora"]["metrics"].items():
+        assert row["tuned"] == pytest.approx(one["models"]["lora"]["metrics"][label]["tuned"], rel=1e-3)
+
+
+def test_prompts_are_the_validation_split_of_the_pairs_by_default(inputs, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    data, lora = tmp_path / "pairs", shutil.copytree(inputs / "lora", tmp_path / "lora")
+    (data / "data").mkdir(parents=True)
+    for split, captions in (("train", ["a", "b"]), ("validation", [*PROMPTS, PROMPTS[0]])):
+        table = pa.table({"caption": captions, "label_0": [1.0] * len(captions)})
+        pq.write_table(table, data / "data" / f"{split}-00000-of-00001.parquet")
+    (lora / "training_settings.json").write_text(json.dumps({"settings": {"train_data_dir": str(data)}}))
+    args = ev.parse_args(flags(inputs, tmp_path / "out", "base", f"dpo={lora}", prompts=None))
+    assert args.prompts == f"{data}:validation"
+    assert ev.read_prompts(args.prompts, None, None)[0] == PROMPTS
+
+
+def test_the_papers_scorers_but_for_those_with_options():
+    specs = ev.expand_paper(["people", "paper", "clip=somewhere"])
+    assert specs == [
+        "people",
+        "hpsv2",
+        "imagereward",
+        "aesthetic",
+        "clip_iqa",
+        "clip_iqa_sharpness",
+        "pickscore",
+        "clip=somewhere",
+    ]
+
+
 # ---- Bad input -----------------------------------------------------------------------------------------------------
 
 BAD_INPUTS = {
@@ -530,12 +721,46 @@ BAD_INPUTS = {
     "two of one name": ({}, ("base", "dpo={lora}", "dpo={lora}"), "two models are called dpo"),
     "base with a path": ({}, ("base={lora}",), "another name"),
     "missing model folder": ({}, ("base", "dpo=nowhere"), "no model at nowhere"),
-    "folder without weights": ({}, ("base", "dpo={tmp}"), "training has not finished"),
+    "folder without weights": ({}, ("base", "dpo={tmp}/none"), "training has not finished"),
     "model without a name": ({}, ("base", "{lora}"), "name"),
     "name that climbs": ({}, ("base", "..=x"), "name"),
     "unknown option": ({}, ("base", "dpo={lora},scale=2"), "lora_scale"),
-    "option without a number": ({}, ("base", "dpo={lora},lora_scale=much"), "lora_scale"),
-}
+    "option without a number": ({}, ("base", "dpo={lora},lora_scale=much"), "lora_scale=much: not a number"),
+    "unknown blocks": ({}, ("base", "dpo={lora},blocks=left"), "blocks=left: use down, mid, up"),
+    "blocks of a whole U-Net": ({}, ("base", "dpo={full},blocks=up"), "blocks is an option of a LoRA"),
+    "LoRA scale of images": ({}, ("base", "dpo={photos},lora_scale=1"), "lora_scale is an option of a LoRA"),
+    "timesteps backwards": ({}, ("base", "dpo={lora},text_encoder_timesteps=1000:900"), "expected LOW:HIGH"),
+    "timesteps without a text encoder": ({}, ("base", "dpo={lora},text_encoder_timesteps=9:99"), "no LoRA of a text"),
+    "no text encoder there": ({}, ("base", "dpo={lora},text_encoder=nowhere"), "no model at nowhere"),
+    "some checkpoints": ({}, ("base", "dpo={lora},checkpoints=some"), "checkpoints=some: use all"),
+    "no checkpoints": ({}, ("base", "dpo={lora},checkpoints=all"), "has no checkpoints with weights"),
+    "identity perhaps": ({}, ("base", "dpo={lora},identity=perhaps"), "use yes or no"),
+    "images of no prompt": ({}, ("base", "photos={photos}"), "they have no captions, and no names like 00012_0.png"),
+    "empty option": ({}, ("base", "dpo={lora},blocks="), "unknown option 'blocks='"),
+    "guidance that is no number": ({"guidance_scale": "nan"}, (), "--guidance_scale"),
+    "negative seed": ({"seed": -1}, (), "--seed must be at least 0"),
+    "negative rows": ({"report_rows": -1}, (), "--report_rows must be at least 0"),
+    "no pairs for people": ({"user_study": 0}, (), "--user_study must be at least 1"),
+    "votes before a study": ({"votes": "{tmp}/blank.txt"}, (), "user_study_key.json is missing: --user_study"),
+    "no real photos": ({"real_data_dir": "{tmp}/none"}, (), "no images in it"),
+    "missing real photos": ({"real_data_dir": "nowhere"}, (), "--real_data_dir nowhere: no such folder"),
+    "Inception without photos": ({"inception": "{tmp}/blank.txt"}, (), "name them with --real_data_dir"),
+    "missing Inception": ({"inception": "nowhere.pt", "real_data_dir": "{photos}"}, (), "no such file: nowhere.pt"),
+    "missing reference faces": ({"reference_faces": "nowhere"}, (), "--reference_faces nowhere"),
+    "unknown embedder": ({"face_embedder": "arcface"}, (), "arcface"),
+    "identity of no kind": ({"identity": "person={lora}"}, (), "expected lora=PATH or ip_adapter=FILE"),
+    "identity without weights": ({"identity": "lora=nowhere"}, (), "no model at nowhere"),
+    "identity with an unknown option": ({"identity": "lora={lora},size=2"}, (), "unknown option 'size=2'"),
+    "identity with a bad scale": ({"identity": "lora={lora},scale=much"}, (), "scale=much: not a number"),
+    "missing IP-Adapter": ({"identity": "ip_adapter=nowhere.bin,image={photos}"}, (), "no such file: nowhere.bin"),
+    "IP-Adapter of nobody": ({"identity": "ip_adapter={tmp}/blank.txt"}, (), "needs image=FILE_OR_FOLDER"),
+    "IP-Adapter of a missing face": (
+        {"identity": "ip_adapter={tmp}/blank.txt,image=nowhere.png"}, (), "no such file or folder: nowhere.png"
+    ),
+    "IP-Adapter without images": ({"identity": "ip_adapter={tmp}/blank.txt,image={tmp}/none"}, (), "no images in"),
+    "group of a list without columns": ({"group_by": "place"}, (), "has no columns, only prompts"),
+    "unknown group": ({"group_by": "place", "prompts": "{tmp}/table.csv"}, (), "no column place"),
+}  # fmt: skip
 BAD_SCORERS = {
     "unknown scorer": ("pikscore", "pikscore"),
     "plug-in file missing": ("nowhere.py:judge", "nowhere.py"),
@@ -558,7 +783,11 @@ def test_bad_input_is_refused_in_one_line(case, inputs, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "blank.txt").write_text("\n  \n\t\n")
     changes, models, words = BAD_INPUTS[case]
-    names = {"tmp": tmp_path, "lora": inputs / "lora"}
+    (tmp_path / "table.csv").write_text("prompt,shot\na man,close\n")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "none").mkdir()
+    ev.Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "one.jpg")
+    names = {"tmp": tmp_path, "lora": inputs / "lora", "full": inputs / "full", "photos": tmp_path / "photos"}
     filled = {key: value.format(**names) if isinstance(value, str) else value for key, value in changes.items()}
     line = flags(inputs, tmp_path / "out", *(model.format(**names) for model in models)) if models else None
     line = line or flags(inputs, **{"output": tmp_path / "out", **filled})
