@@ -17,18 +17,22 @@
 # ///
 """Does the tuned model draw better people? Base against tuned models on the same prompts, seeds and noise.
 
-    prompts, models ──sample──> images ──scorers, colour, features──> a value per image ──mean over seeds──>
+    prompts, models ──sample──> images ──scorers, colour, features, faces──> a value per image ──mean over seeds──>
         a value per prompt ──base against tuned──> win rate, interval, p ──> metrics.json, per_image.csv, report.html
 
-    win_rate(a, b)     = mean over prompts of [a > b] + 1/2 [a = b]
-    interval           = bootstrap over prompts, 95 %;  p = exact sign test, Holm over the metrics
-    hue_distance(a, b) = |a - b| around the circle, of circular mean hues
-    latent_shift       = mean over channels of |mean(tuned) - mean(base)| / std(base)
+    win_rate(a, b)          = mean over prompts of [a > b] + 1/2 [a = b]
+    interval                = bootstrap over prompts, 95 %;  p = exact sign test, Holm over the metrics
+    hue_distance(a, b)      = |a - b| around the circle, of circular mean hues
+    latent_shift            = mean over channels of |mean(tuned) - mean(base)| / std(base)
+    kernel_distance(x, y)   = E k(x, x') + E k(y, y') - 2 E k(x, y), unbiased, of images x and real photos y
+    frechet_distance(x, y)  = |mean(x) - mean(y)|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2))
+    diversity               = mean cosine distance of two images of one prompt
 
 Usual command:
 
-    python eval_human.py --pretrained_model_name_or_path MODEL --prompts prompts.txt \\
-        --models base dpo=dpo-human-lora --scorers clip pickscore --training_scorer pickscore
+    accelerate launch eval_human.py --pretrained_model_name_or_path MODEL --prompts prompts.txt --resolution 512 \\
+        --models base dpo=dpo-human-lora half=dpo-human-lora,lora_scale=0.5 --scorers people paper \\
+        --real_data_dir photos --user_study 50
 
 Where this differs from the paper (HG-DPO, arXiv 2405.20216):
 1. The scorer that selected the training pairs is marked and never leads: the first held-out scorer is the headline.
@@ -37,7 +41,11 @@ Where this differs from the paper (HG-DPO, arXiv 2405.20216):
    Every win rate has its interval and its p; the paper gives neither.
 3. Hue is reported twice: between the models' circular means over all images (the paper's Hue, as far as it is spelled
    out), and image by image, which also sees changes that cancel. Pixels count by their saturation: grey has no hue.
-4. Diversity within a prompt is measured too; distances to real photos (the paper's FID) are not.
+4. Distances to photos lead with the unbiased kernel distances, and come with what real photos read against real ones.
+   The paper's FID needs thousands of images, and an Inception file (--inception).
+5. CLIP-IQA is any CLIPModel's, ATHEC's sharpness is of images at most 512 pixels a side, and faces are compared by
+   SFace: ArcFace's models are not free. Diversity within a prompt is measured too.
+6. People may say "no difference"; the paper does not tell whether its raters could.
 """
 
 from __future__ import annotations
