@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_eval_human import PROMPTS, WORLD, ev, flags, pixels, run, write_inputs
+from test_train_models import tiny_sdxl
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 
@@ -67,13 +68,13 @@ def pipe():
     )
 
 
-def draw(pipe, spec: str, identity: str | None = None, guidance: float = GUIDANCE) -> torch.Tensor:
+def draw(pipe, spec: str, identity: str | None = None, guidance: float = GUIDANCE, size: int = 64) -> torch.Tensor:
     """Latents of three prompts by a model's spec."""
     model = ev.parse_model(spec)
     person = ev.parse_identity(identity) if identity else None
     with ev.drawing(pipe, model, person, guidance > 1) as options:
         embeds, window = ev.condition(pipe, model, TEXTS, "", STEPS)
-        return ev.sample(pipe, embeds, range(3), SEEDS, STEPS, guidance, 64, 64, **options, **window)[1].float()
+        return ev.sample(pipe, embeds, range(3), SEEDS, STEPS, guidance, size, size, **options, **window)[1].float()
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +178,56 @@ def test_checkpoints_become_models_of_their_own(loras, tmp_path):
     assert {model.lora_scale for model in models[1:]} == {0.5}
     with pytest.raises(ev.UserError, match="has no checkpoints with weights"):
         ev.parse_models(["base", f"dpo={loras}/unet_lora,checkpoints=all"])
+
+
+@pytest.fixture(scope="module")
+def sdxl(tmp_path_factory) -> Path:
+    """A tiny SDXL in sdxl/ and, in lora/, a LoRA of its U-Net and both text encoders."""
+    folder = tmp_path_factory.mktemp("sdxl")
+    tiny_sdxl(folder / "sdxl")
+    pipe = StableDiffusionXLPipeline.from_pretrained(folder / "sdxl")
+    layers = {}
+    for seed, (name, targets) in enumerate(
+        {"unet": ["to_q"], "text_encoder": ["q_proj"], "text_encoder_2": ["q_proj"]}.items()
+    ):
+        part = getattr(pipe, name)
+        part.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=targets))
+        generator = torch.Generator().manual_seed(seed)
+        state = {k: torch.randn(v.shape, generator=generator) for k, v in get_peft_model_state_dict(part).items()}
+        prefix = "" if name == "unet" else "text_model."
+        layers[f"{name}_lora_layers"] = {prefix + key.removeprefix("text_model."): v for key, v in state.items()}
+    StableDiffusionXLPipeline.save_lora_weights(folder / "lora", **layers)
+    return folder
+
+
+def test_sdxl_changes_both_embeddings_at_the_ends_of_the_window(sdxl):
+    names = {"pretrained_model_name_or_path": str(sdxl / "sdxl"), "revision": None, "variant": None}
+    pipe = ev.load_pipeline(
+        argparse.Namespace(**names, mixed_precision="no", sampler="dpmsolver"), torch.device("cpu")
+    )
+    lora, seen = sdxl / "lora", []
+    with ev.drawing(pipe, ev.parse_model(f"a={lora}"), None, True):
+        tuned = ev.encode_prompts(pipe, TEXTS, "")
+    plain, own = ev.encode_prompts(pipe, TEXTS, ""), pipe.unet.forward
+    pipe.unet.forward = lambda *a, **k: seen.append((a[1], k)) or own(*a, **k)
+    draw(pipe, f"a={lora},text_encoder_timesteps=600:1000", size=32)
+    assert len(seen) == STEPS
+    for timestep, options in seen:
+        embeds = tuned if timestep >= 600 else plain
+        pooled = options["added_cond_kwargs"]["text_embeds"].chunk(2)
+        torch.testing.assert_close(options["encoder_hidden_states"].chunk(2)[1], embeds["prompt_embeds"])
+        torch.testing.assert_close(pooled[1], embeds["pooled_prompt_embeds"])
+        torch.testing.assert_close(pooled[0], embeds["negative_pooled_prompt_embeds"].expand_as(pooled[1]))
+    assert len({bool(timestep >= 600) for timestep, _ in seen}) == 2
+    assert far(tuned["pooled_prompt_embeds"], plain["pooled_prompt_embeds"]) > 1e-3
+
+
+def test_sdxl_from_models_to_report(inputs, sdxl, tmp_path):
+    changes = {"pretrained_model_name_or_path": sdxl / "sdxl", "resolution": 32, "guidance_scale": 5}
+    models = ("base", f"up={sdxl}/lora,blocks=up,lora_scale=0.5,text_encoder_timesteps=900:1000")
+    record = run(flags(inputs, tmp_path / "out", *models, **changes))
+    assert record["models"]["up"]["colour"]["latent_shift"]["value"] > 0
+    assert len(record["models"]["up"]["colour"]["latent_channels"]) == 4
 
 
 # ---- Personalised text-to-image ------------------------------------------------------------------------------------
