@@ -2155,7 +2155,7 @@ def image_features(name: str, device: torch.device) -> Callable[[list[Image.Imag
     from transformers import AutoImageProcessor, AutoModel
 
     processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-    model = AutoModel.from_pretrained(name).eval().to(device)
+    model = load_weights(AutoModel, name, device)
     vision = getattr(model, "vision_model", model)
 
     @torch.inference_mode()
@@ -2485,20 +2485,25 @@ def verdict(
     costs = what_got_worse(metrics, lost, colour, realism or {})
     if costs and set(training) & set(gained):
         rise = f"the training scorer rises ({rated(metrics[training[0]])}) while"
-        sentences.append(("bad", f"Looks like reward hacking: {rise} {' and '.join(costs)}."))
+        sentences.append(("bad", f"Looks like reward hacking: {rise} {listed(costs)}."))
     elif costs:
-        sentences.append(("bad", f"At a cost: {' and '.join(costs)}."))
+        sentences.append(("bad", f"At a cost: {listed(costs)}."))
     elif set(training) & set(gained) and held_out and not set(held_out) & set(gained):
         sentences.append(("plain", "The training scorer rises, but no held-out scorer follows."))
     closer = [kind for kind, row in (realism or {}).items() if row["interval"][1] < 0]
     if closer:
-        sentences.append(("good", f"Closer to the real photos by {' and '.join(closer)}."))
+        sentences.append(("good", f"Closer to the real photos by {listed(closer)}."))
     sentences += [("bad", sentence) for sentence in losing_groups(groups or {}, lead)]
     if not held_out:
         sentences.append(
             ("bad", "Only the training scorer judges here: add a held-out one to --scorers before you believe it.")
         )
     return sentences
+
+
+def listed(parts: list[str]) -> str:
+    """The parts of a sentence, as in a, b and c."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def rated(row: dict[str, Any], of: str = "") -> str:
@@ -4088,8 +4093,8 @@ def measure_realism(
 ) -> dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
     """Every distance to the photos that there are features for: {name: compare_realism()}."""
     wanted = {
-        "KD (DINOv2)": ("features", kernel_distance),
-        "FD (DINOv2)": ("features", frechet_distance),
+        "KD": ("features", kernel_distance),
+        "FD": ("features", frechet_distance),
         "CMMD": ("CMMD", cmmd),
         "FID": ("FID", frechet_distance),
     }
