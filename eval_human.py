@@ -2246,12 +2246,7 @@ def sface(device: Device) -> Callable[[list[Image.Image]], np.ndarray]:
     Needs opencv-python-headless; the two models come from the hub (opencv/face_detection_yunet and
     opencv/face_recognition_sface). https://docs.opencv.org/4.x/d0/dd4/tutorial_dnn_face.html
     """
-    try:
-        import cv2
-    except ImportError:
-        raise UserError(
-            "--face_embedder sface needs OpenCV: pip install opencv-python-headless, or give your own file.py:function"
-        ) from None
+    import cv2
     from huggingface_hub import hf_hub_download
 
     files = {"face_detection_yunet": "face_detection_yunet_2023mar.onnx"}
@@ -4466,14 +4461,23 @@ def validate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
 
 def check_inputs(args: argparse.Namespace) -> None:
-    """UserError for files and folders that are not there, or not what they have to be; finds the prompts."""
+    """UserError for models, prompts, images and votes that are not what they have to be; finds the prompts."""
     if any(model.drawn for model in args.models):
         check_model(args.pretrained_model_name_or_path, "model_index.json")
     args.prompts = args.prompts or recorded_validation_prompts(args.models)
     prompts, _ = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
     group_prompts(args, prompts)
-    for name in ("real_data_dir", "reference_faces"):
-        folder = getattr(args, name)
+    check_references(args)
+    for model in args.models:
+        if not model.drawn:
+            find_images(model, prompts, plan_images(len(prompts), args.num_images_per_prompt, args.diversity_prompts))
+    if args.votes:
+        read_votes(args.votes, Path(args.output_dir), prompts)
+
+
+def check_references(args: argparse.Namespace) -> None:
+    """UserError where the photos or faces to compare with, or what measures them, are not there."""
+    for name, folder in (("real_data_dir", args.real_data_dir), ("reference_faces", args.reference_faces)):
         if folder and not (Path(folder).is_dir() and find_photos(Path(folder))):
             raise UserError(f"--{name} {folder}: no such folder, or no images in it")
     if args.inception and not Path(args.inception).is_file():
@@ -4482,11 +4486,8 @@ def check_inputs(args: argparse.Namespace) -> None:
         raise UserError("--inception measures a distance to photos: name them with --real_data_dir")
     if args.face_embedder != "sface":
         find_factory(args.face_embedder)
-    for model in args.models:
-        if not model.drawn:
-            find_images(model, prompts, plan_images(len(prompts), args.num_images_per_prompt, args.diversity_prompts))
-    if args.votes:
-        read_votes(args.votes, Path(args.output_dir), prompts)
+    elif args.reference_faces and importlib.util.find_spec("cv2") is None:
+        raise UserError("--face_embedder sface: pip install opencv-python-headless, or give your own file.py:function")
 
 
 def recorded_validation_prompts(models: list[Model]) -> str:
