@@ -768,7 +768,7 @@ def png(image: Image.Image, **text: str) -> bytes:
     info, buffer = PngImagePlugin.PngInfo(), io.BytesIO()
     for key, value in text.items():
         info.add_itxt(key, value)
-    image.save(buffer, "PNG", pnginfo=info)
+    image.save(buffer, "PNG", pnginfo=info, compress_level=1)  # the default takes three times as long for a tenth less
     return buffer.getvalue()
 
 
