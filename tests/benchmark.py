@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures what the scripts cost. `train` runs diffusers' train_diffusion_dpo.py and ours side by side, `data` the
-loop that everybody writes and make_preference_data.py, `price` what a pair costs with drafts and without.
+loop that everybody writes and make_preference_data.py, `price` what a pair costs with drafts and without, `eval`
+eval_human.py and the bare drawing and scoring in it.
 
     python tests/benchmark.py data                                           the embedded world
     python tests/benchmark.py data --model YOUR_MODEL --resolution 512 --guidance_scale 5 --steps 50    on a GPU
     python tests/benchmark.py price --work_dir price          an hour and a half on two cores; a second start carries on
+    python tests/benchmark.py eval --threads 1               the embedded world, ten minutes on one core
+    python tests/full_size_model.py sd15-random && python tests/benchmark.py eval --model sd15-random --resolution 512
+    python tests/benchmark.py eval --prompts 32 64 --steps 4 --threads 1      what does not grow with the prompts
 
     curl -O https://raw.githubusercontent.com/huggingface/diffusers/main/examples/research_projects/diffusion_dpo/train_diffusion_dpo.py
     python tests/benchmark.py train --peer train_diffusion_dpo.py
@@ -40,12 +44,18 @@ in the same batches as ours, on embeddings that are ready.
 `price`: for each prompt N images in full, then drafts and finalists as the script draws them. Told are the U-Net
 evaluations as a share of the first, the score gap between winner and loser as a share of the full pool's, and what the
 held-out judge says: how often the winner is truly better, and by how much. 95 % bootstrap intervals over prompts.
+
+`eval`, both in one process, after a warm-up: "floor" is pipe(embeddings that are ready) for base and a LoRA in ours'
+batches, and each scorer's function on these images, which stay in memory; its loading is told but not counted. "ours" is
+all of eval_human.main: loading, PNG, scorers, colour, diversity, statistics, report, pictures. One prompt in three has
+two images, as by default. The warm-up says what is alive once each model is loaded.
 """  # noqa: E501
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import importlib.util
 import io
 import json
@@ -58,13 +68,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import reduce
+from functools import partial, reduce
 from importlib.machinery import ModuleSpec
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -682,6 +693,200 @@ def map_values(function: Any, table: dict[str, Any]) -> dict[str, Any]:
     return {key: function(value) for key, value in table.items()}
 
 
+# ---- Evaluation -----------------------------------------------------------------------------------------------------
+
+
+def write_lora(model: str, folder: Path) -> Path:
+    """A LoRA of RANK with random weights for the U-Net of a pipeline."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet")
+    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
+    state = {key: 0.02 * torch.randn_like(value) for key, value in get_peft_model_state_dict(unet).items()}
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=state)
+    return folder
+
+
+def eval_flags(args: argparse.Namespace, prompts: int, steps: int, output: Path) -> list[str]:
+    """eval_human.py's command line."""
+    named = {
+        "pretrained_model_name_or_path": args.model,
+        "prompts": TESTS / "tiny_human" / "prompts_test.txt",
+        "max_prompts": prompts,
+        "diversity_prompts": prompts // 3,
+        "num_inference_steps": steps,
+        "guidance_scale": args.guidance_scale,
+        "resolution": args.resolution,
+        "batch_size": args.batch_size,
+        "feature_model": args.feature_model,
+        "training_scorer": "pickscore",
+        "output_dir": output,
+    }
+    line = [str(part) for name, value in named.items() for part in (f"--{name}", value)]
+    return [*line, "--models", "base", f"dpo={args.lora}", "--scorers", *args.scorers]
+
+
+@contextlib.contextmanager
+def clocked(seconds: dict[str, float], name: str) -> Any:
+    """Adds the time of the block to seconds[name], and that of all threads to seconds["name, CPU"]."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start, before = time.perf_counter(), time.process_time()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    for key, spent in ((name, time.perf_counter() - start), (f"{name}, CPU", time.process_time() - before)):
+        seconds[key] = seconds.get(key, 0.0) + spent
+
+
+def bare_eval(line: list[str]) -> dict[str, float]:
+    """Seconds of drawing base's and the LoRA's images and of scoring them, all in memory, and of loading models."""
+    import eval_human as ev
+
+    args, seconds = ev.parse_args(line), {}
+    device = ev.start_processes().device
+    prompts, _ = ev.read_prompts(args.prompts, None, args.max_prompts)
+    plan, images = ev.plan_images(len(prompts), 1, args.diversity_prompts), []
+    with clocked(seconds, "loading"):
+        pipe = ev.load_pipeline(args, device)
+    for model in args.models:
+        with ev.drawing(pipe, model, None, True):
+            embeds = ev.encode_prompts(pipe, prompts, "")
+            with clocked(seconds, "drawing"), torch.inference_mode():
+                for batch in ev.in_batches(plan, args.batch_size):
+                    images += pipe(
+                        prompt_embeds=embeds["prompt_embeds"][[p for p, _ in batch]],
+                        negative_prompt_embeds=embeds["negative_prompt_embeds"].expand(len(batch), -1, -1),
+                        generator=[
+                            torch.Generator().manual_seed(ev.image_seed(args.seed, prompts[p], k)) for p, k in batch
+                        ],
+                        num_inference_steps=args.num_inference_steps,
+                        guidance_scale=args.guidance_scale,
+                        height=args.height,
+                        width=args.width,
+                    ).images
+    del pipe
+    texts = [prompts[p] for p, _ in plan] * len(args.models)
+    for scorer in args.scorers:
+        with clocked(seconds, "loading"):
+            score = scorer.load(device)
+        with clocked(seconds, "scoring"):
+            for batch in ev.in_batches(list(zip(images, texts, strict=True)), args.batch_size):
+                score(*map(list, zip(*batch, strict=True)))
+        del score
+    return seconds
+
+
+def models_alive() -> tuple[int, float]:
+    """How many models there are, a pipeline's parts apart, and the GiB of their weights."""
+    modules = [one for one in gc.get_objects() if isinstance(one, torch.nn.Module)]
+    inner = {id(child) for one in modules for child in one.children()}
+    outer = [one for one in modules if id(one) not in inner]
+    weights = {weight.data_ptr(): weight.nbytes for one in outer for weight in one.parameters()}
+    return sum(any(True for _ in one.parameters()) for one in outer), sum(weights.values()) / 2**30
+
+
+def whole_eval(line: list[str], alive: dict[str, tuple[int, float]] | None = None) -> dict[str, float]:
+    """Seconds of all of eval_human.main, of its parts and of each measure; `alive`, if given, gets models_alive."""
+    import eval_human as ev
+
+    seconds: dict[str, float] = {}
+    parts = {"images": "generate", "measures": "measure_all", "statistics": "conclude", "report": "write_results"}
+    own_measures, own_pipeline = ev.all_measures, ev.load_pipeline
+
+    def timed(name: str, function: Any) -> Any:
+        def call(*arguments: Any) -> Any:
+            with clocked(seconds, name):
+                return function(*arguments)
+
+        return call
+
+    def told(name: str, loaded: Any) -> Any:
+        if alive is not None:
+            alive[name] = models_alive()
+        return loaded
+
+    def load_measure(measure: Any, device: Any) -> Any:
+        with clocked(seconds, measure.label):
+            function = measure.load(device)
+        return timed(measure.label, told(measure.label, function))
+
+    changed = {name: timed(part, getattr(ev, name)) for part, name in parts.items()}
+    changed["load_pipeline"] = lambda *arguments: told("pipeline", own_pipeline(*arguments))
+    changed["all_measures"] = lambda args: [
+        one._replace(load=partial(load_measure, one)) for one in own_measures(args)
+    ]
+    with (
+        mock.patch.multiple(ev, **changed),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        clocked(seconds, "ours"),
+    ):
+        ev.main(ev.parse_args(line))
+    return seconds
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """The sub-command `eval`: eval_human.py against bare drawing and scoring, in alternating rounds."""
+    import eval_human
+
+    eval_human.quiet_libraries()
+    importlib.import_module("diffusers.pipelines.pipeline_utils")  # before there are models, as eval_human.main does
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    print(", ".join(f"{name} {value}" for name, value in machine().items()))
+    rows: dict[int, list[dict[str, float]]] = {count: [] for count in args.prompts}
+    with tempfile.TemporaryDirectory() as work:
+        args.lora = args.lora or write_lora(args.model, Path(work, "lora"))
+        alive: dict[str, tuple[int, float]] = {}
+        line = eval_flags(args, args.batch_size, 2, Path(work, "warm-up"))
+        with contextlib.redirect_stdout(io.StringIO()):
+            bare_eval(line)
+        whole_eval(line, alive)
+        for name, (count, size) in alive.items():
+            print_row(f"alive with {name}", {"models": count, "GiB of weights": size})
+        for number in range(1, args.rounds + 1):
+            for count, found in rows.items():
+                output = Path(work, "out")
+                line = eval_flags(args, count, args.steps, output)
+                row = {}
+                for name, run in (("floor", bare_eval), ("ours", whole_eval)):
+                    forget_peak()
+                    row |= {**run(line), f"{name} GiB": peak_memory()}
+                shutil.rmtree(output)
+                for unit in ("", ", CPU"):
+                    row[f"floor{unit}"] = row[f"drawing{unit}"] + row[f"scoring{unit}"]
+                found.append(row)
+                print_row(f"round {number}, {count} prompts", {key: row[key] for key in ("floor", "ours")})
+    print_eval(rows)
+
+
+def print_eval(rows: dict[int, list[dict[str, float]]]) -> None:
+    """Medians of every part, ratios, and with several numbers of prompts what does not grow with them."""
+    medians = {n: {key: statistics.median(row[key] for row in found) for key in found[0]} for n, found in rows.items()}
+    for n, found in medians.items():
+        print(f"\n{f'medians, {n} prompts':24}{'s':>10}{'CPU s':>10}")
+        for key in sorted(found.keys() - {"floor GiB", "ours GiB"}, key=list(found).index):
+            if not key.endswith(", CPU"):
+                print(f"{key:24}{found[key]:10.2f}{found[f'{key}, CPU']:10.2f}")
+        print_row("peak", {"GiB floor": found["floor GiB"], "GiB ours": found["ours GiB"]})
+    print()
+    for n, found in rows.items():
+        for unit, loading in (("", 0), (", CPU", 0), ("", 1)):
+            ratios = [row[f"ours{unit}"] / (row[f"floor{unit}"] + loading * row["loading"]) for row in found]
+            median, each = statistics.median(ratios), "".join(f"{ratio:8.3f}" for ratio in ratios)
+            label = f"{n} prompts, ours / floor{' and its loading' * loading}{unit}"
+            bar = "" if unit or loading else f", asked <= 1.1: {'met' if median <= 1.1 else 'NOT met'}"
+            print(f"{label:48}{each}   median {median:.3f}{bar}")
+    if len(medians) > 1:
+        for name in ("floor", "statistics", "report", "ours"):
+            slope, fixed = np.polyfit(list(medians), [found[name] for found in medians.values()], 1)
+            print(f"{name:24}{fixed:8.2f} s + {slope:.3f} s a prompt")
+
+
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
 
@@ -733,6 +938,24 @@ def add_data(commands: Any) -> None:
             flag("--work_dir", type=Path, required=True, help="where all images are kept; a second start carries on")
 
 
+def add_eval(commands: Any) -> None:
+    """The flags of `eval`."""
+    parser = commands.add_parser("eval", help="eval_human.py beside bare drawing and scoring", allow_abbrev=False)
+    parser.set_defaults(run=evaluate)
+    world, flag = TESTS / "tiny_human", parser.add_argument
+    flag("--model", default=str(world / "pipeline"), help="pipeline; none: the embedded world")
+    flag("--lora", help="the tuned model's LoRA; none: random weights")
+    flag("--scorers", nargs="+", default=[SCORER, f"{world / 'judge.py'}:judge"], help="as eval_human.py has them")
+    flag("--feature_model", default=str(world / "scorer"), help="of diversity")
+    flag("--resolution", type=int, default=64, help="height and width")
+    flag("--prompts", type=int, nargs="+", default=[64], help="how many; several numbers: one run with each")
+    flag("--steps", type=int, default=20, help="sampling steps")
+    flag("--guidance_scale", type=float, default=3.0, help="classifier-free guidance")
+    flag("--batch_size", type=int, default=32, help="of both")
+    flag("--rounds", type=int, default=3, help="how often everything runs")
+    flag("--threads", type=int, help="of torch; none: its own choice")
+
+
 def main() -> None:
     """Calls the sub-command's function; one of MEASURES, which `train` starts, leaves its result in a file."""
     if len(sys.argv) > 2 and sys.argv[1] in MEASURES:
@@ -743,6 +966,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)
     add_data(commands)
+    add_eval(commands)
     args = parser.parse_args()
     args.run(args)
 

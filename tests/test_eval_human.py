@@ -802,6 +802,33 @@ def test_bad_scorer_is_refused_in_one_line(case, inputs, tmp_path, capsys):
     assert words in refused(line, capsys)
 
 
+WATCHED = """
+import gc, sys
+import eval_human as ev
+
+def watched(*arguments, own=ev.measure_all):
+    from diffusers import DiffusionPipeline
+    print("pipelines alive:", sum(issubclass(type(one), DiffusionPipeline) for one in gc.get_objects()))
+    return own(*arguments)
+
+ev.measure_all = watched
+ev.cli(sys.argv[1:])
+"""
+
+
+def test_the_pipeline_is_gone_before_measures_are_loaded_even_beside_a_library_that_keeps_frames(inputs, tmp_path):
+    library = tmp_path / "xformers"  # as the real one does where it was built for another torch
+    library.mkdir()
+    (library / "__init__.py").write_text("try:\n    raise OSError\nexcept OSError as error:\n    kept = error\n")
+    (library / "ops.py").touch()
+    (tmp_path / "xformers-0.0.35.dist-info").mkdir()
+    (tmp_path / "xformers-0.0.35.dist-info" / "METADATA").write_text("Name: xformers\nVersion: 0.0.35\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    line = [sys.executable, "-c", WATCHED, *flags(inputs, tmp_path / "out", max_prompts=2)]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=False)
+    assert "pipelines alive: 0" in done.stdout, done.stderr
+
+
 def test_a_file_that_is_no_lora_of_this_model_is_named(inputs, tmp_path, capsys):
     from safetensors.torch import save_file
 
