@@ -168,7 +168,7 @@ PARTS = {
     "shirt": (SHIRTS.values(), [(x, y) for x in (-1.5, 0.0, 1.5) for y in (11.0, 13.5, 16.0)]),
     "trousers": (TROUSERS.values(), [(x, 21.5) for x in (-1.5, 0.0, 1.5)]),
 }  # fmt: skip
-WIDTH = 30.0  # of the kernel that compares two colours, in 8-bit RGB: half the distance of the two closest skins
+WIDTH = 40.0  # of the kernel that compares two colours, in 8-bit RGB; the closest two of a palette lie 54 apart
 SAME_PERSON = 0.75  # cosine from which two pictures show one person; personal.py prints how often that is right
 
 
