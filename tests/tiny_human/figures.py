@@ -22,6 +22,7 @@ import random
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageDraw
 
@@ -56,6 +57,15 @@ BREAKS = (
     "missing_arm", "stump_arm", "extra_arm", "detached_arm", "long_arm", "short_arm",
     "missing_leg", "stump_leg", "extra_leg", "long_leg", "short_leg", "two_heads", "no_head",
 )  # fmt: skip
+
+
+class Person(NamedTuple):
+    """What stays with a person from picture to picture, besides the clothes that the attributes name."""
+
+    skin: tuple[int, int, int]
+    hair: tuple[int, int, int]
+    shoe: tuple[int, int, int]
+    hair_style: int  # 0 short, 1 long, 2 in a bun
 
 
 @dataclass
@@ -205,7 +215,11 @@ def draw_leg(canvas: Canvas, points: list[Point], trousers: tuple, shoe: tuple, 
         canvas.disc((points[2][0] + 1.1 * outwards, points[2][1] + 0.6), 3.1, 1.9, shoe)
 
 
-def draw(attributes: dict[str, str], seed: int, broken: str | None = None) -> Figure:
+def random_person(rng: random.Random) -> Person:
+    return Person(rng.choice(SKINS), rng.choice(HAIRS), rng.choice(SHOES), rng.randrange(3))
+
+
+def draw(attributes: dict[str, str], seed: int, broken: str | None = None, person: Person | None = None) -> Figure:
     """One person with the given attributes.
 
     Everything that the attributes leave open (skin, hair, size, place, exact angles) comes from `seed`, so that the
@@ -215,12 +229,14 @@ def draw(attributes: dict[str, str], seed: int, broken: str | None = None) -> Fi
         attributes: one value for each key of ATTRIBUTES.
         seed: any integer.
         broken: None for a right body, or one of BREAKS.
+        person: whom to draw; None leaves skin, hair and shoes to the seed. All else is the same with and without.
     """
     rng, break_rng = random.Random(seed), random.Random(seed + 1)
     pose = attributes["pose"]
     shirt, trousers = SHIRTS[attributes["shirt"]], TROUSERS[attributes["trousers"]]
-    skin, hair, shoe = rng.choice(SKINS), rng.choice(HAIRS), rng.choice(SHOES)
-    hair_style, facing, light = rng.randrange(3), rng.choice((-1, 1)), rng.uniform(-0.08, 0.08)
+    anybody = random_person(rng)
+    skin, hair, shoe, hair_style = person or anybody
+    facing, light = rng.choice((-1, 1)), rng.uniform(-0.08, 0.08)
     scale = rng.uniform(0.94, 1.06)
     x, lean = 32 + rng.uniform(-3, 3), rng.uniform(-2, 2)
     ground = 59 + rng.uniform(-1, 1)

@@ -34,7 +34,7 @@ if "figures" not in sys.modules:  # loaded by path, so that it works from any fo
     spec = importlib.util.spec_from_file_location("figures", HERE / "figures.py")
     sys.modules["figures"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules["figures"])
-from figures import ATTRIBUTES, JOINTS, RIGHT_COUNTS, read_caption
+from figures import ATTRIBUTES, HAIRS, JOINTS, RIGHT_COUNTS, SHIRTS, SKINS, TROUSERS, read_caption
 
 
 Score = Callable[[list[Image.Image], list[str]], list[float]]
@@ -156,3 +156,70 @@ def total(m: dict[str, float]) -> float:
 
 def judge(device: torch.device | str = "cpu") -> Score:
     return make_scorer(device, total)
+
+
+# ---- Identity ------------------------------------------------------------------------------------------------------
+# A person of this world is known by four colours. They are looked for in fixed places: pixels right of and below the
+# middle of the head, which lies in the face.
+
+PARTS = {
+    "hair": (HAIRS, [(-1.0, -5.2), (0.0, -5.2), (1.0, -5.2)]),
+    "skin": (SKINS, [(-2.9, 2.4), (2.9, 2.4), (-2.0, -2.2), (0.0, -2.2), (2.0, -2.2)]),
+    "shirt": (SHIRTS.values(), [(x, y) for x in (-1.5, 0.0, 1.5) for y in (11.0, 13.5, 16.0)]),
+    "trousers": (TROUSERS.values(), [(x, 21.5) for x in (-1.5, 0.0, 1.5)]),
+}  # fmt: skip
+WIDTH = 40.0  # of the kernel that compares two colours, in 8-bit RGB; the closest two of a palette lie 54 apart
+SAME_PERSON = 0.75  # cosine from which two pictures show one person; personal.py prints how often that is right
+
+
+def find_head(heatmaps: Tensor) -> Tensor:
+    """(B, 5, 32, 32) logits -> (B, 2) x and y of the clearest head in pixels, nan where there is none."""
+    probability = heatmaps[:, JOINTS.index("head")].sigmoid()
+    peak, index = probability.flatten(1).max(dim=1)
+    cell = torch.stack([index % 32, index // 32], dim=1)
+    grid = torch.stack(torch.meshgrid(torch.arange(32), torch.arange(32), indexing="xy"), dim=-1).to(cell)
+    near = ((grid - cell[:, None, None]).abs().amax(dim=-1) <= 1) * probability  # the centre of mass around the peak
+    centre = torch.einsum("byx,yxc->bc", near, grid + 0.5) / near.sum(dim=(1, 2))[:, None]
+    return torch.where(peak[:, None] > 0.4, 2 * centre, torch.nan)
+
+
+def colours_near(pixels: Tensor, middle: Tensor, places: list[tuple[float, float]]) -> Tensor:
+    """The median colour at `places`, in pixels from `middle` (B, 2), of pictures (B, 3, 64, 64): (B, 3)."""
+    points = middle[:, None] + torch.tensor(places, device=middle.device)
+    grid = (points / 32 - 1).nan_to_num()[:, None]
+    return F.grid_sample(pixels, grid, padding_mode="border", align_corners=False)[:, :, 0].median(dim=2).values
+
+
+def compare_colours(colours: Tensor, palette: Tensor) -> Tensor:
+    """How alike (B, 3) colours in 0..255 are to (N, 3) others: (B, N), less what the palette's own are on average.
+
+    Two of the palette's colours have a cosine of about -1 / (N - 1), and a colour like none of them is like nobody.
+    """
+
+    def alike(a: Tensor) -> Tensor:
+        return torch.exp(-(torch.cdist(a, palette) ** 2) / (2 * WIDTH**2))
+
+    return alike(colours) - alike(palette).mean(dim=0)
+
+
+def face(device: torch.device | str = "cpu") -> Callable[[list[Image.Image]], np.ndarray]:
+    """An embedder: images -> (N, 22), whose cosine tells whether two pictures show the same person.
+
+    Hair, skin, shirt and trousers have one part of the numbers each, and count the same. The cosine is near 1 for the
+    same person and near -0.2 for persons who have nothing in common; one person is recognised from SAME_PERSON on. A
+    row is nan where no head is found. Nothing is learned here but where the head is.
+    """
+    network = load_judge(device)
+
+    @torch.no_grad()
+    def embed(images: list[Image.Image]) -> np.ndarray:
+        pixels = to_pixels(images).to(device)
+        middle = find_head(network(pixels)[0])
+        colours = {name: colours_near(pixels, middle, places) for name, (_, places) in PARTS.items()}
+        features = [
+            compare_colours(colours[name] * 127.5 + 127.5, torch.tensor([*palette], dtype=torch.float, device=device))
+            for name, (palette, _) in PARTS.items()
+        ]
+        return torch.cat(features, dim=1).where(middle.isfinite().all(dim=1)[:, None], torch.nan).cpu().numpy()
+
+    return embed
