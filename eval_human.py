@@ -291,8 +291,17 @@ COLOUR_COLUMNS = ("hue", *COLOURS, "red", "green", "blue")
 
 
 def delta_e(base_lab: np.ndarray, tuned_lab: np.ndarray) -> float:
-    """CIE76 distance of the models' mean colours, (P, 3) each; 2.3 is just noticeable."""
-    return float(np.linalg.norm(tuned_lab.mean(axis=0) - base_lab.mean(axis=0)))
+    """CIE76 distance of two models' mean colours, (P, 3) each, paired by prompt; 2.3 is just noticeable."""
+    return delta_e_of_sets(tuned_lab - base_lab, np.zeros((1, 3)))
+
+
+def delta_e_of_sets(a: np.ndarray, b: np.ndarray) -> float:
+    """CIE76 distance of the mean colours of two sets, (N, 3) and (M, 3).
+
+    Chance alone moves a mean, and every way counts as distance: what it moves on average is taken off the square.
+    """
+    chance = sum(side.var(axis=0, ddof=min(1, len(side) - 1)).sum() / len(side) for side in (a, b))
+    return math.sqrt(max(0.0, ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum() - chance))
 
 
 def latent_shift(base_means: np.ndarray, tuned_means: np.ndarray, base_std: np.ndarray) -> float:
@@ -689,8 +698,8 @@ def image_settings(args: argparse.Namespace, model: Model) -> dict[str, object]:
     names += " negative_prompt height width seed"
     settings: dict[str, object] = {name: getattr(args, name) for name in names.split()}
     base = Path(args.pretrained_model_name_or_path)
-    settings["base_weights"] = fingerprint(sorted(base.rglob("*.safetensors"))) if base.is_dir() else None
-    files = [file for path in (model.path, model.text_encoder) if path for file in weight_files(path)]
+    settings["base_weights"] = fingerprint(all_weights(base)) if base.is_dir() else None
+    files = [file for path in (model.path, model.text_encoder) if path for file in tuned_files(path)]
     settings["tuned_weights"] = fingerprint(files) if files else None
     for option in ("lora_scale", "blocks", "text_encoder_timesteps"):
         settings[option] = plain(getattr(model, option))
@@ -725,30 +734,35 @@ def find_images(model: Model, prompts: list[str], plan: list[tuple[int, int]]) -
     """The finished image of every (prompt, index) of the plan in a folder from elsewhere, None where there is none.
 
     An image belongs to the prompt that is its caption (metadata.jsonl, or a .txt file beside it) or that it carries
-    (a PNG's text "prompt"); several of one prompt come in the order of their paths. Else its name says it: 00012_0.png
-    is the first image of the thirteenth prompt. UserError where no image belongs to any prompt.
+    (carried_prompt); several of one prompt come in the order of their paths. Where that finds none, names say it:
+    00012_0.png is the first image of the thirteenth prompt. UserError where no image belongs to any prompt.
     """
-    captions = {
-        path: caption or image_text(path).get("prompt", "")
-        for path, caption in find_captions(model.path, None).items()
-    }
+    captions = find_captions(model.path, None)
+    captions = {path: " ".join((caption or carried_prompt(path)).split()) for path, caption in captions.items()}
+    number = {prompt: p for p, prompt in enumerate(prompts)}
+    counts: Counter[int] = Counter()
     found: dict[tuple[int, int], Path] = {}
-    if any(captions.values()):
-        number = {prompt: p for p, prompt in enumerate(prompts)}
-        counts: Counter[int] = Counter()
-        for path, caption in captions.items():
-            p = number.get(" ".join(caption.split()))
-            if p is not None:
-                found[p, counts[p]] = path
-                counts[p] += 1
-        how = "none of their captions is one of the prompts"
-    else:
+    for path, caption in captions.items():
+        if caption in number:
+            found[number[caption], counts[number[caption]]] = path
+            counts[number[caption]] += 1
+    if not found:
         named = {path: re.fullmatch(r"(\d+)_(\d+)", path.stem) for path in captions}
         found = {(int(name[1]), int(name[2])): path for path, name in named.items() if name}
-        how = "they have no captions, and no names like 00012_0.png (prompt 12, image 0)"
     if not set(plan) & found.keys():
+        how = "no caption is one of the prompts, and no name is like 00012_0.png (prompt 12, image 0)"
         raise UserError(f"{model.name}: {len(captions)} images in {model.path}, but {how}")
     return [found.get(row) for row in plan]
+
+
+def carried_prompt(path: Path) -> str:
+    """The prompt in a PNG's texts: ours, or what A1111 writes before its settings; "" where there is none."""
+    try:
+        with Image.open(path) as image:
+            text = image.info.get("prompt") or image.info.get("parameters") or ""
+    except OSError:
+        return ""
+    return re.split(r"\nNegative prompt:|\nSteps:", text)[0] if isinstance(text, str) else ""
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -787,7 +801,7 @@ def load_images(paths: list[Path]) -> list[Image.Image]:
 
     def load(path: Path) -> Image.Image:
         try:
-            return Image.open(path).convert("RGB")
+            return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
         except OSError as error:
             raise UserError(f"cannot read the image {path}: {error}") from error
 
@@ -1556,6 +1570,7 @@ def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
 
 # ---- Models: what is compared ---------------------------------------------------------------------------------------
 
+COMPONENTS = ("unet", "text_encoder", "text_encoder_2")  # what a folder may bring
 BLOCKS = {"down": "down_blocks.", "mid": "mid_block.", "up": "up_blocks."}  # the U-Net's, in the order of its layers
 
 
@@ -1570,6 +1585,7 @@ class Model(NamedTuple):
     text_encoder: Path | None = None  # a LoRA of the text encoder that was trained apart
     text_encoder_timesteps: tuple[int, int] | None = None  # where the text encoder's LoRA works; None: everywhere
     identity: bool = True  # drawn with what --identity names
+    spec: str = ""  # as it was given
     checkpoints: str = ""  # "all": the training run's checkpoints are compared too
     checkpoint: tuple[str, int] | None = None  # which of them this one is: (the run's name, step)
 
@@ -1602,7 +1618,7 @@ def parse_model(spec: str) -> Model:
             read[key] = parse(value)
         except (ValueError, UserError) as error:
             raise UserError(f"{spec!r}: {key}={value}: {error}") from None
-    model = Model(name, kind, Path(path) if path else None, **read)
+    model = Model(name, kind, Path(path) if path else None, spec=spec, **read)
     if model.text_encoder_timesteps and not adapts_text_encoder(model):
         raise UserError(f"{spec!r}: text_encoder_timesteps, but no LoRA of a text encoder in {model.path}")
     return model
@@ -1625,9 +1641,10 @@ def parse_timesteps(text: str) -> tuple[int, int]:
 
 def parse_scale(text: str) -> float:
     """A finite number."""
-    if not re.fullmatch(r"-?\d*\.?\d+", text):
-        raise ValueError("not a number")
-    return float(text)
+    with contextlib.suppress(ValueError):
+        if math.isfinite(float(text)):
+            return float(text)
+    raise ValueError("not a number")
 
 
 def parse_yes(text: str) -> bool:
@@ -1723,19 +1740,37 @@ def adapts_text_encoder(model: Model) -> bool:
     from safetensors import safe_open
 
     files = [weight_files(path)[0] for path in (model.path, model.text_encoder) if path and model_kind(path) == "lora"]
-    keys = [key for file in files for key in safe_open(file, "pt").keys()]  # noqa: SIM118 - it is no dict
+    try:
+        keys = [key for file in files for key in safe_open(file, "pt").keys()]  # noqa: SIM118 - it is no dict
+    except Exception as error:
+        raise UserError(f"cannot read the LoRA of {model.name}: {first_line(error)}") from error
     return any(key.startswith(("text_encoder", "lora_te")) for key in keys)
 
 
-def fingerprint(files: list[Path]) -> str:
-    """A short hash of the files' sizes and last mebibytes: quick, and enough, for training moves every weight."""
+def fingerprint(files: Iterable[Path]) -> str:
+    """A short hash of the files' sizes and of 17 pieces of 64 KiB of each, its first and its last among them."""
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
             size = stream.seek(0, os.SEEK_END)
-            stream.seek(max(0, size - 2**20))
-            digest.update(f"{size}|".encode() + stream.read())
+            digest.update(f"{size}|".encode())
+            for part in range(17):
+                stream.seek(max(0, size - 2**16) * part // 16)
+                digest.update(stream.read(2**16))
     return digest.hexdigest()[:16]
+
+
+def tuned_files(path: Path) -> list[Path]:
+    """The files that a tuned model is drawn with: one LoRA, or the U-Net and text encoders of a folder."""
+    if not (path / "unet").is_dir():
+        return weight_files(path)
+    return [file for name in COMPONENTS for file in all_weights(path / name)]
+
+
+def all_weights(path: Path) -> list[Path]:
+    """All files of weights in a model's folder, or the file itself."""
+    found = [path] if path.is_file() else path.rglob("*")
+    return sorted(file for file in found if file.suffix in {".safetensors", ".bin", ".pt", ".pth"})
 
 
 class Identity(NamedTuple):
@@ -1747,6 +1782,7 @@ class Identity(NamedTuple):
     image: Path | None = None  # what the IP-Adapter shows: an image or a folder of images,
     embeds: Path | None = None  # or its face embeddings, as FaceID takes them, (faces, D) in a .safetensors file
     image_encoder: str = ""  # of an IP-Adapter: a folder or hub id; "": the one beside its weights
+    spec: str = ""  # as it was given
 
 
 def parse_identity(spec: str) -> Identity:
@@ -1767,7 +1803,7 @@ def parse_identity(spec: str) -> Identity:
             read[key] = parsers[key](value)
         except ValueError as error:
             raise UserError(f"--identity {spec}: {option}: {error}") from None
-    identity = Identity(kind, path, **read)
+    identity = Identity(kind, path, spec=spec, **read)
     if kind == "lora":
         weight_files(Path(path))
     else:
@@ -1794,8 +1830,9 @@ def identity_files(identity: Identity | None) -> list[Path]:
         return []
     if identity.kind == "lora":
         return weight_files(Path(identity.path))
-    given = identity.image or identity.embeds
-    return [Path(identity.path), *(find_photos(given) if given.is_dir() else [given])]
+    given, encoder = identity.image or identity.embeds, Path(identity.image_encoder)
+    faces = find_photos(given) if given.is_dir() else [given]
+    return [Path(identity.path), *faces, *(all_weights(encoder) if identity.image_encoder else [])]
 
 
 @contextlib.contextmanager
@@ -1806,28 +1843,25 @@ def drawing(
 
     Gives what a call of `pipe` needs beside prompts: the IP-Adapter's faces.
     """
-    parts = load_components(pipe, model.path) if model.kind == "folder" else {}
-    own = {name: getattr(pipe, name) for name in parts}
-    set_components(pipe, parts)
-    identity = identity if model.identity else None
-    person = identity and identity.kind == "ip_adapter"
-    options = {"ip_adapter_image_embeds": [load_ip_adapter(pipe, identity, guided)]} if person else {}
-    scales = dict.fromkeys(adapters_of(pipe), 1.0)  # FaceID brings a LoRA of its own
-    for adapter, (path, scale) in loras_of(model, identity).items():
-        load_lora(pipe, weight_files(path)[0], adapter)
-        scales[adapter] = scale
-    if scales:
-        pipe.set_adapters(list(scales), list(scales.values()))
-    if model.blocks:
-        limit_to_blocks(pipe.unet, "tuned", model.blocks)
-    try:
-        yield options
-    finally:
+    identity, options = identity if model.identity else None, {}
+    with contextlib.ExitStack() as undo:
+        if model.kind == "folder":
+            parts = load_components(pipe, model.path)
+            undo.callback(set_components, pipe, {name: getattr(pipe, name) for name in parts}, pipe.unet.device)
+            set_components(pipe, parts, pipe.unet.device)
+        if identity and identity.kind == "ip_adapter":
+            undo.callback(pipe.unload_ip_adapter)
+            options = {"ip_adapter_image_embeds": [load_ip_adapter(pipe, identity, guided)]}
+        undo.callback(unload_loras, pipe)
+        scales = dict.fromkeys(adapters_of(pipe), 1.0)  # FaceID brings a LoRA of its own
+        for adapter, (path, scale) in loras_of(model, identity).items():
+            load_lora(pipe, weight_files(path)[0], adapter)
+            scales[adapter] = scale
         if scales:
-            pipe.delete_adapters(list(scales))
-        if person:
-            pipe.unload_ip_adapter()
-        set_components(pipe, own)
+            pipe.set_adapters(list(scales), list(scales.values()))
+        if model.blocks:
+            limit_to_blocks(pipe.unet, "tuned", model.blocks)
+        yield options
 
 
 def loras_of(model: Model, identity: Identity | None) -> dict[str, tuple[Path, float]]:
@@ -1845,29 +1879,36 @@ def adapters_of(pipe: DiffusionPipeline) -> list[str]:
     return sorted({name for names in pipe.get_list_adapters().values() for name in names})
 
 
-def set_components(pipe: DiffusionPipeline, parts: dict[str, torch.nn.Module]) -> None:
-    """Puts parts in the place of those of the same name."""
+def unload_loras(pipe: DiffusionPipeline) -> None:
+    """Removes all LoRAs."""
+    if adapters_of(pipe):
+        pipe.delete_adapters(adapters_of(pipe))
+
+
+def set_components(pipe: DiffusionPipeline, parts: dict[str, torch.nn.Module], device: torch.device) -> None:
+    """Puts parts in the place of those of the same name, which wait in host memory."""
     for name, part in parts.items():
-        setattr(pipe, name, part)
+        getattr(pipe, name).to("cpu")
+        setattr(pipe, name, part.to(device))
 
 
 def load_components(pipe: DiffusionPipeline, folder: Path) -> dict[str, torch.nn.Module]:
     """The U-Net, and the text encoders that there are, of a folder; UserError where they do not fit the pipeline."""
     parts = {}
-    for name in ("unet", "text_encoder", "text_encoder_2"):
+    for name in COMPONENTS:
         old = getattr(pipe, name, None)
         if old is None or not (folder / name).is_dir():
             continue
         kind = {"torch_dtype" if name == "unet" else "dtype": old.dtype}
         try:
             part = type(old).from_pretrained(folder / name, **kind)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"cannot load {folder / name}: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # whatever a file may hold
+            raise UserError(f"cannot load {folder / name}: {first_line(error)}") from error
         for key in ("in_channels", "cross_attention_dim", "hidden_size"):
             here, there = (getattr(one.config, key, None) for one in (part, old))
             if here != there:
                 raise UserError(f"{folder / name} does not fit the base model: {key} {here}, there {there}")
-        parts[name] = part.to(old.device)
+        parts[name] = part
     parts["unet"].to(memory_format=torch.channels_last)
     return parts
 
@@ -1938,30 +1979,44 @@ def load_lora(pipe: DiffusionPipeline, file: Path, adapter: str) -> None:
     """Loads a LoRA of any format that diffusers reads; UserError where it does not fit this base model."""
     try:
         pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=adapter)
-    except (ValueError, RuntimeError, LookupError, OSError) as error:
-        raise UserError(f"{file} is not a LoRA for this base model: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever a file may hold
+        raise UserError(f"{file} is not a LoRA for this base model: {first_line(error)}") from error
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without its stack of advice."""
+    first, *others = (str(error).strip() or type(error).__name__).splitlines()
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
 
 def load_ip_adapter(pipe: DiffusionPipeline, identity: Identity, guided: bool) -> torch.Tensor:
     """Loads the IP-Adapter; returns the faces' embeddings, (1, faces, ...); guided: after those of none, (2, ...)."""
-    from safetensors.torch import load_file
-
     file, folder = Path(identity.path), None if identity.embeds else "image_encoder"
     try:
         if identity.image_encoder:
             load_image_encoder(pipe, identity.image_encoder)
         pipe.load_ip_adapter(str(file.parent), subfolder="", weight_name=file.name, image_encoder_folder=folder)
-    except (ValueError, RuntimeError, LookupError, OSError) as error:
-        raise UserError(f"{file} is not an IP-Adapter for this base model: {str(error).splitlines()[0]}") from error
-    pipe.set_ip_adapter_scale(identity.scale)
-    device, dtype = pipe.unet.device, pipe.unet.dtype
+        pipe.set_ip_adapter_scale(identity.scale)
+        with torch.inference_mode():
+            faces = embed_person(pipe, identity, guided)
+            pipe.unet.encoder_hid_proj([faces])  # raises where their width is another
+    except Exception as error:  # whatever a file may hold
+        raise UserError(
+            f"cannot use the IP-Adapter {file} with this base model and face: {first_line(error)}"
+        ) from error
+    return faces
+
+
+def embed_person(pipe: DiffusionPipeline, identity: Identity, guided: bool) -> torch.Tensor:
+    """The IP-Adapter's embeddings of the person's images, or those that a file holds, as load_ip_adapter returns."""
+    from safetensors.torch import load_file
+
     if identity.embeds:
         faces = next(iter(load_file(identity.embeds).values()))
-        faces = faces.reshape(1, -1, 1, faces.shape[-1]).to(device, dtype)
+        faces = faces.reshape(1, -1, 1, faces.shape[-1]).to(pipe.unet.device, pipe.unet.dtype)
         return torch.cat([torch.zeros_like(faces), faces]) if guided else faces
     files = find_photos(identity.image) if identity.image.is_dir() else [identity.image]
-    with torch.inference_mode():
-        return pipe.prepare_ip_adapter_image_embeds([load_images(files)], None, device, 1, guided)[0]
+    return pipe.prepare_ip_adapter_image_embeds([load_images(files)], None, pipe.unet.device, 1, guided)[0]
 
 
 def load_image_encoder(pipe: DiffusionPipeline, name: str) -> None:
@@ -1987,25 +2042,48 @@ class Measure(NamedTuple):
     label: str
     source: str
     load: Callable[[Device], Callable[[list[Image.Image], list[str]], Any]]
+    files: Sequence[Path] = ()  # what its values depend upon, too: weights, code, photos
     of_photos: bool = False  # the real photos are measured, too
 
 
 def all_measures(args: argparse.Namespace) -> list[Measure]:
     """Scorers, colour, and what the settings ask for: features of images, identity."""
-    measures = [Measure(scorer.label, scorer.source, partial(load_scorer, scorer)) for scorer in args.scorers]
+    measures = [
+        Measure(scorer.label, scorer.source, partial(load_scorer, scorer), scorer_files(scorer))
+        for scorer in args.scorers
+    ]
     measures.append(Measure("colour", "colour", lambda device: measure_colour, of_photos=True))
-    features = partial(load_features, image_features, args.feature_model)
-    measures.append(Measure("features", args.feature_model, features, of_photos=True))
+    features = {"features": (image_features, args.feature_model)}
     if args.real_data_dir:
-        clip = partial(load_features, clip_embeddings, args.cmmd_model)
-        measures.append(Measure("CMMD", args.cmmd_model, clip, of_photos=True))
+        features["CMMD"] = (clip_embeddings, args.cmmd_model)
     if args.inception:
-        inception = partial(load_features, inception_features, args.inception)
-        measures.append(Measure("FID", args.inception, inception, of_photos=True))
+        features["FID"] = (inception_features, args.inception)
+    for label, (factory, name) in features.items():
+        load = partial(load_features, factory, name)
+        measures.append(Measure(label, name, load, all_weights(Path(name)), of_photos=True))
     if args.reference_faces:
-        faces = partial(load_identity, args.face_embedder, Path(args.reference_faces))
-        measures.append(Measure("identity", f"{args.face_embedder} {args.reference_faces}", faces))
+        faces = Path(args.reference_faces)
+        files = [*find_photos(faces), *plug_in_files(args.face_embedder)]
+        measures.append(
+            Measure("identity", args.face_embedder, partial(load_identity, args.face_embedder, faces), files)
+        )
     return measures
+
+
+def scorer_files(scorer: Scorer) -> list[Path]:
+    """The weights and the code that a scorer is made of, as far as they are files here."""
+    _, _, _, name, options = split_spec(scorer.source)
+    weights = [file for key in WEIGHTS.keys() & options.keys() for file in all_weights(Path(options[key]))]
+    return weights if name in BUILT_IN_SCORERS else [*weights, *plug_in_files(name)]
+
+
+def plug_in_files(name: str) -> list[Path]:
+    """The file of a module:function or file.py:function; scores in a file.jsonl are told apart by their source."""
+    if ":" not in name or ".jsonl" in name:
+        return []
+    module = name.rpartition(":")[0]
+    spec = None if module.endswith(".py") else importlib.util.find_spec(module)
+    return [Path(spec.origin if spec else module)]
 
 
 def load_scorer(scorer: Scorer, device: Device) -> Callable[[list[Image.Image], list[str]], list[float]]:
@@ -2050,6 +2128,7 @@ def measure_all(
     output, texts = Path(args.output_dir, "measures"), [prompts[p] for p, _ in plan]
     repeated = np.bincount([p for p, _ in plan])[[p for p, _ in plan]] > 1
     values: dict[str, dict[str, np.ndarray]] = {name: {} for name in paths}
+    ratio = shape_ratio(next(filter(None, paths["base"])))
     for measure in all_measures(args):
         todo = {}
         for name, files in paths.items():
@@ -2058,19 +2137,22 @@ def measure_all(
             if measure.label == "features" and not args.real_data_dir:
                 files = [file if more else None for file, more in zip(files, repeated, strict=True)]
             cache = output / name / f"{re.sub(r'[^a-zA-Z0-9_.-]', '_', measure.label)}.npz"
-            key = f"{source_key(measure.source)} {images_key(files, () if name == PHOTOS else texts)}"
-            known = read_measured(cache, key)
+            source = f"{measure.source} {fingerprint(measure.files)}"
+            key = f"{source} {images_key(files, [str(ratio)] if name == PHOTOS else texts)}"
+            known = None if args.overwrite else read_measured(cache, key)
             if known is None:
                 todo[name] = (files, cache, key)
             else:
                 values[name][measure.label] = known
+        total = sum(len(share_of(files, state)) for files, _, _ in todo.values())
         if not todo:
             continue
-        function = measure.load(state.device)
-        total = sum(len(share_of(files, state)) for files, _, _ in todo.values())
+        wanted = any(any(files) for files, _, _ in todo.values())
+        function = measure.load(state.device) if wanted else None
         with progress(total, state, measure.label, "img") as bar:
             for name, (files, cache, key) in todo.items():
-                found = run_measure(function, name, files, texts, args.batch_size, state, bar)
+                crop = ratio if name == PHOTOS else None
+                found = run_measure(function, name, files, texts, args.batch_size, state, bar, crop)
                 values[name][measure.label] = found
                 if state.is_main_process:
                     write_measured(cache, key, found)
@@ -2091,8 +2173,12 @@ def run_measure(
     batch_size: int,
     state: PartialState,
     bar: tqdm,
+    crop: float | None,
 ) -> np.ndarray:
-    """One measure of one model's images, (N,) or (N, C), every process its share; the next batch is read meanwhile."""
+    """One measure of one model's images, (N,) or (N, C), every process its share; the next batch is read meanwhile.
+
+    `crop`: width over height to which images are cut; of photos, whose shape would tell them from images otherwise.
+    """
     from accelerate.utils import gather_object
 
     batches, found = list(in_batches(share_of(files, state), batch_size)), []
@@ -2100,6 +2186,7 @@ def run_measure(
         ahead = [reader.submit(load_images, [files[row] for row in batch]) for batch in batches[:1]]
         for i, batch in enumerate(batches):
             images = ahead.pop().result()
+            images = [cut_to(image, crop) for image in images] if crop else images
             ahead += [reader.submit(load_images, [files[row] for row in rows]) for rows in batches[i + 1 : i + 2]]
             for image, row in zip(images, batch, strict=True):
                 image.info["image_id"] = f"{name}/{files[row].name}"  # what a file.jsonl of scores calls it
@@ -2113,11 +2200,17 @@ def run_measure(
     return values
 
 
-def source_key(source: str) -> str:
-    """`source` with a fingerprint of every file and model folder that it names: weights may change under a name."""
-    parts = [Path(part) for part in re.split(r"[=, ]|:(?=\w+$)", source) if part]
-    files = [file for part in parts for file in ([part] if part.is_file() else sorted(part.glob("*.safetensors")))]
-    return f"{source} {fingerprint(files)}" if files else source
+def shape_ratio(file: Path) -> float:
+    """Width over height of an image."""
+    with Image.open(file) as image:
+        return image.width / image.height
+
+
+def cut_to(image: Image.Image, ratio: float) -> Image.Image:
+    """The largest middle part of an image whose width over height is `ratio`."""
+    width, height = min(image.width, round(image.height * ratio)), min(image.height, round(image.width / ratio))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def images_key(files: list[Path | None], texts: Sequence[str]) -> str:
@@ -2294,6 +2387,27 @@ def per_prompt_means(
     return means
 
 
+def paired_means(
+    values: dict[str, dict[str, np.ndarray]],
+    means: dict[str, dict[str, np.ndarray]],
+    scorers: list[str],
+    prompt_ids: np.ndarray,
+    threshold: float,
+    name: str,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """means of base and of a model over the images that both have; only a folder from elsewhere may lack some."""
+    missing = np.isnan(values["base"]["colour"][:, -1]) | np.isnan(values[name]["colour"][:, -1])
+    if not missing.any():
+        return means["base"], means[name]
+    pair = {side: dict(values[side]) for side in ("base", name)}
+    for found in pair.values():
+        for label in {*scorers, "colour", "features", "identity"} & found.keys():
+            found[label] = found[label].copy()
+            found[label][missing] = np.nan
+    both = per_prompt_means(pair, scorers, prompt_ids, threshold)
+    return both["base"], both[name]
+
+
 def colour_columns(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The columns of the measure colour by name, (N,) each."""
     return dict(zip(COLOUR_COLUMNS, found["colour"].T, strict=True))
@@ -2310,8 +2424,9 @@ def compare(base: np.ndarray, tuned: np.ndarray, role: str) -> dict[str, object]
         "win_rate": mean(points),
         "interval": bootstrap_interval(mean, points),
         **{word: mean(points == point) for word, point in (("win", 1), ("tie", 0.5), ("lose", 0))},
-        "base": mean(base),
-        "tuned": mean(tuned),
+        "base": mean(base[finite]),
+        "tuned": mean(tuned[finite]),
+        "vetoed": [mean(np.isneginf(side[~np.isnan(side)]).astype(float)) for side in (base, tuned)],
         "difference": mean(differences),
         "difference_interval": bootstrap_interval(mean, differences),
         "sign_test": sign_test(tuned, base),
@@ -2383,7 +2498,11 @@ def compare_colour(
     labs = [per_prompt(np.stack([side[key] for key in "Lab"], axis=1), prompt_ids) for side in (base, tuned)]
     colour["hue_shift"] = shift(hue_shift, *hues)
     colour["hue_distance"] = shift(mean, per_prompt(hue_distance(base["hue"], tuned["hue"]), prompt_ids))
-    colour["delta_e"] = shift(delta_e, *labs)
+    lab_known = ~np.isnan(labs[0] + labs[1]).any(axis=1)
+    labs = [lab[lab_known] for lab in labs]
+    low, high = jackknife_interval(delta_e, *labs)
+    colour["delta_e"] = {"value": delta_e(*labs), "interval": (max(0.0, low), high)}
+    colour["delta_e_prompts"] = shift(mean, np.linalg.norm(labs[1] - labs[0], axis=1))
     if "latent_mean" in base and "latent_mean" in tuned:
         means = [per_prompt(side["latent_mean"], prompt_ids) for side in (base, tuned)]
         std = latent_std(base["latent_mean"], base["latent_std"])
@@ -2411,21 +2530,21 @@ def compare_with_photos(colours: dict[str, np.ndarray], photos: dict[str, np.nda
         found[key] = row | {"interval": difference(lambda a, b: b.mean() - a.mean(), a, b)}
     labs = [np.stack([side[key] for key in "Lab"], axis=1) for side in (photos, colours)]
     labs = [lab[~np.isnan(lab).any(axis=1)] for lab in labs]
-    found["delta_e"] = {"value": delta_e(*labs), "interval": difference(delta_e, *labs)}
+    found["delta_e"] = {"value": delta_e_of_sets(*labs), "interval": difference(delta_e_of_sets, *labs)}
     return found
 
 
-PAPER_COLUMNS = {  # the paper's names (arXiv 2405.20216, tables 1 and 2) and ours
-    "P-Score": "pickscore",
-    "HPS": "hpsv2",
-    "IR": "imagereward",
-    "AES": "aesthetic",
-    "CLIP": "clip",
-    "FID": "FID",
-    "CI-Q": "clip_iqa",
-    "CI-S": "clip_iqa_sharpness",
-    "ATHEC": "sharpness",
-    "Hue": "hue_shift",
+PAPER = {  # the columns of the paper's tables (arXiv 2405.20216), our names of them, and what they are
+    "P-Score": ("pickscore", "PickScore"),
+    "HPS": ("hpsv2", "HPSv2"),
+    "IR": ("imagereward", "ImageReward"),
+    "AES": ("aesthetic", "LAION's aesthetic score"),
+    "CLIP": ("clip", "100 cos(image, prompt) of CLIP"),
+    "FID": ("FID", "Fréchet Inception distance to the photos, lower is better"),
+    "CI-Q": ("clip_iqa", "CLIP-IQA: good against bad photo"),
+    "CI-S": ("clip_iqa_sharpness", "CLIP-IQA: sharp against blurry photo"),
+    "ATHEC": ("sharpness", "sharpness: std of the Laplacian"),
+    "Hue": ("hue_shift", "distance to base's mean hue in degrees"),
 }
 
 
@@ -2444,7 +2563,7 @@ def paper_rows(
         own = {"FID": fid, "hue_shift": hue}
         table[name] = {
             column: own[ours] if ours in own else found.get(labels.get(ours, ours))
-            for column, ours in PAPER_COLUMNS.items()
+            for column, (ours, _) in PAPER.items()
         }
     return table
 
@@ -2466,28 +2585,33 @@ def verdict(
 ) -> list[tuple[str, str]]:
     """The comparison in sentences, each with a tone: good, bad or plain; the first one is the headline.
 
-    A gain has to pass Holm, with its interval above 1/2; a loss warns by its interval alone.
+    What is told as gained or lost passes Holm, with its interval on one side of 1/2; a loss that does not is doubtful.
     """
     lead = leading_metric(metrics)
     gained = [label for label, m in metrics.items() if m["interval"][0] > 0.5 and m["holm"] < 0.05]
-    lost = [label for label, m in metrics.items() if m["interval"][1] < 0.5]
-    what = "draws better than" if lead in gained else "draws worse than" if lead in lost else "cannot be told from"
-    tone = "good" if lead in gained else "bad" if lead in lost else "plain"
+    worse = [label for label, m in metrics.items() if m["interval"][1] < 0.5 and m["holm"] < 0.05]
+    doubtful = [label for label, m in metrics.items() if m["interval"][1] < 0.5 and m["holm"] >= 0.05]
+    what = "draws better than" if lead in gained else "draws worse than" if lead in worse else "cannot be told from"
+    tone = "good" if lead in gained else "bad" if lead in worse else "plain"
     of = f" of {metrics[lead]['prompts']} prompts"
     sentences = [(tone, f"{name} {what} base by {lead}: it wins {rated(metrics[lead], of)}.")]
-    training = [label for label, m in metrics.items() if m["role"] == "training"]
     held_out = [label for label, m in metrics.items() if m["role"] == "held-out"]
-    costs = what_got_worse(metrics, lost, colour, realism or {})
-    if costs and set(training) & set(gained):
-        rise = f"the training scorer rises ({rated(metrics[training[0]])}) while"
-        sentences.append(("bad", f"Looks like reward hacking: {rise} {listed(costs)}."))
-    elif costs:
-        sentences.append(("bad", f"At a cost: {listed(costs)}."))
-    elif set(training) & set(gained) and held_out and not set(held_out) & set(gained):
+    risen = [label for label in gained if metrics[label]["role"] == "training"]
+    costs = what_got_worse(metrics, worse, colour, realism or {})
+    others = what_got_worse(metrics, [label for label in worse if label != lead], colour, realism or {})
+    if costs and risen:
+        rise = f"the training scorer rises ({rated(metrics[risen[0]])}) while"
+        sentences.append(("bad", f"Looks like reward hacking: {rise} {in_words(costs)}."))
+    elif others:
+        sentences.append(("bad", f"{'At a cost' if gained else 'Also'}: {in_words(others)}."))
+    elif risen and held_out and not set(held_out) & set(gained):
         sentences.append(("plain", "The training scorer rises, but no held-out scorer follows."))
+    if doubtful:
+        rates = [f"{label} ({rated(metrics[label])})" for label in doubtful]
+        sentences.append(("plain", f"Perhaps worse, not for sure among so many metrics: {in_words(rates)}."))
     closer = [kind for kind, row in (realism or {}).items() if row["interval"][1] < 0]
     if closer:
-        sentences.append(("good", f"Closer to the real photos by {listed(closer)}."))
+        sentences.append(("good", f"Closer to the real photos by {in_words(closer)}."))
     sentences += [("bad", sentence) for sentence in losing_groups(groups or {}, lead)]
     if not held_out:
         sentences.append(
@@ -2496,7 +2620,7 @@ def verdict(
     return sentences
 
 
-def listed(parts: list[str]) -> str:
+def in_words(parts: list[str]) -> str:
     """The parts of a sentence, as in a, b and c."""
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
@@ -2661,20 +2785,9 @@ LEGEND = """Blue: the interval lies above one half; red: below; grey: it holds o
 model won, its pale end the ties. Open dot: the training scorer. Bold: the metric that leads."""
 
 ROLES = {"held-out": "", "training": "training scorer", "diversity": "diversity", "identity": "identity"}
-PAPER = {  # the columns of the paper's tables
-    "P-Score": "PickScore",
-    "HPS": "HPSv2",
-    "IR": "ImageReward",
-    "AES": "LAION's aesthetic score",
-    "CLIP": "100 cos(image, prompt) of CLIP",
-    "FID": "Fréchet Inception distance to the photos, lower is better",
-    "CI-Q": "CLIP-IQA: good against bad photo",
-    "CI-S": "CLIP-IQA: sharp against blurry photo",
-    "ATHEC": "sharpness: std of the Laplacian",
-    "Hue": "distance to base's mean hue in degrees",
-}
-SHIFTS = {  # the four figures of the colour shift: words, unit, decimals
-    "delta_e": ("Delta E (2.3 is just visible)", "", 2),
+SHIFTS = {  # the figures of the colour shift: words, unit, decimals
+    "delta_e": ("Delta E, all images (2.3: visible)", "", 2),
+    "delta_e_prompts": ("Delta E, prompt by prompt", "", 2),
     "hue_distance": ("Hue, image by image", "°", 1),
     "hue_shift": ("Hue, all images together", "°", 1),
     "latent_shift": ("Latent means, in std of base", "", 3),
@@ -2786,9 +2899,14 @@ def win_rates(name: str, result: dict[str, Any]) -> str:
     for label, m in in_order(metrics).items():
         title = f"<b>{html.escape(label)}</b>" if label == lead else html.escape(label)
         tag = f'<span class="tag">{ROLES[m["role"]]}</span>' if ROLES[m["role"]] not in ("", label) else ""
+        vetoed = m.get("vetoed") or (0, 0)
+        if any(vetoed):
+            tag += f"<small>vetoed: base {percent(vetoed[0])}, {html.escape(name)} {percent(vetoed[1])}</small>"
         figures = percent(m["win_rate"]), span(m["interval"], 100), number(m["base"]), number(m["tuned"])
-        rows.append((title + tag, whisker(m, m["role"]), *figures, p_value(m.get("holm"))))
-    return table(("Metric", AXIS, "Win rate", "95 % interval", "base", html.escape(name), "p (Holm)"), rows)
+        tests = p_value(m.get("holm")), p_value(m.get("wilcoxon"))
+        rows.append((title + tag, whisker(m, m["role"]), *figures, *tests))
+    head = "Metric", AXIS, "Win rate", "95 % interval", "base", html.escape(name), "p (Holm)", "p (Wilcoxon)"
+    return table(head, rows)
 
 
 def verdict_words(verdict: Sequence[tuple[str, str]]) -> str:
@@ -2939,7 +3057,7 @@ def paper_columns(paper: dict[str, dict]) -> list[str]:
 def paper_table(paper: dict[str, dict]) -> str:
     """The columns of the paper's tables as rows, the models as columns."""
     rows = (
-        (f'{name} <span class="what">{PAPER[name]}</span>', *(number(row.get(name)) for row in paper.values()))
+        (f'{name} <span class="what">{PAPER[name][1]}</span>', *(number(row.get(name)) for row in paper.values()))
         for name in paper_columns(paper)
     )
     return table(("Name", *map(html.escape, paper)), rows)
@@ -3670,6 +3788,7 @@ def write_user_study(
         p, k = plan[row]
         shown.append({"id": str(number), "prompt": prompts[p], **image})
         key[str(number)] = {"prompt_id": p, "index": k, "prompt": prompts[p], "left": left, "right": right}
+        key[str(number)]["files"] = {side: fingerprint([paths[side][row]]) for side in (left, right)}
     study = hashlib.sha256(json.dumps([shown, key]).encode()).hexdigest()[:16]
     content = json.dumps({"study": study, "questions": QUESTIONS, "pairs": shown}).replace("<", "\\u003c")
     keep_other_key(folder / STUDY_KEY, study)
@@ -3729,6 +3848,19 @@ def read_votes(files: Sequence[str], folder: Path, prompts: list[str] | None = N
     if not votes:
         raise UserError(f"--votes: no answers in {', '.join(map(str, files)) or 'no file'}")
     return votes
+
+
+def check_study_images(folder: Path, paths: dict[str, list[Path | None]], plan: list[tuple[int, int]]) -> None:
+    """UserError where an image that people voted on is another one now; models that are left out now do not count."""
+    rows = {row: number for number, row in enumerate(plan)}
+    for pair, shown in read_object(folder / STUDY_KEY)["pairs"].items():
+        row = rows.get((shown["prompt_id"], shown["index"]))
+        for name, known in shown.get("files", {}).items():
+            file = paths[name][row] if name in paths and row is not None else None
+            if file and fingerprint([file]) != known:
+                raise UserError(
+                    f"--votes: {file} was drawn anew since people voted on pair {pair}: ask them once more"
+                )
 
 
 def read_votes_file(path: Path, key: dict[str, Any], key_file: Path) -> tuple[str, list[dict[str, Any]]]:
@@ -4004,30 +4136,34 @@ def generate(args: argparse.Namespace, state: PartialState, prompts: list[str], 
             open_image_folder(output / "images" / model.name, image_settings(args, model), args.overwrite)
     state.wait_for_everyone()
     seeds = {(p, k): image_seed(args.seed, prompts[p], k) for p, k in plan}
-    pipe = None
+    share, todo = plan[state.process_index :: state.num_processes], {}
     for model in drawn:
-        share = plan[state.process_index :: state.num_processes]
         files = {(p, k): image_file(output, model, p, k) for p, k in share}
-        todo = [row for row in share if image_text(files[row]).get("seed") != str(seeds[row])]
-        if not todo:
-            continue
-        pipe = pipe or load_pipeline(args, state.device)
+        todo[model] = [row for row in share if image_text(files[row]).get("seed") != str(seeds[row])]
+    todo = {model: rows for model, rows in todo.items() if rows}
+    pipe = load_pipeline(args, state.device) if todo else None
+    guided = args.guidance_scale > 1
+    for model in todo:  # what cannot be loaded is told before anything is drawn
+        with drawing(pipe, model, args.identity, guided):
+            pass
+    for model, rows in todo.items():
         with (
-            drawing(pipe, model, args.identity, args.guidance_scale > 1) as person,
-            progress(len(todo), state, f"images of {model.name}", "img") as bar,
+            drawing(pipe, model, args.identity, guided) as person,
+            progress(len(rows), state, f"images of {model.name}", "img") as bar,
         ):
-            for rows in in_batches(todo, args.batch_size):
-                texts = [prompts[p] for p, _ in rows]
+            for batch in in_batches(rows, args.batch_size):
+                texts = [prompts[p] for p, _ in batch]
                 embeds, window = condition(pipe, model, texts, args.negative_prompt, args.num_inference_steps)
                 size = (args.num_inference_steps, args.guidance_scale, args.height, args.width)
                 images, latents = sample(
-                    pipe, embeds, range(len(rows)), [seeds[row] for row in rows], *size, **person, **window
+                    pipe, embeds, range(len(batch)), [seeds[row] for row in batch], *size, **person, **window
                 )
-                for row, image, latent in zip(rows, images, latents.double().flatten(2), strict=True):
+                for row, image, latent in zip(batch, images, latents.double().flatten(2), strict=True):
                     statistics = {"latent_mean": latent.mean(-1), "latent_std": latent.std(-1, correction=0)}
                     told = {key: json.dumps(value.tolist()) for key, value in statistics.items()}
-                    write_atomically(files[row], png(image, prompt=prompts[row[0]], seed=str(seeds[row]), **told))
-                bar.update(len(rows))
+                    told |= {"prompt": prompts[row[0]], "seed": str(seeds[row])}
+                    write_atomically(image_file(output, model, *row), png(image, **told))
+                bar.update(len(batch))
     state.wait_for_everyone()
 
 
@@ -4042,13 +4178,14 @@ def conclude(
     """All that is found, for metrics.json, and every measure's means over the images of each prompt."""
     labels = [scorer.label for scorer in args.scorers]
     means = per_prompt_means(values, labels, prompt_ids, args.face_threshold)
-    roles, groups = metric_roles(labels, training, bool(args.reference_faces)), group_prompts(args, prompts)
+    roles = metric_roles(args.scorers, training, bool(args.reference_faces))
+    groups = group_prompts(args, prompts)
     realism = measure_realism(values, photos, prompt_ids, args.seed)
     colours = {name: colour_columns(found) | found["latents"] for name, found in values.items()}
 
     models = {}
     for model in args.models[1:]:
-        base, tuned = means["base"], means[model.name]
+        base, tuned = paired_means(values, means, labels, prompt_ids, args.face_threshold, model.name)
         metrics = compare_metrics(base, tuned, roles)
         shown = [label for label, row in metrics.items() if row["role"] == "training"]
         found: dict[str, Any] = {
@@ -4057,7 +4194,8 @@ def conclude(
             "realism": {kind: moves[model.name] for kind, (_, moves) in realism.items()},
             "groups": compare_groups(base, tuned, [leading_metric(metrics), *shown], groups),
         }
-        found["verdict"] = verdict(model.name, *found.values())
+        sure = {kind: row for kind, row in found["realism"].items() if not realism[kind][0]["note"]}
+        found["verdict"] = verdict(model.name, metrics, found["colour"], sure, found["groups"])
         found["checkpoint"] = model.checkpoint and dict(zip(("of", "step"), model.checkpoint, strict=True))
         models[model.name] = found
 
@@ -4072,15 +4210,12 @@ def conclude(
     return record, means
 
 
-def metric_roles(labels: list[str], training: list[str], identity: bool) -> dict[str, str]:
+def metric_roles(scorers: list[Scorer], training: list[str], identity: bool) -> dict[str, str]:
     """{metric: role}: held-out scorers lead, those that selected the training pairs and what else counts follow."""
-    roles = {label: "training" if label in training else "held-out" for label in labels}
-    roles = dict(sorted(roles.items(), key=lambda item: item[1] == "training"))
-    return (
-        roles
-        | {"diversity": "diversity"}
-        | (dict.fromkeys(("identity", "recognised"), "identity") if identity else {})
-    )
+    chose = {scorer.label: bool({scorer.label, *names_of_scorer(scorer.source)} & {*training}) for scorer in scorers}
+    roles = {label: "training" if chose[label] else "held-out" for label in sorted(chose, key=chose.__getitem__)}
+    others = {"diversity": "diversity", "identity": "identity", "recognised": "identity"}
+    return roles | {label: role for label, role in others.items() if identity or role == "diversity"}
 
 
 def measure_realism(
@@ -4114,20 +4249,37 @@ def summarise_identity(values: dict[str, np.ndarray], means: dict[str, np.ndarra
 
 
 def recorded_training_scorers(models: list[Model]) -> list[str]:
-    """The scorers that selected the training pairs, from the records beside the weights; else pickscore."""
-    found = [
-        split_spec(spec)[0]
+    """The names of the scorers that selected the training pairs, from the records beside the weights; [] without."""
+    specs = [
+        spec
         for data in training_data(models)
         for spec in read_settings(data / "preference_data.json").get("scorer", [])
     ]
-    return sorted(set(found)) or ["pickscore"]
+    return sorted(set().union(*map(names_of_scorer, specs)))
+
+
+def names_of_scorer(spec: str) -> set[str]:
+    """What a scorer may be called: its label, and what it would be called without one."""
+    label, _, _, name, _ = split_spec(spec)
+    return {label, name.rpartition(":")[2]}
 
 
 def training_data(models: list[Model]) -> list[Path]:
-    """The folders of pairs that the models were trained on, as recorded beside the weights."""
-    weights = [model for model in models if model.kind in {"lora", "folder"}]
-    folders = {model.path if model.path.is_dir() else model.path.parent: None for model in weights}
-    return [Path(read_settings(f / "training_settings.json").get("train_data_dir") or f) for f in folders]
+    """The folders of pairs that the models were trained on, earlier stages included, as the weights' records say."""
+    weights = [
+        path for model in models if model.kind in {"lora", "folder"} for path in (model.path, model.text_encoder)
+    ]
+    todo, folders = [path for path in weights if path], []
+    while todo:
+        path = todo.pop(0)
+        places = (path, *path.parents[:2])  # of a folder; a file or a checkpoint in it; a file in a checkpoint
+        records = [place / "training_settings.json" for place in places]
+        record = next(filter(Path.is_file, records), records[0])
+        settings = read_settings(record)
+        data = Path(settings.get("train_data_dir") or path)
+        folders.append(data if data.is_dir() else record.parent.parent / data.name)  # trained in another folder
+        todo += [Path(settings[name]) for name in ("initial_lora", "initial_unet") if settings.get(name)]
+    return list(dict.fromkeys(folders))
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -4206,43 +4358,44 @@ def print_summary(record: dict[str, Any]) -> None:
 
 
 def describe(args: argparse.Namespace) -> dict[str, object]:
-    """All settings as plain values, for the report and metrics.json."""
-    models = [describe_model(model) for model in args.models]
-    scorers = [scorer.source for scorer in args.scorers]
-    identity = args.identity and ",".join(f"{key}={value}" for key, value in args.identity._asdict().items() if value)
-    return {**vars(args), "models": models, "scorers": scorers, "identity": identity}
+    """All settings as plain values, for the report and metrics.json; models and identity as they were given."""
+    models = list(dict.fromkeys(model.spec for model in args.models))
+    identity = args.identity and args.identity.spec
+    return {
+        **vars(args),
+        "models": models,
+        "scorers": [scorer.source for scorer in args.scorers],
+        "identity": identity,
+    }
 
 
-def describe_model(model: Model) -> str:
-    """A model as --models takes it."""
-    options = {key: value for key in MODEL_OPTIONS if (value := getattr(model, key)) != Model._field_defaults[key]}
-    if "text_encoder_timesteps" in options:
-        options["text_encoder_timesteps"] = "{}:{}".format(*model.text_encoder_timesteps)
-    if "identity" in options:
-        options["identity"] = "no"
-    if model.checkpoint:
-        options.pop("checkpoints", None)
-    first = f"{model.name}={model.path}" if model.path else model.name
-    return ",".join([first, *(f"{key}={value}" for key, value in options.items())])
-
-
-def caveats(args: argparse.Namespace, prompts: int, training: list[str]) -> list[str]:
-    """What weakens the conclusions, a sentence each."""
-    lines, labels = [], [scorer.label for scorer in args.scorers]
-    if prompts < 200:
-        smallest = percent(smallest_detectable_win_rate(prompts))
-        lines.append(f"Only {prompts} prompts: a win rate below {smallest} would mostly go unseen. Use 200 or more.")
-    if not set(training) & set(labels):
+def caveats(
+    args: argparse.Namespace, prompts: list[str], elsewhere: dict[str, list[Path | None]], plan: list[tuple[int, int]]
+) -> list[str]:
+    """What weakens the conclusions, a sentence each; known before anything is drawn."""
+    lines, paired = [], len(prompts)
+    for name, files in elsewhere.items():
+        there = len({p for (p, _), file in zip(plan, files, strict=True) if file})
+        paired = min(paired, there)
         lines.append(
-            f"{', '.join(training)} selected the pairs but is not among --scorers: reward hacking stays unseen."
+            f"The images of {name} were drawn elsewhere, for {there} of the {len(prompts)} prompts: that seeds and "
+            "sampler are the same is not known, so that luck is among the differences."
         )
-    elsewhere = [model.name for model in args.models if not model.drawn]
-    if elsewhere:
-        lines.append(
-            f"The images of {', '.join(elsewhere)} were drawn elsewhere: that prompts, seeds and sampler are the same "
-            "is not known, and differences of luck are among those of the models."
-        )
+    if paired < 200:
+        smallest = percent(smallest_detectable_win_rate(paired))
+        lines.append(f"Only {paired} prompts: a win rate below {smallest} would mostly go unseen. Use 200 or more.")
+    training = training_scorers(args)
+    if not any({scorer.label, *names_of_scorer(scorer.source)} & {*training} for scorer in args.scorers):
+        lines.append(f"{', '.join(training)} selected the pairs but is not scored here: reward hacking stays unseen.")
+    if not args.training_scorer and not recorded_training_scorers(args.models):
+        lines.append("No record tells what selected the training pairs: taken to be PickScore (--training_scorer).")
     return lines
+
+
+def training_scorers(args: argparse.Namespace) -> list[str]:
+    """The names of what selected the training pairs: as given, else as recorded, else pickscore."""
+    given = args.training_scorer.split(",") if args.training_scorer else []
+    return given or recorded_training_scorers(args.models) or ["pickscore"]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -4251,19 +4404,20 @@ def main(args: argparse.Namespace) -> None:
     if any(model.drawn for model in args.models):  # a part of it that cannot be loaded (an xformers of another torch)
         importlib.import_module("diffusers.pipelines.pipeline_utils")  # keeps the callers' frames, and a model in them
     prompts, remark = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
-    training = args.training_scorer.split(",") if args.training_scorer else recorded_training_scorers(args.models)
-    notes = caveats(args, len(prompts), training)
-    if state.is_main_process:
-        print("\n".join([remark, *notes]), flush=True)
     plan = plan_images(len(prompts), args.num_images_per_prompt, args.diversity_prompts)
     prompt_ids = np.array([p for p, _ in plan])
     elsewhere = {model.name: find_images(model, prompts, plan) for model in args.models if not model.drawn}
+    training, notes = training_scorers(args), caveats(args, prompts, elsewhere, plan)
+    if state.is_main_process:
+        print("\n".join([remark, *notes]), flush=True)
 
     generate(args, state, prompts, plan)
     files = {
         model.name: elsewhere.get(model.name) or [image_file(output, model, p, k) for p, k in plan]
         for model in args.models
     }
+    if args.votes:
+        check_study_images(output, files, plan)
     photos = {PHOTOS: find_photos(Path(args.real_data_dir))} if args.real_data_dir else {}
     values = measure_all(args, state, {**files, **photos}, plan, prompts)
     if not state.is_main_process:
@@ -4424,6 +4578,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def check_labels(scorers: list[Scorer]) -> None:
+    """UserError where a scorer is called as something that is measured anyway."""
+    taken = {*COLOUR_COLUMNS, "colour", "features", "latents", "diversity", "identity", "recognised", "CMMD", "FID"}
+    twice = [scorer.label for scorer in scorers if scorer.label in taken]
+    if twice:
+        raise UserError(f"--scorers: {twice[0]} is measured anyway: give this scorer another name with ,label=...")
+
+
 def expand_paper(specs: list[str]) -> list[str]:
     """--scorers with those of the paper, but for ones that are given with options of their own, for "paper"."""
     given = {split_spec(spec)[3] for spec in specs}
@@ -4448,6 +4610,9 @@ def validate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name, value in least.items():
         if value < 0:
             parser.error(f"--{name} must be at least 0")
+    for name in ("resolution", "height", "width"):
+        if (getattr(args, name) or 8) % 8:
+            parser.error(f"--{name} must be a multiple of 8")
     if not math.isfinite(args.guidance_scale) or args.guidance_scale < 0:
         parser.error("--guidance_scale must be a number from 0 on")
     if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
@@ -4455,6 +4620,7 @@ def validate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     try:
         args.models = parse_models(args.models)
         args.scorers = parse_scorers(expand_paper(args.scorers))
+        check_labels(args.scorers)
         args.identity = parse_identity(args.identity) if args.identity else None
         check_inputs(args)
     except UserError as error:
@@ -4470,9 +4636,13 @@ def check_inputs(args: argparse.Namespace) -> None:
     prompts, _ = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
     group_prompts(args, prompts)
     check_references(args)
-    for model in args.models:
-        if not model.drawn:
-            find_images(model, prompts, plan_images(len(prompts), args.num_images_per_prompt, args.diversity_prompts))
+    plan = plan_images(len(prompts), args.num_images_per_prompt, args.diversity_prompts)
+    both = np.ones(len(plan), dtype=bool)
+    for model in args.models:  # base comes first
+        there = both if model.drawn else np.array([bool(file) for file in find_images(model, prompts, plan)])
+        both = there if model.name == "base" else both
+        if not (both & there).any():
+            raise UserError(f"base and {model.name} have no image of the same prompt")
     if args.votes:
         read_votes(args.votes, Path(args.output_dir), prompts)
 

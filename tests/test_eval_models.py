@@ -383,3 +383,110 @@ def test_the_images_of_a_run_are_a_folder_for_the_next(inputs, tmp_path):
     first = json.loads((out / "metrics.json").read_text())["models"]["lora"]["metrics"]["brightness"]
     assert record["models"]["lora"]["metrics"]["brightness"]["win_rate"] == first["win_rate"]
     assert pixels(tmp_path / "again", "base").shape[0] == 8
+
+
+def test_images_of_other_tools_find_their_prompts(tmp_path):
+    """A1111 writes the prompt before its settings; ComfyUI's text is a workflow, so that its names have to tell."""
+    for folder, text, name in (
+        ("a1111", {"parameters": f"{PROMPTS[1]}\nNegative prompt: blurry\nSteps: 20"}, "x.png"),
+        ("comfy", {"prompt": '{"3": {"class_type": "KSampler"}}'}, "00001_0.png"),
+    ):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(ev.png(ev.Image.new("RGB", (8, 8)), **text))
+        model = ev.parse_model(f"theirs={tmp_path / folder}")
+        assert ev.find_images(model, PROMPTS, [(0, 0), (1, 0)]) == [None, tmp_path / folder / name]
+
+
+def test_folders_without_a_common_prompt_are_refused_before_anything_is_measured(inputs, tmp_path):
+    for p in range(2):
+        (tmp_path / str(p)).mkdir()
+        ev.Image.new("RGB", (8, 8)).save(tmp_path / str(p) / f"0000{p}_0.png")
+    line = flags(inputs, tmp_path / "out", f"base={tmp_path}/0", f"b={tmp_path}/1", pretrained_model_name_or_path=None)
+    with pytest.raises(SystemExit) as caught:
+        ev.cli(line)
+    assert caught.value.code == 2
+
+
+def test_photos_are_turned_and_cut_as_the_images_are(tmp_path):
+    image = ev.Image.new("RGB", (40, 20), "red")
+    image.paste("blue", (0, 0, 20, 20))
+    exif = image.getexif()
+    exif[0x0112] = 6  # turn right: what is on the left comes up
+    image.save(tmp_path / "phone.jpg", exif=exif, quality=95)
+    turned = ev.load_images([tmp_path / "phone.jpg"])[0]
+    assert turned.size == (20, 40)
+    assert turned.getpixel((10, 5))[2] > 200
+    assert ev.cut_to(turned, 1.0).size == (20, 20)
+    assert ev.cut_to(turned, 0.25).size == (10, 40)
+    middle = ev.cut_to(turned, 1.0)
+    assert middle.getpixel((10, 2))[2] > 200 > 100 > middle.getpixel((10, 17))[2]
+
+
+# ---- What chose the training pairs ---------------------------------------------------------------------------------
+
+
+def stage(folder: Path, scorer: str, initial: Path | None = None) -> Path:
+    """A LoRA's folder with its record, and that of its pairs, beside it."""
+    data, lora = folder / f"pairs-{scorer.partition('=')[0]}", folder / f"lora-{scorer.partition('=')[0]}"
+    data.mkdir(parents=True)
+    (lora / "checkpoint-500").mkdir(parents=True)
+    (data / "preference_data.json").write_text(json.dumps({"settings": {"scorer": [scorer]}}))
+    record = {"settings": {"train_data_dir": f"elsewhere/{data.name}", "initial_lora": initial and str(initial)}}
+    (lora / "training_settings.json").write_text(json.dumps(record))
+    for place in (lora, lora / "checkpoint-500"):
+        save_file({"unet.x": torch.zeros(1)}, place / "pytorch_lora_weights.safetensors")
+    return lora
+
+
+def test_what_chose_the_pairs_is_found_for_checkpoints_and_earlier_stages(tmp_path):
+    """The pairs' folder was moved with the LoRA; labels and names both count."""
+    easy = stage(tmp_path / "easy", "hpsv2=some/model,label=taste")
+    hard = stage(tmp_path / "hard", "imagereward", easy)
+    for spec, names in (
+        (f"a={easy}/checkpoint-500", ["hpsv2", "taste"]),
+        (f"a={hard}", ["hpsv2", "imagereward", "taste"]),
+        (f"a={hard}/checkpoint-500/pytorch_lora_weights.safetensors", ["hpsv2", "imagereward", "taste"]),
+    ):
+        assert ev.recorded_training_scorers([ev.parse_model(spec)]) == names, spec
+
+
+def test_a_training_scorer_under_another_label_does_not_lead():
+    scorers = ev.parse_scorers(["hpsv2=some/model,label=taste", "clip", "pickscore"])
+    assert ev.metric_roles(scorers, ["hpsv2"], False) == {
+        "clip": "held-out",
+        "pickscore": "held-out",
+        "taste": "training",
+        "diversity": "diversity",
+    }
+
+
+# ---- What is kept --------------------------------------------------------------------------------------------------
+
+
+def test_every_part_of_a_models_weights_counts(tmp_path):
+    weights = np.arange(3 * 2**18, dtype=np.float32)
+    for place in range(0, len(weights), len(weights) // 7):
+        save_file({"w": torch.from_numpy(weights)}, tmp_path / "a.safetensors")
+        before = ev.fingerprint([tmp_path / "a.safetensors"])
+        changed = weights.copy()
+        changed[place : place + len(weights) // 7] += 1
+        save_file({"w": torch.from_numpy(changed)}, tmp_path / "a.safetensors")
+        assert ev.fingerprint([tmp_path / "a.safetensors"]) != before
+
+
+def test_a_folders_text_encoder_is_among_its_files(loras):
+    names = {file.parent.name for file in ev.tuned_files(loras / "text")}
+    assert names == {"unet", "text_encoder"}
+
+
+def test_a_failure_leaves_the_base_model(pipe, base, loras, tmp_path):
+    """The identity's LoRA cannot be read, after the tuned U-Net was put in place."""
+    (tmp_path / "broken.safetensors").write_bytes(b"no weights")
+    with pytest.raises(ev.UserError, match=r"broken.safetensors is not a LoRA for this base model"):
+        draw(pipe, f"a={loras}/whole", f"lora={tmp_path}/broken.safetensors")
+    torch.testing.assert_close(draw(pipe, "base"), base, rtol=0, atol=0)
+    save_file({"faces": torch.randn(2, 100)}, tmp_path / "faces.safetensors")
+    file = ip_adapter(pipe, tmp_path / "ip.safetensors", True)
+    with pytest.raises(ev.UserError, match="cannot use the IP-Adapter"):
+        draw(pipe, "base", f"ip_adapter={file},embeds={tmp_path}/faces.safetensors")
+    torch.testing.assert_close(draw(pipe, "base"), base, rtol=0, atol=0)

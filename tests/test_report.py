@@ -228,7 +228,7 @@ def cells(table: str) -> list[list[str]]:
 def test_numbers_are_the_record_s(full):
     record, page = full_record(), full[1]
     first = cells(section(page, "Win rates").split("</table>")[0])
-    assert first[0][2:] == ["Win rate", "95 % interval", "base", "dpo-20", "p (Holm)"]
+    assert first[0][2:] == ["Win rate", "95 % interval", "base", "dpo-20", "p (Holm)", "p (Wilcoxon)"]
     figures = ["20.12", "20.62", "0.012"]
     assert first[1] == ["judge", "", "66.0 %", "[61.0, 71.0]", *figures]  # the held-out one leads
     assert first[2] == ["pickscoretraining scorer", "", "70.0 %", "[65.0, 75.0]", *figures]
@@ -475,7 +475,7 @@ def test_the_card_has_all_and_its_tables_are_whole(tmp_path, hostile):
     for text in (card, strange):
         assert len(tables(text)) == 6
         assert all(len({len(row) for row in table}) == 1 for table in tables(text))
-    assert [len(table[0]) for table in tables(strange)] == [7, 7, 7, 3, 5, 6]
+    assert [len(table[0]) for table in tables(strange)] == [7, 7, 7, 3, 6, 6]
     assert "<" not in strange
     assert re.search(r"(?<!\\)[*`]", strange.replace("**", "")) is None
 
