@@ -229,7 +229,7 @@ def test_numbers_are_the_record_s(full):
     record, page = full_record(), full[1]
     first = cells(section(page, "Win rates").split("</table>")[0])
     assert first[0][2:] == ["Win rate", "95 % interval", "base", "dpo-20", "p (Holm)", "p (Wilcoxon)"]
-    figures = ["20.12", "20.62", "0.012"]
+    figures = ["20.12", "20.62", "0.012", "0.01"]
     assert first[1] == ["judge", "", "66.0 %", "[61.0, 71.0]", *figures]  # the held-out one leads
     assert first[2] == ["pickscoretraining scorer", "", "70.0 %", "[65.0, 75.0]", *figures]
     assert [row[0] for row in first[3:]] == ["diversity", "faceidentity"]
