@@ -4123,9 +4123,28 @@ def progress(total: int, state: PartialState, what: str, unit: str) -> tqdm:
 
 
 def plan_images(prompts: int, num_images_per_prompt: int, diversity_prompts: int) -> list[tuple[int, int]]:
-    """(prompt, index) of every image; the first `diversity_prompts` prompts get two at least, to be compared."""
-    counts = [max(num_images_per_prompt, 2 if p < diversity_prompts else 1) for p in range(prompts)]
+    """(prompt, index) of every image; `diversity_prompts` prompts, evenly spread, get two at least, to be compared."""
+    spread = {*np.linspace(0, prompts - 1, min(diversity_prompts, prompts)).astype(int).tolist()}
+    counts = [max(num_images_per_prompt, 2 if p in spread else 1) for p in range(prompts)]
     return [(p, k) for p, count in enumerate(counts) for k in range(count)]
+
+
+def check_hub(args: argparse.Namespace) -> None:
+    """UserError where the hub, or its cache here, has no such model, before images are drawn; loads no weights."""
+    from transformers.utils import cached_file
+
+    names = [args.feature_model, *([args.cmmd_model] if args.real_data_dir else [])]
+    for scorer in args.scorers:
+        *_, name, options = split_spec(scorer.source)
+        if name in BUILT_IN_SCORERS and name != "imagereward":  # which has no config
+            known = inspect.signature(BUILT_IN_SCORERS[name]).parameters
+            models = [key for key in known if WEIGHTS.get(key) == "config.json"]
+            names += [options.get(key) or known[key].default for key in models]
+    for name in dict.fromkeys(names):
+        try:
+            cached_file(name, "config.json")
+        except OSError as error:
+            raise UserError(f"cannot load {name}: {first_line(error)}") from error
 
 
 def generate(args: argparse.Namespace, state: PartialState, prompts: list[str], plan: list[tuple[int, int]]) -> None:
@@ -4203,7 +4222,11 @@ def conclude(
     distances = {kind: distance for kind, (distance, _) in realism.items()}
     record = {"means": averages, "models": models, "paper": paper_rows(args.scorers, averages, models, distances)}
     if photos:
-        record["realism"] = {"photos": len(photos["colour"]), "images": len(prompt_ids), "distances": distances}
+        record["realism"] = {
+            "photos": len(photos["colour"]),
+            "images": max(row["images"] for row in distances.values()),
+            "distances": distances,
+        }
         record["photos_colour"] = {name: compare_with_photos(means[name], colour_columns(photos)) for name in values}
     if args.reference_faces:
         record["identity"] = {name: summarise_identity(values[name], means[name]) for name in values}
@@ -4221,7 +4244,9 @@ def metric_roles(scorers: list[Scorer], training: list[str], identity: bool) -> 
 def measure_realism(
     values: dict[str, dict[str, np.ndarray]], photos: dict[str, np.ndarray], prompt_ids: np.ndarray, seed: int
 ) -> dict[str, tuple[dict[str, Any], dict[str, dict[str, Any]]]]:
-    """Every distance to the photos that there are features for: {name: compare_realism()}."""
+    """Every distance to the photos that there are features for, {name: compare_realism()}; all prompts count alike."""
+    counts = np.bincount(prompt_ids)
+    alike = np.concatenate([np.arange(count) for count in counts]) < counts.min()
     wanted = {
         "KD": ("features", kernel_distance),
         "FD": ("features", frechet_distance),
@@ -4230,7 +4255,11 @@ def measure_realism(
     }
     return {
         kind: compare_realism(
-            {name: found[label] for name, found in values.items()}, prompt_ids, photos[label], statistic, seed
+            {name: found[label][alike] for name, found in values.items()},
+            prompt_ids[alike],
+            photos[label],
+            statistic,
+            seed,
         )
         for kind, (label, statistic) in wanted.items()
         if label in photos
@@ -4411,6 +4440,9 @@ def main(args: argparse.Namespace) -> None:
     if state.is_main_process:
         print("\n".join([remark, *notes]), flush=True)
 
+    check_hub(args)
+    if args.reference_faces:
+        load_identity(args.face_embedder, Path(args.reference_faces), state.device)  # is there a face at all?
     generate(args, state, prompts, plan)
     files = {
         model.name: elsewhere.get(model.name) or [image_file(output, model, p, k) for p, k in plan]

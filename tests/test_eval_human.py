@@ -432,7 +432,7 @@ def test_metrics_equal_what_the_csv_says(finished, metrics):
     for row in rows:
         if row["model"] in sums:
             p = int(row["prompt_id"])
-            sums[row["model"]][p] += float(row["brightness"]) / (2 if p < 3 else 1)
+            sums[row["model"]][p] += float(row["brightness"]) / (2 if p in (0, 2, 5) else 1)
     found = metrics["models"]["lora"]["metrics"]["brightness"]
     assert found["win_rate"] == np.mean(sums["lora"] > sums["base"])
     assert found["base"] == pytest.approx(sums["base"].mean(), rel=1e-5)
@@ -443,7 +443,7 @@ def test_an_image_depends_on_model_prompt_and_seed_alone(inputs, finished, tmp_p
     """Another batch size and another order of prompts give the same images."""
     (tmp_path / "prompts.txt").write_text("\n".join(reversed(PROMPTS)))
     run(flags(inputs, tmp_path / "out", prompts=tmp_path / "prompts.txt", batch_size=3, diversity_prompts=0))
-    there = pixels(finished, "lora")[[0, 2, 4, 6, 7, 8]]  # the first image of each prompt
+    there = pixels(finished, "lora")[[0, 2, 3, 5, 6, 7]]  # the first image of each prompt
     np.testing.assert_allclose(pixels(tmp_path / "out", "lora")[::-1], there, atol=1)
 
 
@@ -898,6 +898,26 @@ def test_the_pipeline_is_gone_before_measures_are_loaded_even_beside_a_library_t
     assert "pipelines alive: 0" in done.stdout, done.stderr
 
 
+def test_a_model_that_the_hub_has_not_is_told_before_anything_is_drawn(inputs, tmp_path):
+    for changes, extra in (({"feature_model": "nobody/nothing"}, ""), ({}, "clip=nobody/nothing")):
+        line = flags(inputs, tmp_path / "out", **changes)
+        with pytest.raises(ev.UserError, match=r"cannot load nobody/nothing: \S+"):
+            run([*line, extra] if extra else line)
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_nobody_on_the_reference_photos_is_told_before_anything_is_drawn(inputs, tmp_path):
+    (tmp_path / "blind.py").write_text(
+        "import numpy as np\ndef embed(device):\n    return lambda images: np.full((len(images), 4), np.nan)\n"
+    )
+    (tmp_path / "refs").mkdir()
+    ev.Image.new("RGB", (8, 8)).save(tmp_path / "refs" / "one.png")
+    changes = {"reference_faces": tmp_path / "refs", "face_embedder": f"{tmp_path}/blind.py:embed"}
+    with pytest.raises(ev.UserError, match="no face found in any image of --reference_faces"):
+        run(flags(inputs, tmp_path / "out", **changes))
+    assert not (tmp_path / "out" / "images").exists()
+
+
 def test_a_file_that_is_no_lora_of_this_model_is_named(inputs, tmp_path, capsys):
     from safetensors.torch import save_file
 
@@ -905,6 +925,7 @@ def test_a_file_that_is_no_lora_of_this_model_is_named(inputs, tmp_path, capsys)
     with pytest.raises(SystemExit) as caught:
         ev.cli(flags(inputs, tmp_path / "out", "base", f"dpo={tmp_path}"))
     assert "pytorch_lora_weights.safetensors is not a LoRA for this base model" in str(caught.value.code)
+    assert not list((tmp_path / "out").rglob("*.png"))
 
 
 def test_a_scorer_that_gives_too_few_scores_is_named(inputs, tmp_path):
