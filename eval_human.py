@@ -2484,7 +2484,8 @@ def compare_colour(
     for key in COLOURS:
         a, b = per_prompt(base[key], prompt_ids), per_prompt(tuned[key], prompt_ids)
         differences = {"difference": mean(b - a), "interval": bootstrap_interval(mean, b - a)}
-        colour[key] = {"base": mean(a), "tuned": mean(b), **differences}
+        both = ~np.isnan(b - a)
+        colour[key] = {"base": mean(a[both]), "tuned": mean(b[both]), **differences}
 
     def shift(statistic: Callable[..., float], *samples: np.ndarray) -> dict[str, object]:
         known = ~np.any([np.isnan(sample.reshape(len(sample), -1)).any(axis=1) for sample in samples], axis=0)
