@@ -38,8 +38,9 @@ from judge import SAME_PERSON, face, to_pixels
 
 PHOTOS, REFERENCES = 24, 8
 PROMPT = "a {pose} person in sks shirt and trousers with {arms} on a {background} background"
-# Attention can hardly move a constant such as the colour of hair, and is what makes arms obey the prompt: left alone.
-LAYERS = ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_out"]
+# Attention alone can hardly move a constant such as the colour of hair; convolutions and feed-forward layers can.
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+LAYERS += ["conv1", "conv2", "conv_out"]
 ELSEWHERE = 0.1  # weight of the loss outside head and torso
 
 Dressed = tuple[Person, dict[str, str]]  # somebody, and the shirt and trousers that they always wear
