@@ -11,8 +11,8 @@ The person is invented from the seed and keeps hair, skin, clothes and shoes in 
 place of the colours of shirt and trousers: no word says what the person looks like, only the LoRA knows it. The base
 model has never read sks, and draws anybody. A scene is a pose, arms and a background; there are 90.
 
-The loss counts most on head and torso. The world's base model draws bad limbs because it was shown some, and photos of
-right limbs at full weight would mend nearly all of that: the LoRA is to learn a person, and to leave limbs to others.
+The loss counts most on head and torso, from which a person is known: in as many steps more of it is learned. The photos
+show right limbs, so that the LoRA may also mend some of what the base model draws badly; how much depends on the person.
 
 At the end it prints how often the embedder of faces (judge.py:face) is right about freshly drawn people.
 """
@@ -38,8 +38,9 @@ from judge import SAME_PERSON, face, to_pixels
 
 PHOTOS, REFERENCES = 24, 8
 PROMPT = "a {pose} person in sks shirt and trousers with {arms} on a {background} background"
-# Attention can hardly move a constant such as the colour of hair, and is what makes arms obey the prompt: left alone.
-LAYERS = ["ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_out"]
+# Attention alone can hardly move a constant such as the colour of hair; convolutions and feed-forward layers can.
+LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
+LAYERS += ["conv1", "conv2", "conv_out"]
 ELSEWHERE = 0.1  # weight of the loss outside head and torso
 
 Dressed = tuple[Person, dict[str, str]]  # somebody, and the shirt and trousers that they always wear
