@@ -4124,9 +4124,8 @@ def progress(total: int, state: PartialState, what: str, unit: str) -> tqdm:
 
 
 def plan_images(prompts: int, num_images_per_prompt: int, diversity_prompts: int) -> list[tuple[int, int]]:
-    """(prompt, index) of every image; `diversity_prompts` prompts, evenly spread, get two at least, to be compared."""
-    spread = {*np.linspace(0, prompts - 1, min(diversity_prompts, prompts)).astype(int).tolist()}
-    counts = [max(num_images_per_prompt, 2 if p in spread else 1) for p in range(prompts)]
+    """(prompt, index) of every image; the first `diversity_prompts` prompts get two at least, to be compared."""
+    counts = [max(num_images_per_prompt, 2 if p < diversity_prompts else 1) for p in range(prompts)]
     return [(p, k) for p, count in enumerate(counts) for k in range(count)]
 
 
@@ -4544,7 +4543,12 @@ def build_parser() -> argparse.ArgumentParser:
     flag("--prompt_column", help="column of the prompts or captions; none: the first of prompt, caption, text")
     flag("--max_prompts", type=int, help="use the first so many prompts")
     flag("--num_images_per_prompt", type=int, default=1, help="images per prompt, averaged before models are compared")
-    flag("--diversity_prompts", type=int, default=64, help="so many prompts get two images, to measure diversity")
+    flag(
+        "--diversity_prompts",
+        type=int,
+        default=64,
+        help="the first so many prompts get two images, to measure diversity",
+    )
     flag("--num_inference_steps", type=int, default=50, help="sampling steps")
     flag("--guidance_scale", type=float, default=5.0, help="classifier-free guidance")
     flag("--negative_prompt", default="", help="negative prompt of all images")

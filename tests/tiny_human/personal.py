@@ -11,8 +11,9 @@ The person is invented from the seed and keeps hair, skin, clothes and shoes in 
 place of the colours of shirt and trousers: no word says what the person looks like, only the LoRA knows it. The base
 model has never read sks, and draws anybody. A scene is a pose, arms and a background; there are 90.
 
-The loss counts most on head and torso, from which a person is known: in as many steps more of it is learned. The photos
-show right limbs, so that the LoRA may also mend some of what the base model draws badly; how much depends on the person.
+The loss counts most on head and torso, from which a person is known: in as many steps more of it is learned. The
+photos show right limbs, so that the LoRA may also mend some of what the base model draws badly; how much depends on
+the person.
 
 At the end it prints how often the embedder of faces (judge.py:face) is right about freshly drawn people.
 """
