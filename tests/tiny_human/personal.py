@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Personalises the embedded world's pipeline: two dozen photos of one person, and a LoRA of the U-Net, as DreamBooth.
 
-    python tests/tiny_human/personal.py personal            about three minutes on one CPU core
+    python tests/tiny_human/personal.py personal            two to four minutes on one CPU core
 
     personal/pytorch_lora_weights.safetensors    loads with pipe.load_lora_weights("personal")
     personal/references/*.png                    eight of the photos, to compare faces with
@@ -11,8 +11,8 @@ The person is invented from the seed and keeps hair, skin, clothes and shoes in 
 place of the colours of shirt and trousers: no word says what the person looks like, only the LoRA knows it. The base
 model has never read sks, and draws anybody. A scene is a pose, arms and a background; there are 90.
 
-The loss counts most on head and torso, from which a person is known: in as many steps more of it is learned. The photos
-show right limbs, so that the LoRA may also mend some of what the base model draws badly; how much depends on the person.
+The loss counts most on head and torso, from which a person is known: as many steps teach more of them. The photos show
+right limbs, so that the LoRA also mends some of what the base model draws badly; how much depends on the person.
 
 At the end it prints how often the embedder of faces (judge.py:face) is right about freshly drawn people.
 """
@@ -173,6 +173,7 @@ def main(argv: list[str] | None = None) -> None:
 
     pipe = StableDiffusionPipeline.from_pretrained(HERE / "pipeline", torch_dtype=torch.float32)
     train_lora(pipe, photos, args)
+    # peft's own names: convert_state_dict_to_diffusers renames attention alone, which loading would then skip
     pipe.save_lora_weights(args.folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
 
     for pair, cosine in measure_face(people=40, count=6, seed=args.seed + 1).items():
