@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Personalises the embedded world's pipeline: two dozen photos of one person, and a LoRA of the U-Net, as DreamBooth.
 
-    python tests/tiny_human/personal.py personal            about three minutes on one CPU core
+    python tests/tiny_human/personal.py personal            two to four minutes on one CPU core
 
     personal/pytorch_lora_weights.safetensors    loads with pipe.load_lora_weights("personal")
     personal/references/*.png                    eight of the photos, to compare faces with
@@ -174,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
 
     pipe = StableDiffusionPipeline.from_pretrained(HERE / "pipeline", torch_dtype=torch.float32)
     train_lora(pipe, photos, args)
+    # peft's own names: convert_state_dict_to_diffusers renames attention alone, which loading would then skip
     pipe.save_lora_weights(args.folder, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
 
     for pair, cosine in measure_face(people=40, count=6, seed=args.seed + 1).items():
