@@ -617,7 +617,7 @@ def load_rows(source: str) -> Dataset:
     """
     import datasets
 
-    named = None if Path(source).is_dir() else re.fullmatch(r"(.+):([\w.-]+)", source)
+    named = None if Path(source).is_dir() else re.fullmatch(r"(.+):([\w.-]+(?:\[[^]]*\])?)", source)
     name, split = named.groups() if named else (source, None)
     folder = Path(name).is_dir()
     if not folder and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
@@ -1303,7 +1303,7 @@ def file_score(path: str) -> Callable[[Device], Score]:
         ids = [image.info.get("image_id") for image in images]
         for image_id in ids:
             if image_id not in table:
-                raise UserError(f"{path} has no score for the image {image_id}")
+                raise UserError(f"{path} has no score for the image {image_id}: give it one, or null")
         return [table[image_id] for image_id in ids]
 
     return lambda device: score

@@ -1706,7 +1706,8 @@ def save_weights(run: Run, folder: Path) -> None:
         state, config = get_peft_model_state_dict(module, state_dict=own), module.peft_config["default"]
         if name != "unet":  # transformers 5 has no text_model level any more, everybody's files have
             state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in state.items()}
-        layers[f"{name}_lora_layers"] = convert_state_dict_to_diffusers(state)
+        names = convert_state_dict_to_diffusers(state)  # attention alone: a mixed file loads in part
+        layers[f"{name}_lora_layers"] = state if any(".lora_A." in key for key in names) else names
         layers[f"{name}_lora_adapter_metadata"] = config.to_dict()
         kohya |= kohya_weights(name, state, config.lora_alpha, two_encoders=hasattr(run.pipe, "text_encoder_2"))
     if layers:

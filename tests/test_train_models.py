@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file
 from test_train_dpo_human import PIPELINE, assert_equal, data, make_rows, read_metrics, train, write_data  # noqa: F401
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -106,6 +107,22 @@ def test_a_stage_starts_where_the_one_before_ended(data, stage_1, tmp_path):  # 
     pipe = StableDiffusionPipeline.from_pretrained(PIPELINE, torch_dtype=torch.float32)
     pipe.load_lora_weights(tmp_path / "run")
     assert (pipe.unet.peft_config["default_0"].r, pipe.unet.peft_config["default_0"].lora_alpha) == (3, 6)
+
+
+def test_a_lora_of_convolutions_too_is_saved_so_that_all_of_it_loads(data, tmp_path):  # noqa: F811
+    """diffusers renames attention alone, and of a file with both kinds of names it would load one kind."""
+    pipe = StableDiffusionPipeline.from_pretrained(PIPELINE, torch_dtype=torch.float32)
+    pipe.unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
+    state = get_peft_model_state_dict(pipe.unet)
+    StableDiffusionPipeline.save_lora_weights(tmp_path / "wide", unet_lora_layers=state)
+    train(data, tmp_path / "run", initial_lora=tmp_path / "wide", max_train_steps=1, learning_rate=1e-12)
+    loaded = StableDiffusionPipeline.from_pretrained(PIPELINE, torch_dtype=torch.float32)
+    loaded.load_lora_weights(tmp_path / "run")
+    found = get_peft_model_state_dict(loaded.unet, adapter_name=next(iter(loaded.unet.peft_config)))
+    assert found.keys() == state.keys()
+    assert any("conv1" in key for key in found)
+    for key, value in state.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=1e-6)
 
 
 def test_against_the_base_model_a_later_stage_starts_ahead(data, stage_1, tmp_path):  # noqa: F811
