@@ -755,8 +755,6 @@ def test_scores_made_elsewhere(folder):
     assert data.best_and_worst(score(images[:3], ["x"] * 3))[0] == (0, 2)  # null is on neither side
     with pytest.raises(data.UserError, match=r"votes\.jsonl has no score for the image p-3: give it one, or null"):
         score(images, ["x"] * 4)
-    with pytest.raises(data.UserError, match=r"votes\.jsonl.*--export images"):
-        score(pictures(1), ["x"])
 
 
 def test_plugins_and_their_options(folder):
