@@ -570,8 +570,9 @@ def test_caption_model_before_prompts(tmp_path, captioner):
 
 def test_eval_reads_a_column(tmp_path, capsys):
     source = write_source("p.csv", tmp_path, {"story": [WAVING, JUMPING], "text": [READING, READING]})
+    drawn = draw_photo(tmp_path / "drawn" / "a.png").parent
     with pytest.raises(SystemExit):
-        ev.parse_args(["--models", "base", "--prompts", source, "--prompt_column", "tale"])
+        ev.parse_args(["--models", "base", f"drawn={drawn}", "--prompts", source, "--prompt_column", "tale"])
     assert capsys.readouterr().err.strip().endswith("no column tale: --prompt_column can be one of story, text")
 
 
