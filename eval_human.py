@@ -24,8 +24,8 @@
     interval                = bootstrap over prompts, 95 %;  p = exact sign test, Holm over the metrics
     hue_distance(a, b)      = |a - b| around the circle, of circular mean hues
     latent_shift            = mean over channels of |mean(tuned) - mean(base)| / std(base)
-    kernel_distance(x, y)   = E k(x, x') + E k(y, y') - 2 E k(x, y), unbiased, of images x and real photos y
-    frechet_distance(x, y)  = |mean(x) - mean(y)|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2))
+    kernel_distance(y)(x)   = E k(x, x') + E k(y, y') - 2 E k(x, y), unbiased, of images x and real photos y
+    frechet_distance(y)(x)  = |mean(x) - mean(y)|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2))
     diversity               = mean cosine distance of two images of one prompt
 
 Usual command:
@@ -331,25 +331,36 @@ def diversity(features: np.ndarray) -> float:
 # ---- The method: distances to real photos --------------------------------------------------------------------------
 
 
-def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """FID's distance of two feature sets, (N, D) and (M, D), in squared units of the features; nan below two rows.
+Distance = Callable[[np.ndarray], float]  # of images' features (N, D) from photos that it knows; lower is better
+
+
+def frechet_distance(photos: np.ndarray) -> Distance:
+    """FID's distance from `photos`, features (M, D), in squared units of the features; nan below two rows.
 
     |mean(x) - mean(y)|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2)) (https://arxiv.org/abs/1706.08500), without a matrix square
     root and so for N < D too: with X = (x - mean) / sqrt(N - 1) = Qx Rx, Cx = X^T X, and the last trace is the sum of
     the singular values of X Y^T, which are those of Rx Ry^T. It reads too high for few rows: their covariances differ
     by chance, and a chance difference counts as distance.
     """
-    if min(len(x), len(y)) < 2:
-        return math.nan
-    means = [sample.mean(axis=0, dtype=np.float64) for sample in (x, y)]
-    scaled = [(rows - m) / math.sqrt(len(rows) - 1) for rows, m in zip((x, y), means, strict=True)]
-    rx, ry = (np.linalg.qr(rows, mode="r") for rows in scaled)
-    shared = np.linalg.norm(rx @ ry.T, "nuc")
-    return float(((means[0] - means[1]) ** 2).sum() + (rx**2).sum() + (ry**2).sum() - 2 * shared)
+
+    def moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        mean = rows.mean(axis=0, dtype=np.float64)
+        return mean, np.linalg.qr((rows - mean) / math.sqrt(max(len(rows) - 1, 1)), mode="r")
+
+    mean_y, ry = moments(photos)
+
+    def distance(x: np.ndarray) -> float:
+        if min(len(x), len(photos)) < 2:
+            return math.nan
+        mean_x, rx = moments(x)
+        shared = np.linalg.norm(rx @ ry.T, "nuc")
+        return float(((mean_x - mean_y) ** 2).sum() + (rx**2).sum() + (ry**2).sum() - 2 * shared)
+
+    return distance
 
 
-def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """KID's distance of two feature sets, (N, D) and (M, D): unbiased MMD^2 with the kernel (x.y / D + 1)^3.
+def kernel_distance(photos: np.ndarray) -> Distance:
+    """KID's distance from `photos`, features (M, D): unbiased MMD^2 with the kernel (x.y / D + 1)^3.
 
     https://arxiv.org/abs/1801.01401; of DINOv2 features it is called KD (https://arxiv.org/abs/2306.04675). All rows
     at once, not the mean over subsets of 1000. It has no unit and is not multiplied (papers often print 1000 * KID).
@@ -360,35 +371,40 @@ def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
         root = a @ b.T / a.shape[1] + 1
         return root * root * root
 
-    return unbiased_mmd(kernel, x, y)
+    return unbiased_mmd(kernel, photos)
 
 
-def cmmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0) -> float:
+def cmmd(photos: np.ndarray, sigma: float = 10.0) -> Distance:
     """CMMD: 1000 * unbiased MMD^2 with the kernel exp(-|x - y|^2 / (2 sigma^2)) of CLIP embeddings of length 1.
 
-    https://arxiv.org/abs/2401.09603, embeddings (N, D) and (M, D). The paper's is biased: it also counts the pairs of
-    an image with itself, which adds 1000 * (1 - mean kernel) / N for each set; here equal distributions give 0 on
-    average.
+    https://arxiv.org/abs/2401.09603, embeddings (M, D). The paper's is biased: it also counts the pairs of an image
+    with itself, which adds 1000 * (1 - mean kernel) / N for each set; here equal distributions give 0 on average.
     """
 
     def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
         return np.exp(squares / (-2 * sigma**2))
 
-    return 1000 * unbiased_mmd(kernel, x, y)
+    distance = unbiased_mmd(kernel, photos)
+    return lambda x: 1000 * distance(x)
 
 
-def unbiased_mmd(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], x: np.ndarray, y: np.ndarray) -> float:
-    """Mean kernel of two rows of x, plus that of two rows of y, minus twice that of a row of each; nan below two rows.
+def unbiased_mmd(kernel: Callable[[np.ndarray, np.ndarray], np.ndarray], photos: np.ndarray) -> Distance:
+    """Mean kernel of two rows of x, plus that of two photos, minus twice that of one of each; nan below two rows.
 
     The squared maximum mean discrepancy (https://jmlr.org/papers/v13/gretton12a.html, Lemma 6), a U-statistic: no row
     is paired with itself. `kernel` maps (N, D) and (M, D) to (N, M).
     """
-    if min(len(x), len(y)) < 2:
-        return math.nan
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    within = sum(mean_kernel(kernel, rows, rows, diagonal=False) for rows in (x, y))
-    return float(within - 2 * mean_kernel(kernel, x, y))
+    y = photos.astype(np.float64)
+    among_photos = mean_kernel(kernel, y, y, diagonal=False) if len(y) > 1 else math.nan
+
+    def distance(x: np.ndarray) -> float:
+        if len(x) < 2:
+            return math.nan
+        x = x.astype(np.float64)
+        return float(mean_kernel(kernel, x, x, diagonal=False) + among_photos - 2 * mean_kernel(kernel, x, y))
+
+    return distance
 
 
 def mean_kernel(
@@ -430,24 +446,24 @@ def student_t(degrees: int) -> float:
     return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
-def real_floor(statistic: Callable[..., float], photos: np.ndarray, n: int, seed: int) -> float:
+def real_floor(distance_to: Callable[[np.ndarray], Distance], photos: np.ndarray, n: int, seed: int) -> float:
     """The distance of `n` random photos from all others, (M, D): about what `n` images of a perfect model would read.
 
     At most half of the photos are set apart. Where that is less than `n`, the floor of frechet_distance is too high.
     """
     order = np.random.default_rng(seed).permutation(len(photos))
     size = min(n, len(photos) // 2)
-    return statistic(photos[order[:size]], photos[order[size:]])
+    return distance_to(photos[order[size:]])(photos[order[:size]])
 
 
 def compare_realism(
     features: dict[str, np.ndarray],
     prompt_ids: np.ndarray,
     photos: np.ndarray,
-    statistic: Callable[[np.ndarray, np.ndarray], float],
+    distance_to: Callable[[np.ndarray], Distance],
     seed: int = 0,
 ) -> tuple[dict[str, object], dict[str, dict[str, object]]]:
-    """How far every model's images are from photos by `statistic`, and how far tuned models moved; lower is better.
+    """How far every model's images are from photos, and how far tuned models moved; lower is better.
 
     features: {model: (N, D)}, "base" first, rows in the same order for all; a row with a nan in any model is left out
     for all of them, so that each has the same number of images of the same prompts. prompt_ids (N,), photos (M, D).
@@ -457,11 +473,11 @@ def compare_realism(
     """
     known = np.logical_and.reduce([np.isfinite(found).all(axis=1) for found in features.values()])
     ids = prompt_ids[known]
-    prompts, images = np.unique(ids), len(ids)
+    prompts, images, to_photos = np.unique(ids), len(ids), distance_to(photos)
 
     @lru_cache(None)  # base's distances serve every tuned model
     def distance(name: str, kept: tuple[int, ...]) -> float:
-        return statistic(features[name][known][np.isin(ids, kept)], photos)
+        return to_photos(features[name][known][np.isin(ids, kept)])
 
     def difference(name: str, kept: np.ndarray) -> float:
         return distance(name, tuple(kept)) - distance("base", tuple(kept))
@@ -477,17 +493,17 @@ def compare_realism(
         for name, value in values.items()
         if name != "base"
     }
-    floor, note = real_floor(statistic, photos, images, seed), realism_note(statistic, images, len(photos))
+    floor, note = real_floor(distance_to, photos, images, seed), realism_note(distance_to, images, len(photos))
     return {"images": images, "floor": floor, "models": values, "note": note}, moves
 
 
-def realism_note(statistic: Callable[..., float], images: int, photos: int) -> str:
+def realism_note(distance_to: Callable[[np.ndarray], Distance], images: int, photos: int) -> str:
     """Why to read a distance with care, in a sentence or two; "" where there is no reason."""
     told = f"{images} images of each model and {photos} photos"
     notes = []
     if min(images, photos) < 100:
         notes.append(f"With {told} this distance says little: use 100 of both or more.")
-    if statistic is frechet_distance and min(images, photos) < 2048:
+    if distance_to is frechet_distance and min(images, photos) < 2048:
         notes.append(
             f"A Frechet distance of {told} reads too high, and more so for varied images: below 2048 of both, trust "
             "the kernel distances."
@@ -4258,10 +4274,10 @@ def measure_realism(
             {name: found[label][alike] for name, found in values.items()},
             prompt_ids[alike],
             photos[label],
-            statistic,
+            distance_to,
             seed,
         )
-        for kind, (label, statistic) in wanted.items()
+        for kind, (label, distance_to) in wanted.items()
         if label in photos
     }
 
