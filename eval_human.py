@@ -4269,17 +4269,13 @@ def measure_realism(
         "CMMD": ("CMMD", cmmd),
         "FID": ("FID", frechet_distance),
     }
-    return {
-        kind: compare_realism(
-            {name: found[label][alike] for name, found in values.items()},
-            prompt_ids[alike],
-            photos[label],
-            distance_to,
-            seed,
-        )
-        for kind, (label, distance_to) in wanted.items()
-        if label in photos
-    }
+    wanted = {kind: found for kind, found in wanted.items() if found[0] in photos}
+    compared = {}
+    for kind in tqdm(wanted, desc="distances to photos", unit="distance", disable=not wanted):
+        label, distance_to = wanted[kind]
+        features = {name: found[label][alike] for name, found in values.items()}
+        compared[kind] = compare_realism(features, prompt_ids[alike], photos[label], distance_to, seed)
+    return compared
 
 
 def summarise_identity(values: dict[str, np.ndarray], means: dict[str, np.ndarray]) -> dict[str, Any]:
