@@ -2788,7 +2788,7 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 24px;font-size:14p
  .whisker,.axis{min-width:40px}.axis,.tag{margin-left:0}td:has(.whisker){width:28%}td:first-child{min-width:20mm}
  .scroll{break-inside:avoid}.scroll+.soft{break-before:avoid}.soft{font-size:9pt}
  .plots{grid-template-columns:repeat(3,1fr);gap:6mm}.rows{grid-template-columns:repeat(2,1fr);gap:7mm}
- .facts{grid-template-columns:repeat(4,1fr)}.runs{max-width:140mm}a{color:inherit;text-decoration:none}}
+ .facts{grid-template-columns:repeat(5,1fr);gap:5mm}.runs{max-width:140mm}a{color:inherit;text-decoration:none}}
 """
 CSS = CSS.replace("@LIGHT", ";".join(f"--{name}:{colour}" for name, colour in LIGHT.items()))
 CSS = CSS.replace("@DARK", ";".join(f"--{name}:{colour}" for name, colour in DARK.items()))
