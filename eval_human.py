@@ -68,6 +68,7 @@ import re
 import sys
 import textwrap
 import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -109,14 +110,31 @@ class UserError(Exception):
 
 
 def per_prompt(values: np.ndarray, prompt_ids: np.ndarray) -> np.ndarray:
-    """Mean over each prompt's images, nan left out: values (N,) or (N, C), prompt numbers (N,) -> (P,) or (P, C)."""
+    """Mean over each prompt's images, nan left out: values (N,) or (N, C), prompt numbers (N,) -> (P,) or (P, C).
+
+    -inf, a veto, is left out too, but where it is all that there is.
+    """
     if values.ndim == 2:
         return np.stack([per_prompt(column, prompt_ids) for column in values.T], axis=1)
-    known = ~np.isnan(values)
-    prompts = int(prompt_ids.max()) + 1
+    known, prompts = np.isfinite(values), int(prompt_ids.max()) + 1
     sums = np.bincount(prompt_ids[known], weights=values[known], minlength=prompts)
     counts = np.bincount(prompt_ids[known], minlength=prompts)
-    return np.divide(sums, counts, out=np.full(prompts, np.nan), where=counts > 0)
+    means = np.divide(sums, counts, out=np.full(prompts, np.nan), where=counts > 0)
+    vetoed = np.bincount(prompt_ids[np.isneginf(values)], minlength=prompts) > 0
+    return np.where((counts == 0) & vetoed, -np.inf, means)
+
+
+def worth(sides: Sequence[np.ndarray], vetoed: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """What the prompts of two models are compared by, (P,) each: fewer vetoed images first, then the higher mean.
+
+    `sides` are means of per_prompt, `vetoed` the shares of images with -inf. Without a veto the means themselves; with
+    one far below all of them, so that of several images one veto does not hide what the others are worth.
+    """
+    finite = np.concatenate(sides)[np.isfinite(np.concatenate(sides))]
+    low, high = finite.min(initial=math.inf), finite.max(initial=-math.inf)
+    low, reach = (low, 1 + high - low) if len(finite) else (0.0, 1.0)
+    pairs = zip(sides, vetoed, strict=True)
+    return [np.where(np.isneginf(side), low, side) - 1000 * reach * share for side, share in pairs]
 
 
 def outcomes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -128,6 +146,19 @@ def outcomes(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def win_rate(a: np.ndarray, b: np.ndarray) -> float:
     """Share of the prompts on which `a` is higher than `b`, ties as 1/2: (P,) each. -inf may lose but never wins."""
     return mean(outcomes(a, b))
+
+
+def win_interval(points: np.ndarray) -> tuple[float, float]:
+    """95 % interval of a win rate, the mean of points (P,): bootstrap; exact for wins alone or losses alone.
+
+    There the bootstrap has no width, though eight wins of eight are seen one time in six at a true rate of 80 %.
+    """
+    sure = 0.025 ** (1 / max(len(points), 1))
+    if len(points) and (points == 1).all():
+        return sure, 1.0
+    if len(points) and (points == 0).all():
+        return 0.0, 1 - sure
+    return bootstrap_interval(mean, points)
 
 
 def mean(values: np.ndarray) -> float:
@@ -240,6 +271,11 @@ def circular_mean(degrees: np.ndarray, weights: np.ndarray | float = 1.0) -> flo
     """The mean direction of angles in degrees, in [0, 360), nan and weight 0 left out; nan where none is left."""
     directions = np.where(np.isnan(degrees), 0, weights * np.exp(1j * np.deg2rad(degrees)))
     return float(np.angle(directions.sum(), deg=True) % 360) if directions.any() else math.nan
+
+
+def prompt_hues(hues: np.ndarray, prompt_ids: np.ndarray) -> np.ndarray:
+    """The circular mean of each prompt's hues, (N,) -> (P,)."""
+    return np.array([circular_mean(hues[prompt_ids == p]) for p in np.unique(prompt_ids)])
 
 
 def hue_distance(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray | float:
@@ -714,13 +750,17 @@ def image_settings(args: argparse.Namespace, model: Model) -> dict[str, object]:
     names += " negative_prompt height width seed"
     settings: dict[str, object] = {name: getattr(args, name) for name in names.split()}
     base = Path(args.pretrained_model_name_or_path)
-    settings["base_weights"] = fingerprint(all_weights(base)) if base.is_dir() else None
+    if base.is_dir():
+        settings["pretrained_model_name_or_path"] = base.resolve().name
+        settings["base_weights"] = fingerprint([*all_weights(base), *sorted(base.rglob("*.json"))])
     files = [file for path in (model.path, model.text_encoder) if path for file in tuned_files(path)]
     settings["tuned_weights"] = fingerprint(files) if files else None
     for option in ("lora_scale", "blocks", "text_encoder_timesteps"):
         settings[option] = plain(getattr(model, option))
     identity = args.identity if model.identity else None
-    settings["identity"] = identity and f"{fingerprint(identity_files(identity))}, scale {identity.scale:g}"
+    settings["identity"] = identity and (
+        f"{fingerprint(identity_files(identity))} {identity.image_encoder}, scale {identity.scale:g}"
+    )
     return settings
 
 
@@ -1663,18 +1703,15 @@ def parse_scale(text: str) -> float:
     raise ValueError("not a number")
 
 
-def parse_yes(text: str) -> bool:
-    """yes or no."""
-    if text not in {"yes", "no"}:
-        raise ValueError("use yes or no")
-    return text == "yes"
+def one_of(**words: Any) -> Callable[[str], Any]:
+    """A parser of a few words, and what they stand for."""
 
+    def parse(text: str) -> Any:
+        if text not in words:
+            raise ValueError(f"use {' or '.join(words)}")
+        return words[text]
 
-def parse_all(text: str) -> str:
-    """all."""
-    if text != "all":
-        raise ValueError("use all")
-    return text
+    return parse
 
 
 def parse_lora_path(text: str) -> Path:
@@ -1689,8 +1726,8 @@ MODEL_OPTIONS: dict[str, tuple[tuple[str, ...], str, Callable[[str], Any]]] = { 
     "blocks": (("lora",), "U-Net blocks in which it works: down, mid, up, or several with +", parse_blocks),
     "text_encoder": (("lora", "folder"), "a LoRA of the text encoder, trained apart", parse_lora_path),
     "text_encoder_timesteps": (("lora", "folder"), "LOW:HIGH, where the text encoder's LoRA works", parse_timesteps),
-    "checkpoints": (("lora", "folder"), "all: also each of its checkpoint-STEP folders", parse_all),
-    "identity": (("base", "lora", "folder"), "no: drawn without --identity", parse_yes),
+    "checkpoints": (("lora", "folder"), "all: also each of its checkpoint-STEP folders", one_of(all="all")),
+    "identity": (("base", "lora", "folder"), "no: drawn without --identity", one_of(yes=True, no=False)),
 }
 
 
@@ -2089,7 +2126,7 @@ def all_measures(args: argparse.Namespace) -> list[Measure]:
 def scorer_files(scorer: Scorer) -> list[Path]:
     """The weights and the code that a scorer is made of, as far as they are files here."""
     _, _, _, name, options = split_spec(scorer.source)
-    weights = [file for key in WEIGHTS.keys() & options.keys() for file in all_weights(Path(options[key]))]
+    weights = [file for key in WEIGHTS if key in options for file in all_weights(Path(options[key]))]
     return weights if name in BUILT_IN_SCORERS else [*weights, *plug_in_files(name)]
 
 
@@ -2112,7 +2149,7 @@ def load_features(factory: Callable[..., Any], name: str, device: Device) -> Cal
     try:
         features = factory(name, device)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load {name}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"cannot load {name}: {first_line(error)}") from error
     return lambda images, prompts: features(images)
 
 
@@ -2141,6 +2178,8 @@ def measure_all(
     What was measured before on the same images comes from measures/, so that a second start goes on. Diversity needs
     features of prompts with several images, distances to photos those of all.
     """
+    from accelerate.utils import broadcast_object_list
+
     output, texts = Path(args.output_dir, "measures"), [prompts[p] for p, _ in plan]
     repeated = np.bincount([p for p, _ in plan])[[p for p, _ in plan]] > 1
     values: dict[str, dict[str, np.ndarray]] = {name: {} for name in paths}
@@ -2155,11 +2194,10 @@ def measure_all(
             cache = output / name / f"{re.sub(r'[^a-zA-Z0-9_.-]', '_', measure.label)}.npz"
             source = f"{measure.source} {fingerprint(measure.files)}"
             key = f"{source} {images_key(files, [str(ratio)] if name == PHOTOS else texts)}"
-            known = None if args.overwrite else read_measured(cache, key)
-            if known is None:
+            known = read_measured(cache, key) if state.is_main_process and not args.overwrite else None
+            values[name][measure.label] = known  # on the main process; it alone decides, and compares
+            if broadcast_object_list([known is None])[0]:
                 todo[name] = (files, cache, key)
-            else:
-                values[name][measure.label] = known
         total = sum(len(share_of(files, state)) for files, _, _ in todo.values())
         if not todo:
             continue
@@ -2168,7 +2206,8 @@ def measure_all(
         with progress(total, state, measure.label, "img") as bar:
             for name, (files, cache, key) in todo.items():
                 crop = ratio if name == PHOTOS else None
-                found = run_measure(function, name, files, texts, args.batch_size, state, bar, crop)
+                with memory_told(args.batch_size):
+                    found = run_measure(function, name, files, texts, args.batch_size, state, bar, crop)
                 values[name][measure.label] = found
                 if state.is_main_process:
                     write_measured(cache, key, found)
@@ -2219,7 +2258,8 @@ def run_measure(
 def shape_ratio(file: Path) -> float:
     """Width over height of an image."""
     with Image.open(file) as image:
-        return image.width / image.height
+        width, height = ImageOps.exif_transpose(image).size
+    return width / height
 
 
 def cut_to(image: Image.Image, ratio: float) -> Image.Image:
@@ -2240,7 +2280,7 @@ def read_measured(path: Path, key: str) -> np.ndarray | None:
     try:
         with np.load(path) as kept:
             return kept["values"] if str(kept["key"]) == key else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):  # not there, or cut short
         return None
 
 
@@ -2286,8 +2326,7 @@ def clip_embeddings(name: str, device: torch.device) -> Callable[[list[Image.Ima
     try:
         embed_images, _, _ = load_clip(device, name, "", crop=False)
     except Exception as error:  # what a hub, a file or a library raises
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load the CLIP model {name}: {reason}") from error
+        raise UserError(f"cannot load the CLIP model {name}: {first_line(error)}") from error
     return lambda images: embed_images(images).double().cpu().numpy()
 
 
@@ -2363,7 +2402,7 @@ def sface(device: Device) -> Callable[[list[Image.Image]], np.ndarray]:
     try:
         detector, recogniser = (hf_hub_download(f"opencv/{name}", file) for name, file in files.items())
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the face models of OpenCV: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot load the face models of OpenCV: {first_line(error)}") from error
     find, know = cv2.FaceDetectorYN.create(detector, "", (320, 320)), cv2.FaceRecognizerSF.create(recogniser, "")
 
     def embed_face(image: Image.Image) -> np.ndarray:
@@ -2386,42 +2425,38 @@ def recognised(cosines: np.ndarray, there: np.ndarray, threshold: float) -> np.n
 # ---- Comparing -----------------------------------------------------------------------------------------------------
 
 
+def only_shared(values: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, np.ndarray]]:
+    """The values of the images that all of these models have; only a folder from elsewhere may lack some."""
+    missing = np.any([np.isnan(found["colour"][:, -1]) for found in values.values()], axis=0)
+    if not missing.any():
+        return values
+    shared = {name: {label: column.astype(float) for label, column in found.items()} for name, found in values.items()}
+    for column in chain.from_iterable(found.values() for found in shared.values()):
+        column[missing] = np.nan
+    return shared
+
+
 def per_prompt_means(
     values: dict[str, dict[str, np.ndarray]], scorers: list[str], prompt_ids: np.ndarray, threshold: float
 ) -> dict[str, dict[str, np.ndarray]]:
-    """{model: {measure: (P,)}}: scores, colours, diversity and identity of every prompt, seeds averaged."""
+    """{model: {measure: (P,)}}: scores, colours, diversity and identity of every prompt, seeds averaged.
+
+    Of a scorer with vetoes also the shares of vetoed images, under its label and " vetoed".
+    """
     means: dict[str, dict[str, np.ndarray]] = {}
+    picky = [label for label in scorers if any(np.isneginf(found[label]).any() for found in values.values())]
     for name, found in values.items():
         columns = {label: found[label] for label in scorers} | colour_columns(found)
+        for label in picky:
+            columns[f"{label} vetoed"] = np.where(np.isnan(found[label]), np.nan, np.isneginf(found[label]))
         if "identity" in found:
             there = ~np.isnan(found["colour"][:, 0])
             known = recognised(found["identity"], there, threshold)
             columns |= {"identity": found["identity"], "recognised": known}
         means[name] = {label: per_prompt(column, prompt_ids) for label, column in columns.items()}
-        means[name]["hue"] = np.array([circular_mean(columns["hue"][prompt_ids == p]) for p in np.unique(prompt_ids)])
+        means[name]["hue"] = prompt_hues(columns["hue"], prompt_ids)
         means[name]["diversity"] = prompt_diversity(found["features"], prompt_ids)
     return means
-
-
-def paired_means(
-    values: dict[str, dict[str, np.ndarray]],
-    means: dict[str, dict[str, np.ndarray]],
-    scorers: list[str],
-    prompt_ids: np.ndarray,
-    threshold: float,
-    name: str,
-) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """means of base and of a model over the images that both have; only a folder from elsewhere may lack some."""
-    missing = np.isnan(values["base"]["colour"][:, -1]) | np.isnan(values[name]["colour"][:, -1])
-    if not missing.any():
-        return means["base"], means[name]
-    pair = {side: dict(values[side]) for side in ("base", name)}
-    for found in pair.values():
-        for label in {*scorers, "colour", "features", "identity"} & found.keys():
-            found[label] = found[label].copy()
-            found[label][missing] = np.nan
-    both = per_prompt_means(pair, scorers, prompt_ids, threshold)
-    return both["base"], both[name]
 
 
 def colour_columns(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -2429,33 +2464,49 @@ def colour_columns(found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(zip(COLOUR_COLUMNS, found["colour"].T, strict=True))
 
 
-def compare(base: np.ndarray, tuned: np.ndarray, role: str) -> dict[str, object]:
-    """Tuned against base on one metric, (P,) each; role is held-out, training, diversity or identity."""
-    points = outcomes(tuned, base)
+def vetoed_shares(means: dict[str, np.ndarray], label: str) -> np.ndarray:
+    """The share of every prompt's images that a scorer vetoed: (P,)."""
+    return means.get(f"{label} vetoed", np.zeros(len(means[label])))
+
+
+def worths(base: dict[str, np.ndarray], tuned: dict[str, np.ndarray], label: str) -> list[np.ndarray]:
+    """worth() of base and tuned by one metric: (P,) each."""
+    return worth([side[label] for side in (base, tuned)], [vetoed_shares(side, label) for side in (base, tuned)])
+
+
+def compare(base_means: dict[str, np.ndarray], tuned_means: dict[str, np.ndarray], label: str) -> dict[str, object]:
+    """Tuned against base on one metric, by the means of per_prompt_means."""
+    base, tuned = base_means[label], tuned_means[label]
+    worth_base, worth_tuned = worths(base_means, tuned_means, label)
+    points = outcomes(worth_tuned, worth_base)
     finite = np.isfinite(base) & np.isfinite(tuned)
     differences = tuned[finite] - base[finite]
     return {
-        "role": role,
         "prompts": len(points),
         "win_rate": mean(points),
-        "interval": bootstrap_interval(mean, points),
+        "interval": win_interval(points),
         **{word: mean(points == point) for word, point in (("win", 1), ("tie", 0.5), ("lose", 0))},
         "base": mean(base[finite]),
         "tuned": mean(tuned[finite]),
-        "vetoed": [mean(np.isneginf(side[~np.isnan(side)]).astype(float)) for side in (base, tuned)],
+        "vetoed": [mean(vetoed_shares(side, label)) for side in (base_means, tuned_means)],
         "difference": mean(differences),
         "difference_interval": bootstrap_interval(mean, differences),
-        "sign_test": sign_test(tuned, base),
-        "wilcoxon": wilcoxon(tuned, base),
+        "sign_test": sign_test(worth_tuned, worth_base),
+        "wilcoxon": wilcoxon(worth_tuned, worth_base),
     }
 
 
 def compare_metrics(
     base: dict[str, np.ndarray], tuned: dict[str, np.ndarray], roles: dict[str, str]
 ) -> dict[str, dict[str, object]]:
-    """compare() of every metric that both sides have, with Holm's p over all of them; held-out scorers come first."""
+    """compare() of every metric that both sides have, in the order of the roles, with Holm's p over all of them.
+
+    UserError where there is none.
+    """
     known = {label: role for label, role in roles.items() if not np.isnan(base[label] + tuned[label]).all()}
-    metrics = {label: compare(base[label], tuned[label], role) for label, role in known.items()}
+    if not known:
+        raise UserError("no scorer gives a value for an image that base and the tuned model both have")
+    metrics = {label: {"role": role, **compare(base, tuned, label)} for label, role in known.items()}
     for row, p in zip(metrics.values(), holm([row["sign_test"] for row in metrics.values()]), strict=True):
         row["holm"] = p
     return metrics
@@ -2479,9 +2530,9 @@ def compare_groups(
             rows = np.array([other == name for other in names])
             metrics = {}
             for label in labels:
-                points = outcomes(tuned[label][rows], base[label][rows])
-                p = sign_test(tuned[label][rows], base[label][rows])
-                metrics[label] = {"win_rate": mean(points), "interval": bootstrap_interval(mean, points), "holm": p}
+                a, b = (side[rows] for side in worths(tuned, base, label))
+                points = outcomes(a, b)
+                metrics[label] = {"win_rate": mean(points), "interval": win_interval(points), "holm": sign_test(a, b)}
             found.setdefault(column, {})[name] = {"prompts": size, "metrics": metrics}
     tests = [row for column in found.values() for group in column.values() for row in group["metrics"].values()]
     for row, p in zip(tests, holm([row["holm"] for row in tests]), strict=True):
@@ -2508,10 +2559,7 @@ def compare_colour(
         samples = tuple(sample[known] for sample in samples)
         return {"value": statistic(*samples), "interval": bootstrap_interval(statistic, *samples)}
 
-    hues = [
-        np.array([circular_mean(side["hue"][prompt_ids == p]) for p in np.unique(prompt_ids)])
-        for side in (base, tuned)
-    ]
+    hues = [prompt_hues(side["hue"], prompt_ids) for side in (base, tuned)]
     labs = [per_prompt(np.stack([side[key] for key in "Lab"], axis=1), prompt_ids) for side in (base, tuned)]
     colour["hue_shift"] = shift(hue_shift, *hues)
     colour["hue_distance"] = shift(mean, per_prompt(hue_distance(base["hue"], tuned["hue"]), prompt_ids))
@@ -2545,6 +2593,8 @@ def compare_with_photos(colours: dict[str, np.ndarray], photos: dict[str, np.nda
         a, b = (side[key][~np.isnan(side[key])] for side in (photos, colours))
         row = {"photos": mean(a), "model": mean(b), "difference": mean(b) - mean(a)}
         found[key] = row | {"interval": difference(lambda a, b: b.mean() - a.mean(), a, b)}
+    hues = [side["hue"][~np.isnan(side["hue"])] for side in (photos, colours)]
+    found["hue_shift"] = {"value": hue_shift(*hues), "interval": difference(hue_shift, *hues)}
     labs = [np.stack([side[key] for key in "Lab"], axis=1) for side in (photos, colours)]
     labs = [lab[~np.isnan(lab).any(axis=1)] for lab in labs]
     found["delta_e"] = {"value": delta_e_of_sets(*labs), "interval": difference(delta_e_of_sets, *labs)}
@@ -2572,7 +2622,7 @@ def paper_rows(
     distances: dict[str, dict[str, Any]],
 ) -> dict[str, dict[str, float | None]]:
     """{model: {column of the paper: value}}, base first; None where it was not measured."""
-    labels = {split_spec(scorer.source)[3]: scorer.label for scorer in scorers}
+    labels = {split_spec(scorer.source)[3]: scorer.label for scorer in reversed(scorers)}  # the first of a kind
     table = {}
     for name, found in averages.items():
         hue = models[name]["colour"]["hue_shift"]["value"] if name in models else None
@@ -2705,8 +2755,14 @@ def read_groups(source: str, prompt_column: str | None, column: str) -> dict[str
     path = Path(source)
     if path.is_file() and path.suffix.lower() not in {*TABLE_SUFFIXES, ".json", ".jsonl"}:
         raise UserError(f"--group_by {column}: {source} has no columns, only prompts (use people, pose, or a table)")
+    if is_photo_folder(path):
+        raise UserError(f"--group_by {column}: {source} is a folder of photos (use people, pose, or a table)")
     texts, _ = read_texts(source, prompt_column)
-    cells = read_file(path, column) if path.is_file() else read_column(load_rows(source), column)
+    if path.is_file():
+        cells = read_file(path, column)
+    else:
+        rows = load_rows(source)
+        cells = read_column(rows, choose_column(column, rows.column_names, source))
     groups: dict[str, str] = {}
     for text, cell in zip(texts, cells, strict=True):
         groups.setdefault(text, "not said" if cell in (None, "") else str(cell))
@@ -3190,9 +3246,11 @@ def colour_section(name: str, result: dict, base: dict[str, np.ndarray], tuned: 
 
 def photos_table(photos: dict[str, dict]) -> str:
     """The colours of every model against the photos': rows are measures, with differences from the photos."""
-    shifts = [row.get("delta_e", UNKNOWN) for row in photos.values()]
-    cells = (f"{number(shift['value'])}<small>{span(shift['interval'])}</small>" for shift in shifts)
-    rows = [("Delta E", NONE, *cells)]
+    rows = []
+    for key, words in (("delta_e", "Delta E"), ("hue_shift", "mean hue, degrees apart")):
+        shifts = [row.get(key, UNKNOWN) for row in photos.values()]
+        cells = (f"{number(shift['value'])}<small>{span(shift['interval'])}</small>" for shift in shifts)
+        rows.append((words, NONE, *cells))
     for key, words in COLOURS.items():
         found = [row.get(key) or {} for row in photos.values()]
         side = next((row["photos"] for row in found if row), None)
@@ -3237,7 +3295,7 @@ def image_tile(folder: Path, path: Path | None, side: int = 384) -> str:
     with Image.open(path) as file:
         tiny = max(file.size) <= TINY
         file.draft("RGB", (side, side))  # a large JPEG is decoded at a fraction of its size
-        image = file.convert("RGB")
+        image = ImageOps.exif_transpose(file).convert("RGB")
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
     kind, data = ("png", png(image)) if tiny else ("jpeg", small_jpeg(image))
     return f"""<a href="{image_link(path, folder)}"><img{' class="small"' * tiny} alt="full size" width="{image.width}"
@@ -3941,7 +3999,7 @@ def compare_answers(votes: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
             "votes": len(answered),
             "prompts": len(shares),
             "win_rate": mean(shares),
-            "interval": bootstrap_interval(mean, shares),
+            "interval": win_interval(shares),
             **{
                 outcome: mean(known_shares((worth == value).astype(float), prompt_ids))
                 for outcome, value in (("win", 1), ("tie", 0.5), ("lose", 0))
@@ -3998,7 +4056,7 @@ def compare_scorers(
         tuned = np.array([values[name][label][row] for name, row in places])
         agrees = agrees_with_people(people, base, tuned)
         shares, judged = known_shares(agrees, prompt_ids), int(np.isfinite(agrees).sum())
-        found[label] = {"pairs": judged, "agreement": mean(shares), "interval": bootstrap_interval(mean, shares)}
+        found[label] = {"pairs": judged, "agreement": mean(shares), "interval": win_interval(shares)}
     return found
 
 
@@ -4139,6 +4197,15 @@ def progress(total: int, state: PartialState, what: str, unit: str) -> tqdm:
     return tqdm(total=total, desc=what + share, unit=unit, smoothing=0.1, disable=not state.is_main_process)
 
 
+@contextlib.contextmanager
+def memory_told(batch_size: int) -> Iterator[None]:
+    """Says what to do where a device has too little memory."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(f"out of memory: set --batch_size below {batch_size}; what is finished is kept") from error
+
+
 def plan_images(prompts: int, num_images_per_prompt: int, diversity_prompts: int) -> list[tuple[int, int]]:
     """(prompt, index) of every image; the first `diversity_prompts` prompts get two at least, to be compared."""
     counts = [max(num_images_per_prompt, 2 if p < diversity_prompts else 1) for p in range(prompts)]
@@ -4149,7 +4216,9 @@ def check_hub(args: argparse.Namespace) -> None:
     """UserError where the hub, or its cache here, has no such model, before images are drawn; loads no weights."""
     from transformers.utils import cached_file
 
-    names = [args.feature_model, *([args.cmmd_model] if args.real_data_dir else [])]
+    several = args.diversity_prompts or args.num_images_per_prompt > 1
+    names = [args.feature_model] if several or args.real_data_dir else []
+    names += [args.cmmd_model] if args.real_data_dir else []
     for scorer in args.scorers:
         *_, name, options = split_spec(scorer.source)
         if name in BUILT_IN_SCORERS and name != "imagereward":  # which has no config
@@ -4184,6 +4253,7 @@ def generate(args: argparse.Namespace, state: PartialState, prompts: list[str], 
     for model, rows in todo.items():
         with (
             drawing(pipe, model, args.identity, guided) as person,
+            memory_told(args.batch_size),
             progress(len(rows), state, f"images of {model.name}", "img") as bar,
         ):
             for batch in in_batches(rows, args.batch_size):
@@ -4212,20 +4282,22 @@ def conclude(
 ) -> tuple[dict[str, Any], dict[str, dict[str, np.ndarray]]]:
     """All that is found, for metrics.json, and every measure's means over the images of each prompt."""
     labels = [scorer.label for scorer in args.scorers]
-    means = per_prompt_means(values, labels, prompt_ids, args.face_threshold)
+    average = partial(per_prompt_means, scorers=labels, prompt_ids=prompt_ids, threshold=args.face_threshold)
+    means, shared = average(values), average(only_shared(values))
     roles = metric_roles(args.scorers, training, bool(args.reference_faces))
     groups = group_prompts(args, prompts)
     realism = measure_realism(values, photos, prompt_ids, args.seed)
-    colours = {name: colour_columns(found) | found["latents"] for name, found in values.items()}
 
     models = {}
     for model in args.models[1:]:
-        base, tuned = paired_means(values, means, labels, prompt_ids, args.face_threshold, model.name)
+        pair = only_shared({name: values[name] for name in ("base", model.name)})
+        base, tuned = average(pair).values()
         metrics = compare_metrics(base, tuned, roles)
+        colours = (found | colour_columns(found) for found in pair.values())
         shown = [label for label, row in metrics.items() if row["role"] == "training"]
         found: dict[str, Any] = {
             "metrics": metrics,
-            "colour": compare_colour(colours["base"], colours[model.name], prompt_ids),
+            "colour": compare_colour(*colours, prompt_ids),
             "realism": {kind: moves[model.name] for kind, (_, moves) in realism.items()},
             "groups": compare_groups(base, tuned, [leading_metric(metrics), *shown], groups),
         }
@@ -4234,7 +4306,9 @@ def conclude(
         found["checkpoint"] = model.checkpoint and dict(zip(("of", "step"), model.checkpoint, strict=True))
         models[model.name] = found
 
-    averages = {name: {label: mean(column) for label, column in found.items()} for name, found in means.items()}
+    averages = {name: {label: mean(column) for label, column in found.items()} for name, found in shared.items()}
+    for name, found in shared.items():
+        averages[name]["hue"] = circular_mean(found["hue"])
     distances = {kind: distance for kind, (distance, _) in realism.items()}
     record = {"means": averages, "models": models, "paper": paper_rows(args.scorers, averages, models, distances)}
     if photos:
@@ -4243,7 +4317,7 @@ def conclude(
             "images": max(row["images"] for row in distances.values()),
             "distances": distances,
         }
-        record["photos_colour"] = {name: compare_with_photos(means[name], colour_columns(photos)) for name in values}
+        record["photos_colour"] = {name: compare_with_photos(shared[name], colour_columns(photos)) for name in values}
     if args.reference_faces:
         record["identity"] = {name: summarise_identity(values[name], means[name]) for name in values}
     return record, means
@@ -4253,8 +4327,8 @@ def metric_roles(scorers: list[Scorer], training: list[str], identity: bool) -> 
     """{metric: role}: held-out scorers lead, those that selected the training pairs and what else counts follow."""
     chose = {scorer.label: bool({scorer.label, *names_of_scorer(scorer.source)} & {*training}) for scorer in scorers}
     roles = {label: "training" if chose[label] else "held-out" for label in sorted(chose, key=chose.__getitem__)}
-    others = {"diversity": "diversity", "identity": "identity", "recognised": "identity"}
-    return roles | {label: role for label, role in others.items() if identity or role == "diversity"}
+    roles["diversity"] = "diversity"
+    return roles | dict.fromkeys(("identity", "recognised") if identity else (), "identity")
 
 
 def measure_realism(
@@ -4290,12 +4364,12 @@ def summarise_identity(values: dict[str, np.ndarray], means: dict[str, np.ndarra
 
 
 def recorded_training_scorers(models: list[Model]) -> list[str]:
-    """The names of the scorers that selected the training pairs, from the records beside the weights; [] without."""
-    specs = [
-        spec
-        for data in training_data(models)
-        for spec in read_settings(data / "preference_data.json").get("scorer", [])
-    ]
+    """The names of the scorers that selected the training pairs, from the records beside the weights; [] without.
+
+    Those that only had to agree with the choice are among them: the pairs are what they let through.
+    """
+    records = [read_settings(data / "preference_data.json") for data in training_data(models)]
+    specs = [spec for settings in records for key in ("scorer", "agree") for spec in settings.get(key) or []]
     return sorted(set().union(*map(names_of_scorer, specs)))
 
 
@@ -4349,15 +4423,13 @@ def write_csv(
     text = io.StringIO()
     writer = csv.writer(text)
     labels = [*labels, *(["identity"] if "identity" in values["base"] else [])]
-    channels = max(
-        (found["latents"]["latent_mean"].shape[1] for found in values.values() if found["latents"]), default=0
-    )
+    channels = max(np.shape(found.get("latent_mean", [[]]))[1] for found in values.values())
     latents = [f"latent_mean_{channel}" for channel in range(channels)]
     writer.writerow(["model", "prompt_id", "index", "prompt", "image", *labels, *COLOUR_COLUMNS, *latents])
     for name, found in values.items():
         missing = np.full((len(plan), channels), np.nan)
         numbers = np.column_stack(
-            [*(found[label] for label in labels), found["colour"], found["latents"].get("latent_mean", missing)]
+            [*(found[label] for label in labels), found["colour"], found.get("latent_mean", missing)]
         )
         for (p, k), file, row in zip(plan, files[name], numbers, strict=True):
             if file:
@@ -4371,7 +4443,7 @@ def write_csv(
 def print_summary(record: dict[str, Any]) -> None:
     """The short tables at the end."""
     for name, result in record["models"].items():
-        print(f"\n{name} against base, {record['prompts']} prompts")
+        print(f"\n{name} against base, {max(m['prompts'] for m in result['metrics'].values())} prompts")
         labels = {
             label: f"{label} (training)" if m["role"] == "training" else label
             for label, m in result["metrics"].items()
@@ -4435,8 +4507,8 @@ def caveats(
 
 def training_scorers(args: argparse.Namespace) -> list[str]:
     """The names of what selected the training pairs: as given, else as recorded, else pickscore."""
-    given = args.training_scorer.split(",") if args.training_scorer else []
-    return given or recorded_training_scorers(args.models) or ["pickscore"]
+    given = filter(None, map(str.strip, (args.training_scorer or "").split(",")))
+    return sorted(set().union(*map(names_of_scorer, given))) or recorded_training_scorers(args.models) or ["pickscore"]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -4467,7 +4539,7 @@ def main(args: argparse.Namespace) -> None:
     if not state.is_main_process:
         return
     for name in files:
-        values[name]["latents"] = read_latents(files[name])
+        values[name] |= read_latents(files[name])
     found, means = conclude(args, prompts, prompt_ids, values, values.pop(PHOTOS, {}), training)
     record = {"settings": describe(args), "prompts": len(prompts), "images": len(plan), "training_scorers": training}
     record |= {"caveats": notes, **found}
@@ -4500,7 +4572,9 @@ def write_results(
     draw_win_rates(output / "win_rates.png", record)
     write_grid(output / "grid.png", pictures, args.seed)
     if args.user_study:
-        write_user_study(output, args.user_study, prompts, files, plan, args.seed)
+        pairs = write_user_study(output, args.user_study, prompts, files, plan, args.seed)
+        if pairs < args.user_study:
+            print(f"--user_study: only {counted(pairs, 'pair')}, since there are no more images")
 
 
 def print_endings(args: argparse.Namespace, output: Path) -> None:
@@ -4629,7 +4703,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_labels(scorers: list[Scorer]) -> None:
     """UserError where a scorer is called as something that is measured anyway."""
-    taken = {*COLOUR_COLUMNS, "colour", "features", "latents", "diversity", "identity", "recognised", "CMMD", "FID"}
+    taken = {*COLOUR_COLUMNS, "colour", "features", "diversity", "identity", "recognised", "CMMD", "FID"}
+    taken |= {"latent_mean", "latent_std"}
     twice = [scorer.label for scorer in scorers if scorer.label in taken]
     if twice:
         raise UserError(f"--scorers: {twice[0]} is measured anyway: give this scorer another name with ,label=...")

@@ -76,11 +76,49 @@ def test_vetoed_never_wins_and_nan_is_used_for_neither_side():
     assert ev.mean(np.array([-np.inf, np.nan, 3.0, 1.0])) == 2
 
 
-def test_prompt_mean_leaves_nan_out_and_keeps_a_veto():
+def test_prompt_mean_leaves_nan_and_vetoes_out():
     values = np.array([1.0, 3.0, np.nan, 5.0, np.nan, -np.inf, 2.0])
     means = ev.per_prompt(values, np.array([0, 0, 1, 1, 2, 3, 3]))
-    np.testing.assert_array_equal(means, [2.0, 5.0, np.nan, -np.inf])
+    np.testing.assert_array_equal(means, [2.0, 5.0, np.nan, 2.0])
+    np.testing.assert_array_equal(ev.per_prompt(np.array([-np.inf, np.nan]), np.array([0, 0])), [-np.inf])
     np.testing.assert_array_equal(ev.per_prompt(np.array([[1.0, 2], [3, 6]]), np.array([0, 0])), [[2.0, 4.0]])
+
+
+def test_fewer_vetoed_images_win_then_the_higher_mean():
+    shares = np.array([1, 0.75, 0.75, 0.25, 0, 0, np.nan]), np.array([0.75, 0.75, 0.75, 0, 0, 0.25, 0])
+    means = np.array([-np.inf, 5, 1, 9, 3, -9, np.nan]), np.array([-9.0, 4, 1, -9, 4, 9, 1])
+    np.testing.assert_array_equal(ev.outcomes(*ev.worth(means, shares)), [0, 1, 0.5, 0, 0, 1])
+    plain = ev.worth(means, [np.zeros(7)] * 2)
+    np.testing.assert_array_equal(plain[1], means[1])
+    all_vetoed = ev.worth([np.full(2, -np.inf)] * 2, [np.ones(2)] * 2)
+    np.testing.assert_array_equal(ev.outcomes(*all_vetoed), [0.5, 0.5])
+
+
+def test_more_images_of_a_prompt_see_fewer_vetoes_better():
+    """300 prompts, of base's images 60 % vetoed, of tuned's 45 %."""
+    rng, rates = np.random.default_rng(0), []
+    for count in (1, 8):
+        prompt_ids, sides = np.repeat(np.arange(300), count), {}
+        for name, share in (("base", 0.6), ("tuned", 0.45)):
+            values = np.where(rng.random(len(prompt_ids)) < share, -np.inf, rng.random(len(prompt_ids)))
+            features = np.zeros((len(prompt_ids), 1))
+            sides[name] = {
+                "people": values,
+                "colour": np.zeros((len(prompt_ids), len(ev.COLOUR_COLUMNS))),
+                "features": features,
+            }
+        row = ev.compare(*ev.per_prompt_means(sides, ["people"], prompt_ids, 0.5).values(), "people")
+        assert row["vetoed"] == pytest.approx([0.6, 0.45], abs=0.08)
+        rates.append(row["win_rate"])
+    assert rates[0] > 0.52
+    assert rates[1] > rates[0] + 0.05
+
+
+def test_interval_of_wins_alone_has_a_width():
+    assert ev.win_interval(np.ones(8)) == (pytest.approx(scipy.stats.binomtest(8, 8).proportion_ci().low), 1.0)
+    assert ev.win_interval(np.zeros(8)) == (0.0, pytest.approx(scipy.stats.binomtest(0, 8).proportion_ci().high))
+    assert ev.win_interval(np.full(8, 0.5)) == (0.5, 0.5)
+    assert np.isnan(ev.win_interval(np.zeros(0))).all()
 
 
 @pytest.mark.parametrize(
@@ -221,11 +259,16 @@ def test_diversity_is_zero_for_equal_images_and_one_for_orthogonal_ones():
 # ---- The verdict ---------------------------------------------------------------------------------------------------
 
 
+def compared(base: np.ndarray, tuned: np.ndarray, role: str, holm: float) -> dict:
+    """A row of compare_metrics."""
+    return {"role": role, **ev.compare({"x": base}, {"x": tuned}, "x"), "holm": holm}
+
+
 def judged(win_rates: dict[str, tuple[str, float]], delta_e: float = 0.0) -> str:
     """The verdict on 100 prompts with these win rates, {metric: (role, win rate)}."""
     wins = np.arange(100) / 100
     metrics = {
-        label: ev.compare(np.full(100, 0.5), (wins < rate).astype(float), role) | {"holm": 0.01}
+        label: compared(np.full(100, 0.5), (wins < rate).astype(float), role, 0.01)
         for label, (role, rate) in win_rates.items()
     }
     colour = {"delta_e": {"value": delta_e, "interval": (delta_e, delta_e)}}
@@ -260,10 +303,9 @@ def test_a_loss_among_many_metrics_is_doubtful_until_holm_agrees():
     rows = {"clip": (0.5, 1.0), "judge": (0.38, 0.2), "pickscore": (0.9, 0.01)}
     wins = np.arange(100) / 100
     metrics = {
-        label: ev.compare(
-            np.full(100, 0.5), (wins < rate).astype(float), "training" if label == "pickscore" else "held-out"
+        label: compared(
+            np.full(100, 0.5), (wins < rate).astype(float), "training" if label == "pickscore" else "held-out", holm
         )
-        | {"holm": holm}
         for label, (rate, holm) in rows.items()
     }
     said = " ".join(sentence for _, sentence in ev.verdict("dpo", metrics, {"delta_e": {"interval": (0, 0)}}))
@@ -304,9 +346,9 @@ def test_delta_e_of_models_that_do_not_differ_is_not_visible():
 
 
 def test_means_of_both_sides_are_over_the_same_prompts_and_vetoes_are_told():
-    base = np.array([1.0, 2.0, np.nan, 100.0, -np.inf])
-    tuned = np.array([2.0, 3.0, 5.0, np.nan, 7.0])
-    row = ev.compare(base, tuned, "held-out")
+    base = {"x": np.array([1.0, 2.0, np.nan, 100.0, -np.inf]), "x vetoed": np.array([0, 0, np.nan, 0, 1])}
+    tuned = {"x": np.array([2.0, 3.0, 5.0, np.nan, 7.0]), "x vetoed": np.array([0, 0, 0, np.nan, 0])}
+    row = ev.compare(base, tuned, "x")
     assert (row["base"], row["tuned"], row["difference"]) == (1.5, 2.5, 1.0)
     assert row["vetoed"] == [0.25, 0.0]
     assert row["win_rate"] == 1
@@ -660,7 +702,7 @@ def test_pose_is_the_first_that_a_prompt_names(prompt, pose):
 
 
 def test_worse_realism_is_a_cost():
-    metrics = {"clip": ev.compare(np.zeros(50), np.ones(50), "held-out") | {"holm": 0.0}}
+    metrics = {"clip": compared(np.zeros(50), np.ones(50), "held-out", 0.0)}
     colour = {"delta_e": {"value": 0.0, "interval": (0.0, 0.0)}}
     row = {"base": 0.1, "tuned": 0.3, "difference": 0.2}
     worse = ev.verdict("dpo", metrics, colour, {"KD": row | {"interval": (0.1, 0.3)}})
