@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """eval_human.py: known answers of its statistics and measures, and whole runs on the embedded world with few steps."""
 
+import argparse
 import csv
 import importlib.util
 import json
@@ -594,11 +595,19 @@ def test_changed_settings_are_refused_with_the_difference_and_overwritten_on_req
 def test_training_scorers_are_read_from_the_record_of_the_pairs(inputs, tmp_path):
     data, lora = tmp_path / "data", shutil.copytree(inputs / "lora", tmp_path / "lora")
     data.mkdir()
-    (data / "preference_data.json").write_text(json.dumps({"settings": {"scorer": ["0.5*my/file.py:brightness"]}}))
+    settings = {"scorer": ["0.5*my/file.py:brightness"], "agree": ["hpsv2=my/model"]}
+    (data / "preference_data.json").write_text(json.dumps({"settings": settings}))
     model = ev.parse_model(f"dpo={lora}")
     assert ev.recorded_training_scorers([model]) == []
     (lora / "training_settings.json").write_text(json.dumps({"settings": {"train_data_dir": str(data)}}))
-    assert ev.recorded_training_scorers([model]) == ["brightness"]
+    assert ev.recorded_training_scorers([model]) == ["brightness", "hpsv2"]
+
+
+def test_training_scorers_may_be_given_as_to_scorers():
+    args = argparse.Namespace(training_scorer=" my/file.py:brightness, 2*pickscore=my/model", models=[])
+    assert ev.training_scorers(args) == ["brightness", "pickscore"]
+    roles = ev.metric_roles([ev.parse_scorer("clip"), ev.parse_scorer("pickscore")], ev.training_scorers(args), False)
+    assert roles == {"clip": "held-out", "pickscore": "training", "diversity": "diversity"}
 
 
 def test_embedded_world_is_the_default(inputs, tmp_path, monkeypatch, capsys):
@@ -748,6 +757,25 @@ def test_measures_are_kept_until_what_they_depend_on_changes(inputs, everything,
     assert loaded[2:] == ["pickscore", "brightness", "picky", "theirs"]
 
 
+def test_a_measure_is_known_by_its_files_in_one_order(tmp_path):
+    """An order by the hash of strings would differ from process to process."""
+    other = shutil.copytree(WORLD / "scorer", tmp_path / "other")
+    spec = f"clip={WORLD / 'scorer'},processor={other}"
+    files = ev.scorer_files(ev.parse_scorer(spec))
+    assert files == [WORLD / "scorer" / "model.safetensors", other / "model.safetensors"]
+    assert files == ev.scorer_files(ev.parse_scorer(f"clip,processor={other},model={WORLD / 'scorer'}"))
+
+
+def test_a_measure_that_was_cut_short_is_measured_again(tmp_path):
+    ev.write_measured(tmp_path / "a.npz", "key", np.arange(4.0))
+    np.testing.assert_array_equal(ev.read_measured(tmp_path / "a.npz", "key"), np.arange(4.0))
+    assert ev.read_measured(tmp_path / "a.npz", "other") is None
+    whole = (tmp_path / "a.npz").read_bytes()
+    for size in (0, 50, len(whole) - 9):
+        (tmp_path / "a.npz").write_bytes(whole[:size])
+        assert ev.read_measured(tmp_path / "a.npz", "key") is None
+
+
 def test_votes_come_into_the_report(inputs, everything, tmp_path, capsys):
     folder = shutil.copytree(everything, tmp_path / "copy", copy_function=shutil.copy2)
     key = json.loads((folder / "out" / "user_study_key.json").read_text())
@@ -870,6 +898,8 @@ BAD_INPUTS = {
     "IP-Adapter without images": ({"identity": "ip_adapter={tmp}/blank.txt,image={tmp}/none"}, (), "no images in"),
     "group of a list without columns": ({"group_by": "place"}, (), "has no columns, only prompts"),
     "unknown group": ({"group_by": "place", "prompts": "{tmp}/table.csv"}, (), "no column place"),
+    "unknown group of a data set": ({"group_by": "place", "prompts": "{tmp}/rows"}, (), "no column place"),
+    "group of photos": ({"group_by": "place", "prompts": "{tmp}/captioned"}, (), "is a folder of photos"),
 }  # fmt: skip
 BAD_SCORERS = {
     "unknown scorer": ("pikscore", "pikscore"),
@@ -895,8 +925,11 @@ def test_bad_input_is_refused_in_one_line(case, inputs, tmp_path, capsys):
     (tmp_path / "blank.txt").write_text("\n  \n\t\n")
     changes, models, words = BAD_INPUTS[case]
     (tmp_path / "table.csv").write_text("prompt,shot\na man,close\n")
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "none").mkdir()
+    for name in ("photos", "none", "rows", "captioned"):
+        (tmp_path / name).mkdir()
+    shutil.copy(tmp_path / "table.csv", tmp_path / "rows")
+    ev.Image.new("RGB", (8, 8)).save(tmp_path / "captioned" / "one.jpg")
+    (tmp_path / "captioned" / "one.txt").write_text("a man")
     ev.Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "one.jpg")
     names = {"tmp": tmp_path, "lora": inputs / "lora", "full": inputs / "full", "photos": tmp_path / "photos"}
     filled = {key: value.format(**names) if isinstance(value, str) else value for key, value in changes.items()}
