@@ -2097,10 +2097,14 @@ class Measure(NamedTuple):
     load: Callable[[Device], Callable[[list[Image.Image], list[str]], Any]]
     files: Sequence[Path] = ()  # what its values depend upon, too: weights, code, photos
     of_photos: bool = False  # the real photos are measured, too
+    of_images: bool = True
 
 
-def all_measures(args: argparse.Namespace) -> list[Measure]:
-    """Scorers, colour, and what the settings ask for: features of images, identity."""
+def all_measures(args: argparse.Namespace, size: tuple[int, int]) -> list[Measure]:
+    """Scorers, colour, and what the settings ask for: features of images, latents of photos, identity.
+
+    `size` is the images' width and height.
+    """
     measures = [
         Measure(scorer.label, scorer.source, partial(load_scorer, scorer), scorer_files(scorer))
         for scorer in args.scorers
@@ -2114,6 +2118,10 @@ def all_measures(args: argparse.Namespace) -> list[Measure]:
     for label, (factory, name) in features.items():
         load = partial(load_features, factory, name)
         measures.append(Measure(label, name, load, all_weights(Path(name)), of_photos=True))
+    if args.real_data_dir and any(model.drawn for model in args.models):
+        name = args.pretrained_model_name_or_path
+        files, load = all_weights(Path(name, "vae")), partial(load_latents, args, size)
+        measures.append(Measure("latents", f"{name} {size}", load, files, of_photos=True, of_images=False))
     if args.reference_faces:
         faces = Path(args.reference_faces)
         files = [*find_photos(faces), *plug_in_files(args.face_embedder)]
@@ -2153,6 +2161,29 @@ def load_features(factory: Callable[..., Any], name: str, device: Device) -> Cal
     return lambda images, prompts: features(images)
 
 
+def load_latents(
+    args: argparse.Namespace, size: tuple[int, int], device: Device
+) -> Callable[[list[Image.Image], list[str]], np.ndarray]:
+    """The base model's latents of photos, brought to `size`, as a measure: channel means, then stds, (B, 2 C)."""
+    from diffusers import AutoencoderKL
+    from diffusers.image_processor import VaeImageProcessor
+
+    name, options = args.pretrained_model_name_or_path, {"revision": args.revision, "variant": args.variant}
+    try:
+        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", torch_dtype=torch.float32, **options).to(device)
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the VAE of {name}: {first_line(error)}") from error
+
+    @torch.inference_mode()
+    def latents(images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+        pixels = VaeImageProcessor().preprocess([image.resize(size, Image.Resampling.LANCZOS) for image in images])
+        encoded = torch.cat([vae.encode(one).latent_dist.mean for one in pixels.to(device).split(1)])
+        flat = (encoded * vae.config.scaling_factor).double().flatten(2)
+        return torch.cat([flat.mean(-1), flat.std(-1, correction=0)], dim=1).cpu().numpy()
+
+    return latents
+
+
 def measure_colour(images: list[Image.Image], prompts: list[str]) -> list[list[float]]:
     """colour_statistics of images, at most 512 pixels a side, as rows in the order of COLOUR_COLUMNS."""
 
@@ -2183,11 +2214,12 @@ def measure_all(
     output, texts = Path(args.output_dir, "measures"), [prompts[p] for p, _ in plan]
     repeated = np.bincount([p for p, _ in plan])[[p for p, _ in plan]] > 1
     values: dict[str, dict[str, np.ndarray]] = {name: {} for name in paths}
-    ratio = shape_ratio(next(filter(None, paths["base"])))
-    for measure in all_measures(args):
+    size = upright_size(next(filter(None, paths["base"])))
+    ratio = size[0] / size[1]
+    for measure in all_measures(args, size):
         todo = {}
         for name, files in paths.items():
-            if name == PHOTOS and not measure.of_photos:
+            if not (measure.of_photos if name == PHOTOS else measure.of_images):
                 continue
             if measure.label == "features" and not args.real_data_dir:
                 files = [file if more else None for file, more in zip(files, repeated, strict=True)]
@@ -2237,6 +2269,7 @@ def run_measure(
     from accelerate.utils import gather_object
 
     batches, found = list(in_batches(share_of(files, state), batch_size)), []
+    folder = os.path.commonpath([file.parent for file in files if file]) if any(files) else ""
     with ThreadPoolExecutor(1) as reader:
         ahead = [reader.submit(load_images, [files[row] for row in batch]) for batch in batches[:1]]
         for i, batch in enumerate(batches):
@@ -2244,7 +2277,8 @@ def run_measure(
             images = [cut_to(image, crop) for image in images] if crop else images
             ahead += [reader.submit(load_images, [files[row] for row in rows]) for rows in batches[i + 1 : i + 2]]
             for image, row in zip(images, batch, strict=True):
-                image.info["image_id"] = f"{name}/{files[row].name}"  # what a file.jsonl of scores calls it
+                place = files[row].relative_to(folder).as_posix()
+                image.info["image_id"] = f"{name}/{place}"  # what a file.jsonl of scores calls it
             prompts = ["" if name == PHOTOS else texts[row] for row in batch]
             found += zip(batch, function(images, prompts), strict=True)
             bar.update(len(batch))
@@ -2255,11 +2289,10 @@ def run_measure(
     return values
 
 
-def shape_ratio(file: Path) -> float:
-    """Width over height of an image."""
+def upright_size(file: Path) -> tuple[int, int]:
+    """Width and height of an image as it is shown."""
     with Image.open(file) as image:
-        width, height = ImageOps.exif_transpose(image).size
-    return width / height
+        return ImageOps.exif_transpose(image).size
 
 
 def cut_to(image: Image.Image, ratio: float) -> Image.Image:
@@ -2580,7 +2613,10 @@ def compare_colour(
 
 
 def compare_with_photos(colours: dict[str, np.ndarray], photos: dict[str, np.ndarray]) -> dict[str, dict[str, object]]:
-    """A model's colour as a set against that of the photos: (P,) and (M,) of each of COLOURS; both are drawn anew."""
+    """A model's colour as a set against that of the photos: (P,) and (M,) of each of COLOURS; both are drawn anew.
+
+    Where both have them, also latent_mean and latent_std, (P, C) and (M, C).
+    """
 
     def difference(statistic: Callable[..., float], a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
         rng = np.random.default_rng(0)
@@ -2598,6 +2634,13 @@ def compare_with_photos(colours: dict[str, np.ndarray], photos: dict[str, np.nda
     labs = [np.stack([side[key] for key in "Lab"], axis=1) for side in (photos, colours)]
     labs = [lab[~np.isnan(lab).any(axis=1)] for lab in labs]
     found["delta_e"] = {"value": delta_e_of_sets(*labs), "interval": difference(delta_e_of_sets, *labs)}
+    if "latent_mean" in photos and "latent_mean" in colours:
+        std = latent_std(photos["latent_mean"], photos["latent_std"])
+        means, shift = [side["latent_mean"] for side in (photos, colours)], partial(latent_shift, base_std=std)
+        channels = (means[1].mean(axis=0) - means[0].mean(axis=0)) / std
+        stds = [side["latent_std"].mean(axis=0) for side in (photos, colours)]
+        found["latent_shift"] = {"value": shift(*means), "interval": difference(shift, *means)}
+        found["latent_channels"] = {"difference": channels.tolist(), "std_ratio": (stds[1] / stds[0]).tolist()}
     return found
 
 
@@ -3247,9 +3290,11 @@ def colour_section(name: str, result: dict, base: dict[str, np.ndarray], tuned: 
 def photos_table(photos: dict[str, dict]) -> str:
     """The colours of every model against the photos': rows are measures, with differences from the photos."""
     rows = []
-    for key, words in (("delta_e", "Delta E"), ("hue_shift", "mean hue, degrees apart")):
+    sets = {"delta_e": "Delta E", "hue_shift": "mean hue, degrees apart", "latent_shift": "latent means, in std"}
+    for key, words in sets.items():
         shifts = [row.get(key, UNKNOWN) for row in photos.values()]
-        cells = (f"{number(shift['value'])}<small>{span(shift['interval'])}</small>" for shift in shifts)
+        spans = (span(shift["interval"], digits=SHIFTS[key][2]) for shift in shifts)
+        cells = (f"{number(shift['value'])}<small>{told}</small>" for shift, told in zip(shifts, spans, strict=True))
         rows.append((words, NONE, *cells))
     for key, words in COLOURS.items():
         found = [row.get(key) or {} for row in photos.values()]
@@ -4194,7 +4239,7 @@ def start_processes() -> PartialState:
 def progress(total: int, state: PartialState, what: str, unit: str) -> tqdm:
     """A bar for this process's share of the work; only the main process shows its own."""
     share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
-    return tqdm(total=total, desc=what + share, unit=unit, smoothing=0.1, disable=not state.is_main_process)
+    return tqdm(total=total, desc=what + share, unit=unit, smoothing=0.1, disable=not (total and state.is_main_process))
 
 
 @contextlib.contextmanager
@@ -4317,10 +4362,25 @@ def conclude(
             "images": max(row["images"] for row in distances.values()),
             "distances": distances,
         }
-        record["photos_colour"] = {name: compare_with_photos(shared[name], colour_columns(photos)) for name in values}
+        record["photos_colour"] = colour_against_photos(values, shared, photos, prompt_ids)
     if args.reference_faces:
         record["identity"] = {name: summarise_identity(values[name], means[name]) for name in values}
     return record, means
+
+
+def colour_against_photos(
+    values: dict[str, dict[str, np.ndarray]],
+    means: dict[str, dict[str, np.ndarray]],
+    photos: dict[str, np.ndarray],
+    prompt_ids: np.ndarray,
+) -> dict[str, dict[str, Any]]:
+    """compare_with_photos of every model, latents included where its images were drawn here."""
+    halves = np.split(photos["latents"], 2, axis=1) if "latents" in photos else ()
+    there, found = colour_columns(photos) | dict(zip(("latent_mean", "latent_std"), halves, strict=False)), {}
+    for name, side in values.items():
+        latents = {key: per_prompt(side[key], prompt_ids) for key in ("latent_mean", "latent_std") if key in side}
+        found[name] = compare_with_photos(means[name] | latents, there)
+    return found
 
 
 def metric_roles(scorers: list[Scorer], training: list[str], identity: bool) -> dict[str, str]:
@@ -4704,7 +4764,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def check_labels(scorers: list[Scorer]) -> None:
     """UserError where a scorer is called as something that is measured anyway."""
     taken = {*COLOUR_COLUMNS, "colour", "features", "diversity", "identity", "recognised", "CMMD", "FID"}
-    taken |= {"latent_mean", "latent_std"}
+    taken |= {"latents", "latent_mean", "latent_std"}
     twice = [scorer.label for scorer in scorers if scorer.label in taken]
     if twice:
         raise UserError(f"--scorers: {twice[0]} is measured anyway: give this scorer another name with ,label=...")

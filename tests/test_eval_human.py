@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from diffusers import AutoencoderKL
 from tiny_human.figures import draw
 
 
@@ -671,7 +672,12 @@ def test_everything_is_in_the_record(everything):
         assert row["tuned"] - row["base"] == pytest.approx(row["difference"])
         assert record["realism"]["distances"][kind]["models"]["lora"] == row["tuned"]
     assert record["realism"]["photos"] == 12
-    assert record["photos_colour"]["base"]["L"]["photos"] > 0
+    against_photos = record["photos_colour"]["base"]
+    assert against_photos["L"]["photos"] > 0
+    assert against_photos["hue_shift"]["interval"][0] <= against_photos["hue_shift"]["value"]
+    assert against_photos["latent_shift"]["value"] == pytest.approx(
+        np.abs(against_photos["latent_channels"]["difference"]).mean()
+    )
     assert set(record["paper"]["base"]) == set(ev.PAPER)
     assert record["paper"]["lora"]["Hue"] == result["colour"]["hue_shift"]["value"]
     assert record["paper"]["base"]["Hue"] is None
@@ -755,6 +761,44 @@ def test_measures_are_kept_until_what_they_depend_on_changes(inputs, everything,
     os.utime(folder / "out" / "images" / "base" / "00003_0.png")
     run(line)
     assert loaded[2:] == ["pickscore", "brightness", "picky", "theirs"]
+
+
+def test_latents_of_photos_are_the_vaes():
+    picture = draw({"pose": "standing", "arms": "both arms down"} | BACKGROUND, seed=3).image
+    name, plain = str(WORLD / "pipeline"), {"revision": None, "variant": None}
+    args = argparse.Namespace(pretrained_model_name_or_path=name, **plain)
+    (found,) = ev.load_latents(args, picture.size, "cpu")([picture.resize((80, 120))], [""])
+    vae = AutoencoderKL.from_pretrained(name, subfolder="vae")
+    pixels = torch.from_numpy(np.array(picture.resize((80, 120)).resize(picture.size, ev.Image.Resampling.LANCZOS)))
+    with torch.no_grad():
+        latents = vae.encode(pixels.permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mean * vae.config.scaling_factor
+    expected = [*latents.mean((0, 2, 3)), *latents.std((0, 2, 3), correction=0)]
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_images_that_a_folder_lacks_count_for_neither_side(inputs, finished, tmp_path, capsys):
+    """Two of base's six images from elsewhere: all that is compared, is on these."""
+    folder = tmp_path / "theirs"
+    folder.mkdir()
+    for k in (1, 4):
+        shutil.copy(finished / "images" / "lora" / f"{k:05d}_0.png", folder)
+    found = run(flags(inputs, tmp_path / "out", "base", f"theirs={folder}"))
+    assert "theirs against base, 2 prompts" in capsys.readouterr().out
+    result, means = found["models"]["theirs"], found["means"]
+    for label in ("brightness", "pickscore"):
+        for side, name in (("base", "base"), ("tuned", "theirs")):
+            assert result["metrics"][label][side] == pytest.approx(means[name][label])
+    assert result["colour"]["L"]["base"] == pytest.approx(means["base"]["L"])
+
+
+def test_no_scores_at_all_is_told(inputs, tmp_path):
+    (tmp_path / "null.jsonl").write_text(
+        "\n".join(f'{{"image_id": "{m}/{p:05d}_0.png", "score": null}}' for m in ("base", "lora") for p in range(6))
+    )
+    line = flags(inputs, tmp_path / "out", diversity_prompts=0)
+    line = [*line[: line.index("--scorers") + 1], str(tmp_path / "null.jsonl")]
+    with pytest.raises(ev.UserError, match="no scorer gives a value for an image that base and the tuned model both"):
+        run(line)
 
 
 def test_a_measure_is_known_by_its_files_in_one_order(tmp_path):
