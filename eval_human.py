@@ -3290,7 +3290,7 @@ def colour_section(name: str, result: dict, base: dict[str, np.ndarray], tuned: 
 def photos_table(photos: dict[str, dict]) -> str:
     """The colours of every model against the photos': rows are measures, with differences from the photos."""
     rows = []
-    sets = {"delta_e": "Delta E", "hue_shift": "mean hue, degrees apart", "latent_shift": "latent means, in std"}
+    sets = {"delta_e": "Delta E", "hue_shift": "mean hue, degrees", "latent_shift": "latent means, in std of photos"}
     for key, words in sets.items():
         shifts = [row.get(key, UNKNOWN) for row in photos.values()]
         spans = (span(shift["interval"], digits=SHIFTS[key][2]) for shift in shifts)
@@ -4239,7 +4239,8 @@ def start_processes() -> PartialState:
 def progress(total: int, state: PartialState, what: str, unit: str) -> tqdm:
     """A bar for this process's share of the work; only the main process shows its own."""
     share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
-    return tqdm(total=total, desc=what + share, unit=unit, smoothing=0.1, disable=not (total and state.is_main_process))
+    hidden = not (total and state.is_main_process)
+    return tqdm(total=total, desc=what + share, unit=unit, smoothing=0.1, disable=hidden)
 
 
 @contextlib.contextmanager

@@ -1885,7 +1885,8 @@ def process_share(shards: Iterable[Path], state: PartialState) -> list[Path]:
 def progress(total: int, state: PartialState, what: str, unit: str) -> tqdm:
     """A bar for this process's share of the work; only the main process shows its own."""
     share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
-    return tqdm(total=total, desc=what + share, unit=unit, smoothing=0.1, disable=not (total and state.is_main_process))
+    hidden = not (total and state.is_main_process)
+    return tqdm(total=total, desc=what + share, unit=unit, smoothing=0.1, disable=hidden)
 
 
 def to_jpeg(image: Image.Image) -> bytes:

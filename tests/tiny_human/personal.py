@@ -19,9 +19,17 @@ At the end it prints how often the embedder of faces (judge.py:face) is right ab
 """
 
 import argparse
+import logging
+import os
 import random
 import sys
+import warnings
 from pathlib import Path
+
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # "requires torchvision"
+logging.getLogger("xformers").setLevel(logging.ERROR)  # "can't load C++/CUDA extensions" on a CPU
+warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)
 
 import numpy as np
 import torch
