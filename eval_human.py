@@ -2914,14 +2914,14 @@ UNKNOWN = {"value": None, "win_rate": None, "interval": (None, None)}  # a measu
 TINY = 128  # images of so few pixels a side are shown with hard pixels
 
 
-def known(*values: float | None) -> bool:
+def all_finite(*values: float | None) -> bool:
     """Whether all of the values are finite numbers."""
     return all(value is not None and math.isfinite(value) for value in values)
 
 
 def percent(share: float | None) -> str:
     """A share as "59.1 %"."""
-    return f"{100 * share:.1f} %" if known(share) else NONE
+    return f"{100 * share:.1f} %" if all_finite(share) else NONE
 
 
 def number(value: float | None) -> str:
@@ -2933,17 +2933,17 @@ def number(value: float | None) -> str:
 
 def p_value(p: float | None) -> str:
     """A p value with two significant digits, or in words where it is very small."""
-    return NONE if not known(p) else f"{p:.2g}" if p >= 1e-4 else "below .0001"
+    return NONE if not all_finite(p) else f"{p:.2g}" if p >= 1e-4 else "below .0001"
 
 
 def span(interval: Sequence[float | None], scale: float = 1.0, digits: int = 1) -> str:
     """An interval as "[53.1, 65.9]"."""
-    return f"[{', '.join(f'{scale * end:.{digits}f}' for end in interval)}]" if known(*interval) else ""
+    return f"[{', '.join(f'{scale * end:.{digits}f}' for end in interval)}]" if all_finite(*interval) else ""
 
 
 def change(difference: float | None, interval: Sequence[float | None]) -> str:
     """A difference and its interval as "-0.110 [-0.127, -0.092]", by the interval's width."""
-    if not known(difference, *interval):
+    if not all_finite(difference, *interval):
         return NONE
     width = interval[1] - interval[0] or abs(difference) or 1.0
     digits = max(0, 1 - math.floor(math.log10(width)))
@@ -2952,7 +2952,7 @@ def change(difference: float | None, interval: Sequence[float | None]) -> str:
 
 def tone(interval: Sequence[float | None], even: float = 0.5) -> str:
     """win where the interval lies above `even`, lose where below it, else even."""
-    if not known(*interval):
+    if not all_finite(*interval):
         return "even"
     return "win" if interval[0] > even else "lose" if interval[1] < even else "even"
 
@@ -2974,7 +2974,7 @@ def shift_text(result: dict[str, Any], key: str) -> str:
     """One of SHIFTS as "1.8°"."""
     _, unit, digits = SHIFTS[key]
     value = (result.get("colour") or {}).get(key, UNKNOWN)["value"]
-    return f"{value:.{digits}f}{unit}" if known(value) else NONE
+    return f"{value:.{digits}f}{unit}" if all_finite(value) else NONE
 
 
 def shift_span(result: dict[str, Any], key: str) -> str:
@@ -2996,7 +2996,7 @@ def by_model(models: dict[str, dict], show: Callable[[str, dict], str]) -> str:
 def whisker(metric: dict[str, Any], role: str = "held-out") -> str:
     """A win rate with its interval on an axis from 0 to 100 %, above a band of what is won and tied."""
     rate, (low, high) = metric["win_rate"], metric["interval"]
-    if not known(rate, low, high):
+    if not all_finite(rate, low, high):
         return ""
     x, low, high, won, tied = (96 * share for share in (rate, low, high, metric.get("win", 0), metric.get("tie", 0)))
     return f"""<svg class="whisker {tone(metric["interval"])} {role}">
@@ -3069,7 +3069,7 @@ def run_lines(steps: dict[int, dict[str, dict]]) -> dict[str, list[tuple[int, di
     """{label: [(step, metric)]} of the win rates that are known, held-out metrics first."""
     labels = in_order({label: m for metrics in steps.values() for label, m in metrics.items()})
     lines = {label: [(step, metrics.get(label, UNKNOWN)) for step, metrics in steps.items()] for label in labels}
-    lines = {label: [(step, m) for step, m in line if known(m["win_rate"])] for label, line in lines.items()}
+    lines = {label: [(step, m) for step, m in line if all_finite(m["win_rate"])] for label, line in lines.items()}
     return {label: line for label, line in lines.items() if line}
 
 
@@ -3077,7 +3077,7 @@ def run_plot(steps: dict[int, dict[str, dict]]) -> str:
     """Win rates over the steps of one training run, a line for each metric, from base (one half) at step 0."""
     lines = run_lines(steps)
     lead, last = leading_metric({label: line[-1][1] for label, line in lines.items()}), max(steps)
-    ends = [end for line in lines.values() for _, m in line for end in m["interval"] if known(end)]
+    ends = [end for line in lines.values() for _, m in line for end in m["interval"] if all_finite(end)]
     low, high = math.floor(4 * min(0.49, *ends)) / 4, math.ceil(4 * max(0.51, *ends)) / 4
 
     def at(step: float, rate: float) -> tuple[float, float]:
@@ -3112,7 +3112,8 @@ def run_line(
     points = [at(0, 0.5), *(at(step, m["win_rate"]) for step, m in line)]
     marks = ""
     for (x, y), (step, m) in zip(points[1:], line, strict=True):
-        (_, top), (_, bottom) = (at(step, end if known(end) else m["win_rate"]) for end in reversed(m["interval"]))
+        ends = (end if all_finite(end) else m["win_rate"] for end in m["interval"])
+        (_, bottom), (_, top) = (at(step, end) for end in ends)
         told = f"{html.escape(label)}, step {step}: {percent(m['win_rate'])} {span(m['interval'], 100)}"
         marks += f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
         marks += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5"><title>{told}</title></circle>'
@@ -3155,11 +3156,11 @@ def group_tables(name: str, result: dict[str, Any]) -> str:
             found = [group["metrics"].get(label, UNKNOWN) for label in labels]
             for label, m in zip(labels, found, strict=True):
                 told = percent(m["win_rate"])
-                sure = known(m.get("holm")) and m["holm"] < 0.05
+                sure = all_finite(m.get("holm")) and m["holm"] < 0.05
                 role = result["metrics"].get(label, {}).get("role", "held-out")
                 row += [whisker(m, role), f"<b>{told}</b>" if sure else told]
             rate = found[0]["win_rate"]
-            rows.append((rate if known(rate) else math.inf, row))
+            rows.append((rate if all_finite(rate) else math.inf, row))
         head = [html.escape(column), "prompts", *chain(*((AXIS, html.escape(label)) for label in labels))]
         tables += table(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
     return tables
@@ -3167,7 +3168,7 @@ def group_tables(name: str, result: dict[str, Any]) -> str:
 
 def paper_columns(paper: dict[str, dict]) -> list[str]:
     """The paper's columns that are known of a model."""
-    return [name for name in PAPER if any(known(row.get(name)) for row in paper.values())]
+    return [name for name in PAPER if any(all_finite(row.get(name)) for row in paper.values())]
 
 
 def paper_table(paper: dict[str, dict]) -> str:
@@ -3264,7 +3265,7 @@ def colour_figures(name: str, channels: list[dict], base: np.ndarray, tuned: np.
         figures[f"Mean colours of the prompts in the Lab plane<br>{keys}"] = colour_plane(base[:, :2], tuned[:, :2])
         caption = f"Mean colours of the prompts by hue<br>base above, {name} below"
         figures[caption] = colour_strips(base[:, 2:5], tuned[:, 2:5], base[:, 5])
-    if channels and known(*(end for channel in channels for end in (channel["value"], *channel["interval"]))):
+    if channels and all_finite(*(end for channel in channels for end in (channel["value"], *channel["interval"]))):
         figures["Shift of the latent channels' means<br>in std of base"] = channel_plot(channels)
     drawn = "".join(f"<figure><figcaption>{words}</figcaption>{plot}</figure>" for words, plot in figures.items())
     return f'<div class="plots">{drawn}</div>' if drawn else ""
@@ -3572,7 +3573,7 @@ def draw_rates(draw: ImageDraw.ImageDraw, top: int, title: str, metrics: dict[st
         draw.text((128, y), name, LIGHT["ink"], font, anchor="lm")
         if m["role"] == "training":
             draw.text((128 + draw.textlength(name, font), y), "  training", LIGHT["soft"], small, anchor="lm")
-        if not known(m["win_rate"], *m["interval"]):
+        if not all_finite(m["win_rate"], *m["interval"]):
             continue
         x, start, end = (left + (right - left) * share for share in (m["win_rate"], *m["interval"]))
         draw.line((start, y, end, y), colour, 12)
