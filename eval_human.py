@@ -3943,12 +3943,12 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_votes(files: Sequence[str], folder: Path, prompts: list[str] | None = None) -> list[dict[str, Any]]:
+def read_votes(files: Sequence[str], folder: Path, prompts: list[str]) -> list[dict[str, Any]]:
     """All votes in `files`, which the page saved, joined with the key in `folder`: a row per rater and pair.
 
     {"rater", "pair", "prompt_id", "index", "model": the tuned one, "tuned_side": "left" | "right", "seconds": float or
-    None, and for each of QUESTIONS "left" | "tie" | "right" or None, not answered}. With `prompts`, the key's have to
-    be the same. UserError: one line with the file and the place.
+    None, and for each of QUESTIONS "left" | "tie" | "right" or None, not answered}. The key's prompts have to be those
+    of this run. UserError: one line with the file and the place.
     """
     path, raters, votes = folder / STUDY_KEY, {}, []
     if not path.is_file():
@@ -3956,7 +3956,7 @@ def read_votes(files: Sequence[str], folder: Path, prompts: list[str] | None = N
     key = read_object(path)
     if not key.keys() >= {"study", "pairs"}:
         raise UserError(f"{path} is not the key of a user study: --user_study writes it anew")
-    for pair, row in key["pairs"].items() if prompts is not None else ():
+    for pair, row in key["pairs"].items():
         if row["prompt_id"] >= len(prompts) or prompts[row["prompt_id"]] != row["prompt"]:
             raise UserError(f"--votes: pair {pair} of {path} shows another prompt than now: give --prompts as it was")
     for file in files:
@@ -3967,7 +3967,7 @@ def read_votes(files: Sequence[str], folder: Path, prompts: list[str] | None = N
         raters[rater] = file
         votes += found
     if not votes:
-        raise UserError(f"--votes: no answers in {', '.join(map(str, files)) or 'no file'}")
+        raise UserError(f"--votes: no answers in {', '.join(files)}")
     return votes
 
 

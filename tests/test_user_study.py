@@ -29,6 +29,7 @@ HOSTILE = '</script><img src=x onerror="document.title=1"> "it\'s" & <!-- \\ @DA
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 CHROMIUM_FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run", "--virtual-time-budget=60000"]
 NAN = math.nan
+TEXTS = [HOSTILE, *(f"prompt number {p}" for p in range(1, 8))]
 
 
 def paint(path: Path, value: int, size: tuple[int, int] = (64, 64)) -> Path:
@@ -44,18 +45,17 @@ def paint(path: Path, value: int, size: tuple[int, int] = (64, 64)) -> Path:
     return path
 
 
-def make_study(folder: Path, count: int = 6, prompts: int = 8, seed: int = 0, **models: tuple[int, int]) -> dict:
+def make_study(folder: Path, count: int = 6, seed: int = 0, **models: tuple[int, int]) -> dict:
     """A study of {model: size of its images}, one image per prompt, base dark and all others bright; its key."""
     models = {"base": (64, 64)} | (models or {"zebra": (64, 64)})
-    texts = [HOSTILE, *(f"prompt number {p}" for p in range(1, prompts))]
     paths = {
         name: [
             paint(folder / "images" / name / f"{p}.png", (20 if name == "base" else 200) + p, size)
-            for p in range(prompts)
+            for p in range(len(TEXTS))
         ]
         for name, size in models.items()
     }
-    ev.write_user_study(folder, count, texts, paths, [(p, 0) for p in range(prompts)], seed)
+    ev.write_user_study(folder, count, TEXTS, paths, [(p, 0) for p in range(len(TEXTS))], seed)
     return json.loads((folder / "user_study_key.json").read_text())
 
 
@@ -224,7 +224,7 @@ def test_the_same_study_is_written_again_and_another_has_another_id(tmp_path):
     kept = tmp_path / "a" / f"user_study_key_{first['study']}.json"
     assert json.loads(kept.read_text()) == first
     with pytest.raises(ev.UserError, match=rf"votes on study .*{kept.name} is its key: put it back under that name"):
-        ev.read_votes([write_votes(tmp_path / "votes.json", first["study"])], tmp_path / "a")
+        ev.read_votes([write_votes(tmp_path / "votes.json", first["study"])], tmp_path / "a", TEXTS)
 
 
 def test_fewer_pairs_than_asked_and_none(tmp_path):
@@ -262,7 +262,7 @@ def test_votes_are_joined_with_the_key(tmp_path):
         write_votes(tmp_path / "a.json", key["study"], "Ann", votes),
         write_votes(tmp_path / "b.json", key["study"], "Bo"),
     ]
-    rows = ev.read_votes(files, tmp_path)
+    rows = ev.read_votes(files, tmp_path, TEXTS)
     assert [(row["rater"], row["pair"], row["realism"], row["alignment"], row["seconds"]) for row in rows] == [
         ("Ann", "2", "right", None, None),
         ("Ann", "1", "left", "tie", 2.5),
@@ -313,7 +313,7 @@ def test_bad_votes_are_refused_in_one_line(tmp_path, case):
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ev.UserError, match=message) as caught:
-        ev.read_votes([str(path)], tmp_path)
+        ev.read_votes([str(path)], tmp_path, TEXTS)
     assert "\n" not in str(caught.value)
 
 
@@ -323,22 +323,22 @@ def test_one_rater_in_two_files_is_refused(tmp_path):
     with pytest.raises(
         ev.UserError, match=r"late.json: .*early.json holds votes of the same rater, 'Ann': keep the later"
     ):
-        ev.read_votes(files, tmp_path)
+        ev.read_votes(files, tmp_path, TEXTS)
 
 
 def test_votes_need_the_key_and_its_prompts(tmp_path):
     study = make_study(tmp_path)["study"]
-    file, texts = write_votes(tmp_path / "a.json", study), [HOSTILE, *(f"prompt number {p}" for p in range(1, 8))]
-    assert len(ev.read_votes([file], tmp_path, texts)) == 1
-    for others in (texts[::-1], texts[:1]):
+    file = write_votes(tmp_path / "a.json", study)
+    assert len(ev.read_votes([file], tmp_path, TEXTS)) == 1
+    for others in (TEXTS[::-1], TEXTS[:1]):
         with pytest.raises(ev.UserError, match="shows another prompt than now"):
             ev.read_votes([file], tmp_path, others)
     (tmp_path / "user_study_key.json").write_text("{}")
     with pytest.raises(ev.UserError, match=r"user_study_key.json is not the key of a user study"):
-        ev.read_votes([file], tmp_path)
+        ev.read_votes([file], tmp_path, TEXTS)
     (tmp_path / "user_study_key.json").unlink()
     with pytest.raises(ev.UserError, match=r"user_study_key.json is missing: --user_study writes it"):
-        ev.read_votes([file], tmp_path)
+        ev.read_votes([file], tmp_path, TEXTS)
 
 
 # ---- What votes say -------------------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def test_a_model_that_always_wins_and_one_that_never_does():
     models = ev.compare_votes(votes, {"base": {}, "bad": {}, "dpo": {}}, [], [])["models"]
     assert list(models) == ["bad", "dpo"]  # in the order of the run
     assert models["dpo"]["realism"]["win_rate"] == models["dpo"]["alignment"]["win_rate"] == 1
-    assert models["dpo"]["realism"]["interval"] == [1, 1]
+    assert models["dpo"]["realism"]["interval"] == [pytest.approx(0.025 ** (1 / 10)), 1]  # ten of ten
     assert models["dpo"]["realism"]["sign_test"] == 2 / 2**10
     assert models["dpo"]["realism"]["holm"] == 4 / 2**10
     assert models["bad"]["realism"]["win_rate"] == 0
@@ -406,7 +406,7 @@ def test_the_scorer_that_sees_what_people_see_is_named():
     found = ev.compare_votes(votes, values, plan, ["blind", "half", "eye"])
     assert found["closest"] == {"realism": "eye", "alignment": "eye"}
     realism, alignment = found["scorers"]["realism"], found["scorers"]["alignment"]
-    assert realism["eye"] == {"pairs": 6, "agreement": 1, "interval": [1, 1]}
+    assert realism["eye"] == {"pairs": 6, "agreement": 1, "interval": [pytest.approx(0.025 ** (1 / 6)), 1]}
     assert (alignment["eye"]["pairs"], alignment["eye"]["agreement"]) == (5, 1)
     assert realism["blind"]["agreement"] == 0.5
     assert (realism["half"]["pairs"], realism["half"]["agreement"]) == (5, (0 + 0.5 + 1 + 1 + 1) / 5)
@@ -505,7 +505,7 @@ def test_from_the_first_key_to_the_result(tmp_path):
     assert said == "Pair 4: Which image fits the text better?"
     assert told == "4 of 8 pairs are in votes-Ann_犬_.json."
     file = tmp_path / "votes-Ann_犬_.json"
-    partly = ev.read_votes([str(file)], tmp_path)
+    partly = ev.read_votes([str(file)], tmp_path, TEXTS)
     assert Counter(row["alignment"] is None for row in partly) == {False: 3, True: 1}
     file.unlink()
 
@@ -525,7 +525,7 @@ def test_from_the_first_key_to_the_result(tmp_path):
     assert {vote["pair"]: {q: vote[q] for q in ev.QUESTIONS} for vote in saved["votes"]} == wanted
     assert all(0.3 < vote["seconds"] < 5 for vote in saved["votes"])
 
-    found = ev.compare_votes(ev.read_votes([str(file)], tmp_path), {}, [], [])
+    found = ev.compare_votes(ev.read_votes([str(file)], tmp_path, TEXTS), {}, [], [])
     for question in ev.QUESTIONS:
         worth = [
             0.5 if answers[question] == "tie" else float(key["pairs"][pair][answers[question]] == "zebra")
