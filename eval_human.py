@@ -2690,8 +2690,8 @@ def verdict(
     name: str,
     metrics: dict[str, dict],
     colour: dict[str, Any],
-    realism: dict[str, dict] | None = None,
-    groups: dict[str, dict] | None = None,
+    realism: dict[str, dict],
+    groups: dict[str, dict],
 ) -> list[tuple[str, str]]:
     """The comparison in sentences, each with a tone: good, bad or plain; the first one is the headline.
 
@@ -2707,8 +2707,8 @@ def verdict(
     sentences = [(tone, f"{name} {what} base by {lead}: it wins {rated(metrics[lead], of)}.")]
     held_out = [label for label, m in metrics.items() if m["role"] == "held-out"]
     risen = [label for label in gained if metrics[label]["role"] == "training"]
-    costs = what_got_worse(metrics, worse, colour, realism or {})
-    others = what_got_worse(metrics, [label for label in worse if label != lead], colour, realism or {})
+    costs = what_got_worse(metrics, worse, colour, realism)
+    others = what_got_worse(metrics, [label for label in worse if label != lead], colour, realism)
     if costs and risen:
         rise = f"the training scorer rises ({rated(metrics[risen[0]])}) while"
         sentences.append(("bad", f"Looks like reward hacking: {rise} {in_words(costs)}."))
@@ -2719,10 +2719,10 @@ def verdict(
     if doubtful:
         rates = [f"{label} ({rated(metrics[label])})" for label in doubtful]
         sentences.append(("plain", f"Perhaps worse, not for sure among so many metrics: {in_words(rates)}."))
-    closer = [kind for kind, row in (realism or {}).items() if row["interval"][1] < 0]
+    closer = [kind for kind, row in realism.items() if row["interval"][1] < 0]
     if closer:
         sentences.append(("good", f"Closer to the real photos by {in_words(closer)}."))
-    sentences += [("bad", sentence) for sentence in losing_groups(groups or {}, lead)]
+    sentences += [("bad", sentence) for sentence in losing_groups(groups, lead)]
     if not held_out:
         sentences.append(
             ("bad", "Only the training scorer judges here: add a held-out one to --scorers before you believe it.")
@@ -2957,11 +2957,6 @@ def tone(interval: Sequence[float | None], even: float = 0.5) -> str:
     return "win" if interval[0] > even else "lose" if interval[1] < even else "even"
 
 
-def in_order(metrics: dict[str, dict]) -> dict[str, dict]:
-    """The metrics with the held-out ones first, in the order of ROLES."""
-    return dict(sorted(metrics.items(), key=lambda item: list(ROLES).index(item[1]["role"])))
-
-
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of HTML cells, the first column text, the others numbers or plots; "" where there are no rows."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
@@ -2970,16 +2965,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return whole if body else ""
 
 
-def shift_text(result: dict[str, Any], key: str) -> str:
+def shift_text(colour: dict[str, Any], key: str) -> str:
     """One of SHIFTS as "1.8°"."""
-    _, unit, digits = SHIFTS[key]
-    value = (result.get("colour") or {}).get(key, UNKNOWN)["value"]
+    (_, unit, digits), value = SHIFTS[key], colour.get(key, UNKNOWN)["value"]
     return f"{value:.{digits}f}{unit}" if all_finite(value) else NONE
 
 
-def shift_span(result: dict[str, Any], key: str) -> str:
+def shift_span(colour: dict[str, Any], key: str) -> str:
     """Its interval."""
-    return span((result.get("colour") or {}).get(key, UNKNOWN)["interval"], digits=SHIFTS[key][2])
+    return span(colour.get(key, UNKNOWN)["interval"], digits=SHIFTS[key][2])
 
 
 def with_note(body: str, words: str) -> str:
@@ -3012,22 +3006,22 @@ def win_rates(name: str, result: dict[str, Any]) -> str:
     """The table of a tuned model's win rates: held-out scorers first, the leading one bold."""
     rows, metrics = [], result["metrics"]
     lead = leading_metric(metrics)
-    for label, m in in_order(metrics).items():
+    for label, m in metrics.items():
         title = f"<b>{html.escape(label)}</b>" if label == lead else html.escape(label)
         tag = f'<span class="tag">{ROLES[m["role"]]}</span>' if ROLES[m["role"]] not in ("", label) else ""
-        vetoed = m.get("vetoed") or (0, 0)
-        if any(vetoed):
-            tag += f"<small>vetoed: base {percent(vetoed[0])}, {html.escape(name)} {percent(vetoed[1])}</small>"
+        if any(m["vetoed"]):
+            base, tuned = map(percent, m["vetoed"])
+            tag += f"<small>vetoed: base {base}, {html.escape(name)} {tuned}</small>"
         figures = percent(m["win_rate"]), span(m["interval"], 100), number(m["base"]), number(m["tuned"])
-        tests = p_value(m.get("holm")), p_value(m.get("wilcoxon"))
+        tests = p_value(m["holm"]), p_value(m["wilcoxon"])
         rows.append((title + tag, whisker(m, m["role"]), *figures, *tests))
     head = "Metric", AXIS, "Win rate", "95 % interval", "base", html.escape(name), "p (Holm)", "p (Wilcoxon)"
     return table(head, rows)
 
 
-def verdict_words(verdict: Sequence[tuple[str, str]]) -> str:
-    """The verdict in a word or two, by its tones."""
-    first, *others = [tone for tone, _ in verdict] or ["plain"]
+def verdict_words(sentences: Sequence[tuple[str, str]]) -> str:
+    """The sentences of verdict() in a word or two, by their tones."""
+    first, *others = (tone for tone, _ in sentences)
     word = {"good": "better", "bad": "worse"}.get(first, "not told apart")
     return f"{word}, with a warning" if "bad" in others else word
 
@@ -3040,7 +3034,7 @@ def summary_table(models: dict[str, dict]) -> str:
         led = result["metrics"].get(lead, UNKNOWN)
         others = (percent(first.get(role, UNKNOWN)["win_rate"]) for role in ("training", "diversity"))
         title = f"{html.escape(name)}<small>{verdict_words(result['verdict'])}</small>"
-        rows.append((title, whisker(led), percent(led["win_rate"]), *others, shift_text(result, "delta_e")))
+        rows.append((title, whisker(led), percent(led["win_rate"]), *others, shift_text(result["colour"], "delta_e")))
     head = ("Model", AXIS, html.escape(lead), "training scorer", "diversity", "Delta E")
     return table(head, rows) if len(rows) > 1 else ""
 
@@ -3049,7 +3043,7 @@ def training_runs(models: dict[str, dict]) -> dict[str, dict[int, dict[str, dict
     """{run: {step: metrics}}, by step, of the runs of which two or more checkpoints were compared."""
     runs: dict[str, dict[int, dict[str, dict]]] = {}
     for result in models.values():
-        if point := result.get("checkpoint"):
+        if point := result["checkpoint"]:
             runs.setdefault(point["of"], {})[point["step"]] = result["metrics"]
     return {run: dict(sorted(steps.items())) for run, steps in runs.items() if len(steps) > 1 and run_lines(steps)}
 
@@ -3067,7 +3061,8 @@ def spread(places: Sequence[float], gap: float, limit: float) -> list[float]:
 
 def run_lines(steps: dict[int, dict[str, dict]]) -> dict[str, list[tuple[int, dict]]]:
     """{label: [(step, metric)]} of the win rates that are known, held-out metrics first."""
-    labels = in_order({label: m for metrics in steps.values() for label, m in metrics.items()})
+    roles = {label: m["role"] for metrics in steps.values() for label, m in metrics.items()}
+    labels = sorted(roles, key=lambda label: list(ROLES).index(roles[label]))  # the first step may lack a metric
     lines = {label: [(step, metrics.get(label, UNKNOWN)) for step, metrics in steps.items()] for label in labels}
     lines = {label: [(step, m) for step, m in line if all_finite(m["win_rate"])] for label, line in lines.items()}
     return {label: line for label, line in lines.items() if line}
@@ -3148,33 +3143,34 @@ open dots, diversity dotted."""
 def group_tables(name: str, result: dict[str, Any]) -> str:
     """A table for each column of groups of prompts, worst first by the leading metric."""
     lead, tables = leading_metric(result["metrics"]), ""
-    for column, groups in (result.get("groups") or {}).items():
-        labels = list(dict.fromkeys(chain([lead], *(group["metrics"] for group in groups.values()))))
-        rows = []
-        for title, group in groups.items():
+
+    def worst_first(item: tuple[str, dict[str, Any]]) -> float:
+        rate = item[1]["metrics"][lead]["win_rate"]
+        return rate if all_finite(rate) else math.inf
+
+    for column, groups in result["groups"].items():
+        rows, head = [], [html.escape(column), "prompts"]
+        for label in next(iter(groups.values()))["metrics"]:
+            head += [AXIS, html.escape(label)]
+        for title, group in sorted(groups.items(), key=worst_first):
             row = [html.escape(title), str(group["prompts"])]
-            found = [group["metrics"].get(label, UNKNOWN) for label in labels]
-            for label, m in zip(labels, found, strict=True):
+            for label, m in group["metrics"].items():
                 told = percent(m["win_rate"])
-                sure = all_finite(m.get("holm")) and m["holm"] < 0.05
-                role = result["metrics"].get(label, {}).get("role", "held-out")
-                row += [whisker(m, role), f"<b>{told}</b>" if sure else told]
-            rate = found[0]["win_rate"]
-            rows.append((rate if all_finite(rate) else math.inf, row))
-        head = [html.escape(column), "prompts", *chain(*((AXIS, html.escape(label)) for label in labels))]
-        tables += table(head, [row for _, row in sorted(rows, key=lambda pair: pair[0])])
+                row += [whisker(m, result["metrics"][label]["role"]), f"<b>{told}</b>" if m["holm"] < 0.05 else told]
+            rows.append(row)
+        tables += table(head, rows)
     return tables
 
 
 def paper_columns(paper: dict[str, dict]) -> list[str]:
     """The paper's columns that are known of a model."""
-    return [name for name in PAPER if any(all_finite(row.get(name)) for row in paper.values())]
+    return [name for name in PAPER if any(all_finite(row[name]) for row in paper.values())]
 
 
 def paper_table(paper: dict[str, dict]) -> str:
     """The columns of the paper's tables as rows, the models as columns."""
     rows = (
-        (f'{name} <span class="what">{PAPER[name][1]}</span>', *(number(row.get(name)) for row in paper.values()))
+        (f'{name} <span class="what">{PAPER[name][1]}</span>', *(number(row[name]) for row in paper.values()))
         for name in paper_columns(paper)
     )
     return table(("Name", *map(html.escape, paper)), rows)
@@ -3182,23 +3178,23 @@ def paper_table(paper: dict[str, dict]) -> str:
 
 def shifted(value: float | None, row: dict[str, Any], lower_is_better: bool = False) -> str:
     """A value above its row's difference with the interval; red or blue where lower is better and it is sure."""
-    kind = {"win": "lose", "lose": "win"}.get(tone(row.get("interval", (None, None)), even=0.0), "")
-    difference = change(row.get("difference"), row.get("interval", (None, None)))
+    kind = {"win": "lose", "lose": "win"}.get(tone(row["interval"], even=0.0), "")
+    difference = change(row["difference"], row["interval"])
     return f'{number(value)}<small class="{kind * lower_is_better}">{difference}</small>'
 
 
-def realism_section(record: dict[str, Any]) -> str:
+def realism_section(found: dict[str, Any], models: dict[str, dict]) -> str:
     """Distances to the photos, with the differences of the tuned models from base."""
-    found, models, rows = record.get("realism") or {}, record["models"], []
-    for name, distance in found.get("distances", {}).items():
-        title = f"{html.escape(name)}<small>{html.escape(distance.get('note') or '')}</small>"
-        compared = {model: (result.get("realism") or {}).get(name, {}) for model, result in models.items()}
-        cells = (shifted(distance["models"].get(model), row, lower_is_better=True) for model, row in compared.items())
-        rows.append((title, number(distance.get("floor")), number(distance["models"].get("base")), *cells))
-    told = f"""{found.get("images")} images of each model against {found.get("photos")} photos. Below each distance
+    rows = []
+    for name, distance in found["distances"].items():
+        title = f"{html.escape(name)}<small>{html.escape(distance['note'])}</small>"
+        moves = (result["realism"][name] for result in models.values())
+        cells = (shifted(move["tuned"], move, lower_is_better=True) for move in moves)
+        rows.append((title, number(distance["floor"]), number(distance["models"]["base"]), *cells))
+    told = f"""{found["images"]} images of each model against {found["photos"]} photos. Below each distance
 of a tuned model: its difference from base, 95 % interval."""
     shown = table(("Lower is better", "photos among themselves", "base", *map(html.escape, models)), rows)
-    return f'<p class="soft">{told}</p>{shown}' if rows else ""
+    return f'<p class="soft">{told}</p>{shown}'
 
 
 def colour_plane(base: np.ndarray, tuned: np.ndarray) -> str:
@@ -3248,16 +3244,11 @@ def channel_plot(channels: list[dict]) -> str:
 <text x="280" y="292" text-anchor="middle">+{reach:.2g}</text>{"".join(lines)}</svg>"""
 
 
-def columns(means: dict[str, np.ndarray], keys: Sequence[str]) -> np.ndarray:
-    """The measures side by side, (P, len(keys)); nan where a model lacks one."""
-    missing = np.full(max(map(len, means.values()), default=0), np.nan)
-    return np.stack([means.get(key, missing) for key in keys], axis=1)
-
-
-def colour_figures(name: str, channels: list[dict], base: np.ndarray, tuned: np.ndarray) -> str:
-    """The plots of the colour shift; base and tuned hold a, b, red, green, blue and hue of each prompt, (P, 6)."""
-    known_rows = np.isfinite(base).all(axis=1) & np.isfinite(tuned).all(axis=1)
-    base, tuned = base[known_rows], tuned[known_rows]
+def colour_figures(name: str, channels: list[dict], *sides: dict[str, np.ndarray]) -> str:
+    """The plots of the colour shift; `sides`, base and tuned, hold a value per prompt of each measure, (P,)."""
+    keys = ("a", "b", "red", "green", "blue", "hue")
+    points = np.stack([np.stack([side[key] for key in keys], axis=1) for side in sides])
+    base, tuned = points[:, np.isfinite(points).all(axis=(0, 2))]
     figures = {}
     if len(base):
         key = '<i class="key" style="border-color:var(--{0});background:var(--{0})"></i>{1}'.format
@@ -3271,21 +3262,21 @@ def colour_figures(name: str, channels: list[dict], base: np.ndarray, tuned: np.
     return f'<div class="plots">{drawn}</div>' if drawn else ""
 
 
-def colour_section(name: str, result: dict, base: dict[str, np.ndarray], tuned: dict[str, np.ndarray]) -> str:
-    """Figures, plots and table of the colour shift; base and tuned hold a value per prompt of each measure, (P,)."""
-    title, colour, keys = html.escape(name), result.get("colour") or {}, ("a", "b", "red", "green", "blue", "hue")
+def colour_section(name: str, colour: dict[str, Any], *sides: dict[str, np.ndarray]) -> str:
+    """Figures, plots and table of the colour shift; `sides` as in colour_figures."""
+    title = html.escape(name)
     facts = "".join(
-        f'<div class="fact">{words}<b>{shift_text(result, key)}</b>{shift_span(result, key)}</div>'
+        f'<div class="fact">{words}<b>{shift_text(colour, key)}</b>{shift_span(colour, key)}</div>'
         for key, (words, _, _) in SHIFTS.items()
         if key in colour
     )
-    rows = (
-        (words, number(row["base"]), number(row["tuned"]), change(row["difference"], row["interval"]))
-        for row, words in ((colour[key], words) for key, words in COLOURS.items() if key in colour)
-    )
-    figures = colour_figures(title, colour.get("latent_channels", []), columns(base, keys), columns(tuned, keys))
+    rows = []
+    for key, words in COLOURS.items():
+        row = colour[key]
+        rows.append((words, number(row["base"]), number(row["tuned"]), change(row["difference"], row["interval"])))
+    figures = colour_figures(title, colour.get("latent_channels", []), *sides)
     listed = table(("Mean over prompts", "base", title, "difference and 95 % interval"), rows)
-    return (f'<div class="facts">{facts}</div>' if facts else "") + figures + listed
+    return f'<div class="facts">{facts}</div>{figures}{listed}'
 
 
 def photos_table(photos: dict[str, dict]) -> str:
@@ -3293,17 +3284,15 @@ def photos_table(photos: dict[str, dict]) -> str:
     rows = []
     sets = {"delta_e": "Delta E", "hue_shift": "mean hue, degrees", "latent_shift": "latent means, in std of photos"}
     for key, words in sets.items():
-        shifts = [row.get(key, UNKNOWN) for row in photos.values()]
-        spans = (span(shift["interval"], digits=SHIFTS[key][2]) for shift in shifts)
-        cells = (f"{number(shift['value'])}<small>{told}</small>" for shift, told in zip(shifts, spans, strict=True))
-        rows.append((words, NONE, *cells))
+        values = (number(row.get(key, UNKNOWN)["value"]) for row in photos.values())
+        spans = (shift_span(row, key) for row in photos.values())
+        rows.append((words, NONE, *map("{}<small>{}</small>".format, values, spans)))
     for key, words in COLOURS.items():
-        found = [row.get(key) or {} for row in photos.values()]
-        side = next((row["photos"] for row in found if row), None)
-        rows.append((words, number(side), *(shifted(row.get("model"), row) for row in found)))
+        found = [row[key] for row in photos.values()]
+        rows.append((words, number(found[0]["photos"]), *(shifted(row["model"], row) for row in found)))
     shown = table(("Mean over prompts", "photos", *map(html.escape, photos)), rows)
     told = "Below each mean: its difference from the photos, 95 % interval."
-    return f"<h3>Against the photos</h3>{with_note(shown, told)}" if photos else ""
+    return f"<h3>Against the photos</h3>{with_note(shown, told)}"
 
 
 def identity_table(identity: dict[str, dict]) -> str:
@@ -3384,17 +3373,15 @@ def rows_section(
 ) -> str:
     """Images of base and a tuned model, the two `sides` {model: {measure: (P,)}}; tile(model, prompt) is an image."""
     lead, (base, tuned) = leading_metric(metrics), sides.values()
-    labels = [label for label, m in in_order(metrics).items() if m["role"] != "diversity"]
-    both = np.stack([columns(base, labels), columns(tuned, labels)], axis=2)  # (P, labels, 2)
-    ordered = both[:, labels.index(lead)].T if lead in labels else np.full((2, len(prompts)), np.nan)
+    scores = {label: (base[label], tuned[label]) for label, m in metrics.items() if m["role"] != "diversity"}
     told = (
         f'<p class="soft">Ordered by {html.escape(lead)}; the higher score is bold. An image opens in full size.</p>'
     )
-    for heading, chosen in choose_rows(*ordered, settings.get("report_rows", 9), settings.get("seed", 0)).items():
-        shown = "".join(
-            side_by_side(prompts[p], {side: tile(side, p) for side in sides}, dict(zip(labels, both[p], strict=True)))
-            for p in chosen
-        )
+    for heading, chosen in choose_rows(base[lead], tuned[lead], settings["report_rows"], settings["seed"]).items():
+        shown = ""
+        for p in chosen:
+            tiles = {side: tile(side, p) for side in sides}
+            shown += side_by_side(prompts[p], tiles, {label: (a[p], b[p]) for label, (a, b) in scores.items()})
         told += f'<h4>{heading}</h4><div class="rows">{shown}</div>' if shown else ""
     return told
 
@@ -3407,7 +3394,7 @@ def verdict_lines(record: dict[str, Any]) -> str:
         for result in record["models"].values()
         for i, (kind, sentence) in enumerate(result["verdict"])
     ]
-    lines += [f'<p class="soft">{html.escape(sentence)}</p>' for sentence in record.get("caveats") or []]
+    lines += [f'<p class="soft">{html.escape(sentence)}</p>' for sentence in record["caveats"]]
     counts = f"{record['prompts']} prompts, {record['images']} images per model"
     return f"""<h1>Does it draw better people?</h1><p class="soft">{counts}<span class="links"> · {files}</span></p>
 <div{' class="one"' if len(record["models"]) == 1 else ""}>{"".join(lines)}</div>"""
@@ -3416,7 +3403,7 @@ def verdict_lines(record: dict[str, Any]) -> str:
 def settings_list(settings: dict[str, object]) -> str:
     """All settings, a line each."""
     lines = (f"<dt>{html.escape(key)}</dt><dd>{html.escape(str(value))}</dd>" for key, value in settings.items())
-    return f"<dl>{''.join(lines)}</dl>" if settings else ""
+    return f"<dl>{''.join(lines)}</dl>"
 
 
 def page(title: str, top: str, sections: dict[str, str]) -> str:
@@ -3444,26 +3431,27 @@ def write_report(
     means: a value per prompt of every measure, {model: {measure: (P,)}}; pictures: each prompt's first image, or None.
     """
     models, settings = record["models"], record["settings"]
-    decode_once = lru_cache(maxsize=None)(partial(image_tile, path.parent))
+
+    @lru_cache(None)  # base's images stand beside every tuned model's
+    def tile(name: str, p: int) -> str:
+        return image_tile(path.parent, pictures[name][p])
 
     def colours(name: str, result: dict[str, Any]) -> str:
-        return colour_section(name, result, means["base"], means[name])
+        return colour_section(name, result["colour"], means["base"], means[name])
 
     def rows(name: str, result: dict[str, Any]) -> str:
-        sides = {"base": means["base"], name: means[name]}
-        return rows_section(
-            result["metrics"], prompts, sides, lambda side, p: decode_once(pictures[side][p]), settings
-        )
+        return rows_section(result["metrics"], prompts, {side: means[side] for side in ("base", name)}, tile, settings)
 
+    against_photos = photos_table(record["photos_colour"]) if "photos_colour" in record else ""
     sections = {
         "All models": summary_table(models),
         "Win rates": with_note(by_model(models, win_rates), LEGEND),
         "Over training": runs_section(models),
         "Groups of prompts": with_note(by_model(models, group_tables), "Worst first. Bold: p below .05 after Holm."),
-        "The paper's names": paper_table(record.get("paper") or {}),
-        "Realism": realism_section(record),
-        "Colour": by_model(models, colours) + photos_table(record.get("photos_colour") or {}),
-        "Identity": identity_table(record.get("identity") or {}),
+        "The paper's names": paper_table(record["paper"]),
+        "Realism": realism_section(record["realism"], models) if "realism" in record else "",
+        "Colour": by_model(models, colours) + against_photos,
+        "Identity": identity_table(record["identity"]) if "identity" in record else "",
         "Votes": votes_section(record["votes"]) if "votes" in record else "",
         "Side by side": by_model(models, rows),
         "How to read this": f"<p>{READING}</p>",
@@ -3497,12 +3485,12 @@ def public_name(source: object) -> str:
 
 def compared_sentence(record: dict[str, Any]) -> str:
     """What was compared, on which prompts, and how the images were drawn, as far as the settings tell."""
-    settings = {key: value for key, value in record["settings"].items() if value is not None}
+    settings = record["settings"]
     words = {"pretrained_model_name_or_path": " {}", "prompts": " of {}", "sampler": ", sampler {}"}
     words |= {"num_inference_steps": ", {} steps", "guidance_scale": ", guidance {}", "width": ", width {}"}
     words |= {"height": ", height {}", "seed": ", seed {}"}
-    told = {key: form.format(public_name(settings[key])) if key in settings else "" for key, form in words.items()}
-    base, source, *how = told.values()
+    told = ("" if settings[key] is None else form.format(public_name(settings[key])) for key, form in words.items())
+    base, source, *how = told
     counts = f"{record['prompts']} prompts{source}, {record['images']} images per model{''.join(how)}"
     return markdown_text(f"Compared with the base model{base} on {counts}: {', '.join(record['models'])}.")
 
@@ -3510,9 +3498,9 @@ def compared_sentence(record: dict[str, Any]) -> str:
 def card_rates(metrics: dict[str, dict]) -> str:
     """The win rates in Markdown."""
     rows = []
-    for label, m in in_order(metrics).items():
+    for label, m in metrics.items():
         rate = percent(m["win_rate"]), span(m["interval"], 100)
-        means = number(m["base"]), number(m["tuned"]), p_value(m.get("holm"))
+        means = number(m["base"]), number(m["tuned"]), p_value(m["holm"])
         rows.append((label, ROLES[m["role"]] or m["role"], *rate, *means))
     return markdown_table(("metric", "role", "win rate", "95 % interval", "base", "tuned", "p (Holm)"), rows)
 
@@ -3525,17 +3513,15 @@ def card_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -
 
 def card_tables(record: dict[str, Any]) -> list[str]:
     """The paper's columns, the colour shift and the distances to photos of all models in Markdown."""
-    models, paper = record["models"], record.get("paper") or {}
-    names = paper_columns(paper)
-    columns = ((model, *(number(row.get(name)) for name in names)) for model, row in paper.items() if names)
+    models, names = record["models"], paper_columns(record["paper"])
+    columns = ((model, *(number(row[name]) for name in names)) for model, row in record["paper"].items() if names)
     shifts = (
-        (name, *(f"{shift_text(result, key)} {shift_span(result, key)}" for key in SHIFTS))
+        (name, *(f"{shift_text(result['colour'], key)} {shift_span(result['colour'], key)}" for key in SHIFTS))
         for name, result in models.items()
-        if result.get("colour")
     )
     photos = (
-        (distance, number(found.get("floor")), *(number(found["models"].get(name)) for name in ("base", *models)))
-        for distance, found in (record.get("realism") or {}).get("distances", {}).items()
+        (distance, number(found["floor"]), *(number(found["models"][name]) for name in ("base", *models)))
+        for distance, found in record.get("realism", {}).get("distances", {}).items()
     )
     return [
         card_table("Under the paper's names", ["model", *names], columns),
@@ -3548,10 +3534,10 @@ def write_card(path: Path, record: dict[str, Any]) -> None:
     """model_card.md: the evaluation as a section of a model card, in Markdown, ready to paste."""
     parts = ["## Evaluation", compared_sentence(record)]
     for name, result in record["models"].items():
-        headline, *others = [markdown_text(sentence) for _, sentence in result["verdict"]] or [""]
-        parts += [f"### {markdown_text(name)} against base", f"**{headline}**" if headline else ""]
+        headline, *others = (markdown_text(sentence) for _, sentence in result["verdict"])
+        parts += [f"### {markdown_text(name)} against base", f"**{headline}**"]
         parts += ["\n".join(f"- {sentence}" for sentence in others), card_rates(result["metrics"])]
-    caveats = "\n".join(f"- {markdown_text(sentence)}" for sentence in record.get("caveats", []))
+    caveats = "\n".join(f"- {markdown_text(sentence)}" for sentence in record["caveats"])
     parts += [*card_tables(record), f"### Caveats\n\n{caveats}" if caveats else ""]
     parts += [markdown_text(READING)]
     write_atomically(path, ("\n\n".join(filter(None, parts)) + "\n").encode())
@@ -3567,22 +3553,19 @@ def draw_rates(draw: ImageDraw.ImageDraw, top: int, title: str, metrics: dict[st
         x = left + (right - left) * rate / 100
         draw.line((x, low, x, high), LIGHT["base" if rate == 50 else "line"], 8 if rate == 50 else 4)
         draw.text((x, low - 24), f"{rate} %", LIGHT["soft"], small, anchor="ms")
-    for row, (label, m) in enumerate(in_order(metrics).items()):
-        y, colour = low + 64 + 128 * row, colours[tone(m["interval"])]
+    for row, (label, m) in enumerate(metrics.items()):
+        y, colour, training = low + 64 + 128 * row, colours[tone(m["interval"])], m["role"] == "training"
         name = textwrap.shorten(plain_text(label), 24, placeholder="…")
         draw.text((128, y), name, LIGHT["ink"], font, anchor="lm")
-        if m["role"] == "training":
+        if training:
             draw.text((128 + draw.textlength(name, font), y), "  training", LIGHT["soft"], small, anchor="lm")
         if not all_finite(m["win_rate"], *m["interval"]):
             continue
         x, start, end = (left + (right - left) * share for share in (m["win_rate"], *m["interval"]))
         draw.line((start, y, end, y), colour, 12)
-        draw.ellipse(
-            (x - 26, y - 26, x + 26, y + 26), LIGHT["paper"] if m["role"] == "training" else colour, colour, 12
-        )
-        draw.text(
-            (right + 96, y), f"{percent(m['win_rate'])}  {span(m['interval'], 100)}", LIGHT["ink"], font, anchor="lm"
-        )
+        draw.ellipse((x - 26, y - 26, x + 26, y + 26), LIGHT["paper"] if training else colour, colour, 12)
+        told = f"{percent(m['win_rate'])}  {span(m['interval'], 100)}"
+        draw.text((right + 96, y), told, LIGHT["ink"], font, anchor="lm")
 
 
 def draw_win_rates(path: Path, record: dict[str, Any]) -> None:

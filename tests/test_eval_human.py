@@ -274,7 +274,7 @@ def judged(win_rates: dict[str, tuple[str, float]], delta_e: float = 0.0) -> str
         for label, (role, rate) in win_rates.items()
     }
     colour = {"delta_e": {"value": delta_e, "interval": (delta_e, delta_e)}}
-    return " ".join(sentence for _, sentence in ev.verdict("dpo", metrics, colour))
+    return " ".join(sentence for _, sentence in ev.verdict("dpo", metrics, colour, {}, {}))
 
 
 def test_verdict_leads_with_a_held_out_scorer():
@@ -310,7 +310,8 @@ def test_a_loss_among_many_metrics_is_doubtful_until_holm_agrees():
         )
         for label, (rate, holm) in rows.items()
     }
-    said = " ".join(sentence for _, sentence in ev.verdict("dpo", metrics, {"delta_e": {"interval": (0, 0)}}))
+    said = ev.verdict("dpo", metrics, {"delta_e": {"interval": (0, 0)}}, {}, {})
+    said = " ".join(sentence for _, sentence in said)
     assert "hacking" not in said
     assert "Perhaps worse, not for sure among so many metrics: judge (38 % [29, 47])." in said
 
@@ -331,7 +332,7 @@ def test_models_that_do_not_differ_are_seldom_called_hacked():
         metrics["t"] = {"role": "training", "interval": (0.8, 0.9), "win_rate": 0.85, "prompts": 60, "sign_test": 1e-9}
         for row, p in zip(metrics.values(), ev.holm([row["sign_test"] for row in metrics.values()]), strict=True):
             row["holm"] = p
-        said = ev.verdict("dpo", metrics, {"delta_e": {"interval": (0, 0)}})
+        said = ev.verdict("dpo", metrics, {"delta_e": {"interval": (0, 0)}}, {}, {})
         hacked += any("hacking" in sentence for _, sentence in said)
     assert hacked <= 15
 
@@ -720,11 +721,11 @@ def test_worse_realism_is_a_cost():
     metrics = {"clip": compared(np.zeros(50), np.ones(50), "held-out", 0.0)}
     colour = {"delta_e": {"value": 0.0, "interval": (0.0, 0.0)}}
     row = {"base": 0.1, "tuned": 0.3, "difference": 0.2}
-    worse = ev.verdict("dpo", metrics, colour, {"KD": row | {"interval": (0.1, 0.3)}})
+    worse = ev.verdict("dpo", metrics, colour, {"KD": row | {"interval": (0.1, 0.3)}}, {})
     assert worse[1] == ("bad", "At a cost: KD to the real photos grows (0.1 to 0.3).")
-    better = ev.verdict("dpo", metrics, colour, {"KD": row | {"interval": (-0.3, -0.1)}})
+    better = ev.verdict("dpo", metrics, colour, {"KD": row | {"interval": (-0.3, -0.1)}}, {})
     assert better[1] == ("good", "Closer to the real photos by KD.")
-    assert len(ev.verdict("dpo", metrics, colour, {"KD": row | {"interval": (-0.1, 0.3)}})) == 1
+    assert len(ev.verdict("dpo", metrics, colour, {"KD": row | {"interval": (-0.1, 0.3)}}, {})) == 1
 
 
 def test_the_person_is_known_in_the_csv(everything):

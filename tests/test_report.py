@@ -44,6 +44,7 @@ def metric(role: str, rate: float, **changes: object) -> dict:
     shares = {"win": rate - 0.02, "tie": 0.04, "lose": 0.98 - rate}
     found = {"role": role, "prompts": 12, "win_rate": rate, "interval": (rate - 0.05, rate + 0.05), **shares}
     found |= {"base": 20.125, "tuned": 20.625, "difference": 0.5, "difference_interval": (0.4, 0.6)}
+    found |= {"vetoed": [0.0, 0.0]}
     return found | {"sign_test": 0.01, "wilcoxon": 0.01, "holm": 0.0123} | changes
 
 
@@ -51,37 +52,39 @@ def colour(shift: float, latents: bool = True) -> dict:
     """A colour comparison as compare_colour() gives it."""
     found = {key: {"base": 50.0, "tuned": 51.5, "difference": 1.5, "interval": (1.1, 1.9)} for key in ev.COLOURS}
     moved = {"value": shift, "interval": (shift - 0.5, shift + 0.5)}
-    found |= {"delta_e": moved, "hue_distance": moved, "hue_shift": moved}
+    found |= dict.fromkeys(("delta_e", "delta_e_prompts", "hue_distance", "hue_shift"), moved)
     return found | ({"latent_shift": moved, "latent_channels": [moved] * 4} if latents else {})
 
 
 def tuned_model(judge: float, training: float, **changes: object) -> dict:
-    metrics = {"pickscore": metric("training", training), "judge": metric("held-out", judge)}
+    """What conclude() finds of a tuned model, without photos and groups."""
+    metrics = {"judge": metric("held-out", judge), "pickscore": metric("training", training)}
     metrics |= {"diversity": metric("diversity", 0.2), "face": metric("identity", 0.55)}
     said = [
         ("good", f"It wins {100 * judge:.0f} % by judge."),
         ("bad", "Looks like reward hacking: the scorer rises."),
     ]
-    return {"metrics": metrics, "colour": colour(3.21), "verdict": said} | changes
+    found = {"metrics": metrics, "colour": colour(3.21), "realism": {}, "groups": {}, "checkpoint": None}
+    return found | {"verdict": said} | changes
+
+
+def paper(**known: float) -> dict:
+    """A model's row of paper_rows()."""
+    return dict.fromkeys(ev.PAPER) | {name.replace("_", "-"): value for name, value in known.items()}
 
 
 def minimal_record() -> dict:
     """One model, one scorer, nothing that is optional, and values that are not known."""
     lone = metric("held-out", 0.5, win_rate=NAN, interval=(NAN, NAN), base=None, tuned=NAN, holm=NAN)
-    model = {
-        "metrics": {"judge": lone},
-        "colour": None,
-        "groups": {},
-        "checkpoint": None,
-        "verdict": [("plain", "x.")],
-    }
+    found = {"metrics": {"judge": lone}, "colour": colour(NAN, latents=False), "verdict": [("plain", "x.")]}
     return {
-        "settings": {},
+        "settings": vars(ev.build_parser().parse_args([])) | {"prompts": "people.txt"},
         "prompts": 12,
         "images": 12,
-        "training_scorers": [],
+        "training_scorers": ["pickscore"],
         "caveats": [],
-        "models": {"dpo": model},
+        "models": {"dpo": tuned_model(0.5, 0.5) | found},
+        "paper": {"base": paper(ATHEC=31.5), "dpo": paper(ATHEC=32.5, Hue=NAN)},
     }
 
 
@@ -98,14 +101,13 @@ def full_record() -> dict:
         model["groups"]["framing"]["unknown"] = {"prompts": 0, "metrics": {"judge": metric("", NAN)}}
         model["realism"] = {"KD": {"base": 1.25, "tuned": 0.75, "difference": -0.5, "interval": (-0.61, -0.39)}}
     names = ["base", *models]
-    record = minimal_record() | {"training_scorers": ["pickscore"], "models": models, "caveats": ["Only 12 prompts."]}
-    record["settings"] = {"pretrained_model_name_or_path": "/secret/sd15", "prompts": "people.txt", "seed": 3}
-    record["settings"] |= {"sampler": "dpmsolver", "num_inference_steps": 50, "report_rows": 4, "height": None}
-    record["paper"] = {name: {"P-Score": 21.73, "CI-S": None, "Hue": 27.94} for name in names}
+    record = minimal_record() | {"models": models, "caveats": ["Only 12 prompts."]}
+    record["settings"] |= {"pretrained_model_name_or_path": "/secret/sd15", "seed": 3, "report_rows": 4}
+    record["paper"] = dict.fromkeys(names, paper(P_Score=21.73, Hue=27.94))
     distance = {"floor": 0.03125, "models": dict.fromkeys(names, 0.75), "note": "Biased below 2048 images."}
     record["realism"] = {"photos": 777, "images": 12, "distances": {"KD": distance}}
     photo = {"photos": 61.25, "model": 58.5, "difference": -2.75, "interval": (-3.5, -2.0)}
-    moved = {"delta_e": {"value": 4.875, "interval": (4.0, 5.5)}}
+    moved = {key: {"value": 4.875, "interval": (4.0, 5.5)} for key in ("delta_e", "hue_shift")}
     record["photos_colour"] = {name: moved | dict.fromkeys(ev.COLOURS, photo) for name in names}
     face = {"cosine": 0.6125, "recognised": 0.875, "no_face": 0.0625, "interval": (0.5, 0.7)}
     record["identity"] = dict.fromkeys(names, face)
@@ -117,7 +119,7 @@ def make_means(record: dict) -> dict[str, dict[str, np.ndarray]]:
     gains = np.array([1, 2, 3, -9, 4, 9, 5, -8, 6, 7, 8, 0], dtype=float)
     rows = np.arange(12.0)
     base = {"judge": 30 + rows, "pickscore": rows, "hue": 30 * rows, "a": rows, "b": -rows, "diversity": rows}
-    base |= dict.fromkeys(("red", "green", "blue"), 20 * rows)
+    base |= {"face": rows / 12} | dict.fromkeys(("red", "green", "blue"), 20 * rows)
     return {"base": base, **{name: base | {"judge": base["judge"] + gains} for name in record["models"]}}
 
 
@@ -188,26 +190,40 @@ def test_a_full_record_shows_every_part_in_order(full):
 
 def test_a_minimal_record_shows_no_empty_parts(tmp_path):
     page = write(tmp_path, minimal_record())
-    assert headings(page) == ["Win rates", "Colour", "Side by side", "How to read this"]
+    assert headings(page) == [
+        "Win rates", "The paper's names", "Colour", "Side by side", "How to read this", "Settings"
+    ]  # fmt: skip
     assert "nan" not in Page(page).text
-    assert "None" not in Page(page).text
-    assert section(page, "Colour").count("<svg") == 2  # plane and strips; no latents, no table
-    assert "<table" not in section(page, "Colour")
+    assert "None" not in Page(page[: page.index("<h2>Settings")]).text
+    assert section(page, "Colour").count("<svg") == 2  # plane and strips; no latents
+    assert section(page, "Colour").count("<table") == 1  # none against photos
+    assert cells(section(page, "The paper's names"))[1:] == [
+        ["ATHEC sharpness: std of the Laplacian", "31.50", "32.50"]
+    ]
 
 
-def test_without_any_colour_there_is_no_colour_section(tmp_path):
+def test_images_without_a_hue_have_figures_but_no_plots(tmp_path):
     record = minimal_record()
-    means = {name: {"judge": np.arange(12.0)} for name in ("base", "dpo")}
+    means = make_means(record)
+    means = dict.fromkeys(means, means["base"] | {"hue": np.full(12, NAN)})
     ev.write_report(tmp_path / "report.html", record, PROMPTS, means, dict.fromkeys(means, [None] * 12))
     page = (tmp_path / "report.html").read_text()
-    assert "Colour" not in headings(page)
+    assert "<svg" not in section(page, "Colour")
+    assert section(page, "Colour").count('class="fact"') == 4
     assert page.count("no image") == 2 * 9  # the random rows; nobody wins or loses
     assert "Worst losses" not in page
 
 
+def test_where_no_scorer_gives_a_value_diversity_leads(tmp_path):
+    record = minimal_record()
+    record["models"]["dpo"]["metrics"] = {"diversity": metric("diversity", 0.2)}
+    shown = section(write(tmp_path, record), "Side by side")
+    assert "Ordered by diversity" in shown
+    assert "<table" not in shown  # it is a prompt's, not an image's
+
+
 def test_latent_measures_may_be_missing(tmp_path):
-    record = full_record()
-    record["models"] = {"dpo": tuned_model(0.6, 0.7, colour=colour(1.5, latents=False))}
+    record = minimal_record() | {"models": {"dpo": tuned_model(0.6, 0.7, colour=colour(1.5, latents=False))}}
     shown = section(write(tmp_path, record), "Colour")
     assert "Latent" not in shown
     assert "latent channel" not in shown
@@ -245,9 +261,15 @@ def test_numbers_are_the_record_s(full):
     assert 'class="win"' in section(page, "Realism")  # nearer to the photos
     assert "777 photos" in section(page, "Realism")
     photos = cells(section(page, "Colour").rpartition("<h3>")[2])
-    assert photos[1] == ["Delta E", ev.NONE, *["4.875[4.0, 5.5]"] * 4]
-    assert photos[2] == ["lightness (Lab L*)", "61.25", *["58.50-2.8 [-3.5, -2.0]"] * 4]
+    assert photos[1] == ["Delta E", ev.NONE, *["4.875[4.00, 5.50]"] * 4]
+    assert photos[4] == ["lightness (Lab L*)", "61.25", *["58.50-2.8 [-3.5, -2.0]"] * 4]
     assert cells(section(page, "Identity"))[1] == ["base", "0.6125", "[0.500, 0.700]", "87.5 %", "6.2 %"]
+
+
+def test_vetoed_shares_stand_below_the_scorer():
+    metrics = {"people": metric("held-out", 0.6, vetoed=[0.25, 0.0]), "clip": metric("held-out", 0.6)}
+    rows = cells(ev.win_rates("dpo", {"metrics": metrics}))
+    assert [row[0] for row in rows[1:]] == ["peoplevetoed: base 25.0 %, dpo 0.0 %", "clip"]
 
 
 def test_whiskers_stand_at_the_record_s_values():
@@ -353,7 +375,7 @@ def test_runs_need_two_checkpoints_of_one_run():
     runs = ev.training_runs(dict(reversed(models.items())))
     assert {run: list(steps) for run, steps in runs.items()} == {"dpo": [20, 40, 80]}
     assert ev.training_runs({"dpo": models["dpo"]}) == {}
-    assert ev.training_runs({"a": tuned_model(0.5, 0.5, checkpoint=None), "b": tuned_model(0.5, 0.5)}) == {}
+    assert ev.training_runs({"a": tuned_model(0.5, 0.5), "b": tuned_model(0.5, 0.5)}) == {}
 
 
 def test_names_of_lines_never_overlap():
@@ -370,7 +392,7 @@ def test_names_of_lines_never_overlap():
 def rename(value: object) -> object:
     """The record with hostile text in all names and words that users write."""
     if isinstance(value, dict):
-        words = {"judge", "dpo-40", "framing", "full body", "KD", "sampler"}
+        words = {"judge", "dpo-40", "framing", "full body", "KD"}
         return {HOSTILE + key if key in words else key: rename(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return type(value)(rename(item) if item not in ("good", "bad", "plain") else item for item in value)
@@ -461,7 +483,7 @@ def test_the_card_has_all_and_its_tables_are_whole(tmp_path, hostile):
     ev.write_card(tmp_path / "model_card.md", full_record())
     card = (tmp_path / "model_card.md").read_text()
     assert card.startswith("## Evaluation\n\nCompared with the base model sd15 on 12 prompts of people.txt, 12 images")
-    assert "sampler dpmsolver, 50 steps, seed 3" in card
+    assert "sampler dpmsolver, 50 steps, guidance 5.0, seed 3" in card
     assert "secret" not in card
     assert card.count("**It wins") == 3
     assert "| pickscore | training scorer | 93.0 % | \\[88.0, 98.0\\] | 20.12 | 20.62 | 0.012 |" in card
@@ -483,9 +505,14 @@ def test_the_card_has_all_and_its_tables_are_whole(tmp_path, hostile):
 def test_a_minimal_card_has_no_empty_parts(tmp_path):
     ev.write_card(tmp_path / "model_card.md", minimal_record())
     card = (tmp_path / "model_card.md").read_text()
-    assert re.findall(r"^#+ .*", card, re.MULTILINE) == ["## Evaluation", "### dpo against base"]
+    assert re.findall(r"^#+ .*", card, re.MULTILINE) == [
+        "## Evaluation",
+        "### dpo against base",
+        "### Under the paper's names",
+        "### Colour shift from base, with 95 % intervals",
+    ]
     assert "nan" not in card.lower().replace("– ", "")
-    assert len(tables(card)) == 1
+    assert len(tables(card)) == 3
 
 
 def columns_of(image: Image.Image, colour: str) -> np.ndarray:
@@ -498,8 +525,8 @@ def columns_of(image: Image.Image, colour: str) -> np.ndarray:
 def test_dots_of_win_rates_stand_at_their_rates(tmp_path):
     rates = {"far": 0.9, "near": 0.6, "low": 0.2}
     metrics = {label: metric("held-out", rate, interval=(rate - 0.01, rate + 0.01)) for label, rate in rates.items()}
-    metrics["trained"] = metric("training", 0.75, interval=(0.7, 0.8))
     metrics["gone"] = metric("held-out", NAN, interval=(NAN, NAN))
+    metrics["trained"] = metric("training", 0.75, interval=(0.7, 0.8))
     record = minimal_record() | {"models": {"dpo": {"metrics": metrics}}}
     ev.draw_win_rates(tmp_path / "win_rates.png", record)
     with Image.open(tmp_path / "win_rates.png") as image:
@@ -556,7 +583,6 @@ def test_p_values_and_shares_that_are_not_known_are_dashes():
         ("good plain", "better"),
         ("good bad", "better, with a warning"),
         ("plain", "not told apart"),
-        ("", "not told apart"),
     ],
 )
 def test_the_verdict_in_a_word(tones, words):
