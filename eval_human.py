@@ -3060,7 +3060,7 @@ def spread(places: Sequence[float], gap: float, limit: float) -> list[float]:
 
 
 def run_lines(steps: dict[int, dict[str, dict]]) -> dict[str, list[tuple[int, dict]]]:
-    """{label: [(step, metric)]} of the win rates that are known, held-out metrics first."""
+    """{label: [(step, metric)]} of the win rates that are known, the leading metric first."""
     roles = {label: m["role"] for metrics in steps.values() for label, m in metrics.items()}
     labels = sorted(roles, key=lambda label: list(ROLES).index(roles[label]))  # the first step may lack a metric
     lines = {label: [(step, metrics.get(label, UNKNOWN)) for step, metrics in steps.items()] for label in labels}
@@ -3071,7 +3071,7 @@ def run_lines(steps: dict[int, dict[str, dict]]) -> dict[str, list[tuple[int, di
 def run_plot(steps: dict[int, dict[str, dict]]) -> str:
     """Win rates over the steps of one training run, a line for each metric, from base (one half) at step 0."""
     lines = run_lines(steps)
-    lead, last = leading_metric({label: line[-1][1] for label, line in lines.items()}), max(steps)
+    lead, last = next(iter(lines)), max(steps)
     ends = [end for line in lines.values() for _, m in line for end in m["interval"] if all_finite(end)]
     low, high = math.floor(4 * min(0.49, *ends)) / 4, math.ceil(4 * max(0.51, *ends)) / 4
 
@@ -3120,7 +3120,7 @@ def run_line(
 def run_sentence(steps: dict[int, dict[str, dict]]) -> str:
     """Where the leading metric and the training scorers are highest, and what it means when these steps differ."""
     lines = run_lines(steps)
-    lead = leading_metric({label: line[-1][1] for label, line in lines.items()})
+    lead = next(iter(lines))
     shown = {label: line for label, line in lines.items() if label == lead or line[-1][1]["role"] == "training"}
     best = {label: max(line, key=lambda point: point[1]["win_rate"])[0] for label, line in shown.items()}
     told = ", ".join(f"{html.escape(label)} is highest at step {step}" for label, step in best.items())
@@ -3888,11 +3888,10 @@ def write_user_study(
     with ThreadPoolExecutor(8) as pool:
         images = list(pool.map(lambda pair: blind_pair(*(paths[name][pair[2]] for name in pair[:2])), pairs))
     shown, key = [], {}
-    for number, ((left, right, row), image) in enumerate(zip(pairs, images, strict=True), 1):
-        p, k = plan[row]
-        shown.append({"id": str(number), "prompt": prompts[p], **image})
-        key[str(number)] = {"prompt_id": p, "index": k, "prompt": prompts[p], "left": left, "right": right}
-        key[str(number)]["files"] = {side: fingerprint([paths[side][row]]) for side in (left, right)}
+    for i, ((left, right, row), image) in enumerate(zip(pairs, images, strict=True), 1):
+        (p, k), files = plan[row], {side: fingerprint([paths[side][row]]) for side in (left, right)}
+        shown.append({"id": str(i), "prompt": prompts[p], **image})
+        key[str(i)] = {"prompt_id": p, "index": k, "prompt": prompts[p], "left": left, "right": right, "files": files}
     study = hashlib.sha256(json.dumps([shown, key]).encode()).hexdigest()[:16]
     content = json.dumps({"study": study, "questions": QUESTIONS, "pairs": shown}).replace("<", "\\u003c")
     keep_other_key(folder / STUDY_KEY, study)
@@ -3956,7 +3955,7 @@ def read_votes(files: Sequence[str], folder: Path, prompts: list[str]) -> list[d
 
 def check_study_images(folder: Path, paths: dict[str, list[Path | None]], plan: list[tuple[int, int]]) -> None:
     """UserError where an image that people voted on is another one now; models that are left out now do not count."""
-    rows = {row: number for number, row in enumerate(plan)}
+    rows = {place: row for row, place in enumerate(plan)}
     for pair, shown in read_object(folder / STUDY_KEY)["pairs"].items():
         row = rows.get((shown["prompt_id"], shown["index"]))
         for name, known in shown.get("files", {}).items():
@@ -4003,9 +4002,8 @@ def join_vote(row: dict[str, Any], sides: dict[str, Any], place: str) -> dict[st
 
 def votes_for_tuned(votes: list[dict[str, Any]], question: str) -> np.ndarray:
     """1 where the tuned image was chosen, 1/2 where no difference was seen, 0 where base's was: answers -> (V,)."""
-    return np.array(
-        [0.5 if vote[question] == "tie" else vote[question] == vote["tuned_side"] for vote in votes], float
-    )
+    points = [0.5 if vote[question] == "tie" else vote[question] == vote["tuned_side"] for vote in votes]
+    return np.array(points, float)
 
 
 def known_shares(values: np.ndarray, prompt_ids: np.ndarray) -> np.ndarray:
@@ -4179,7 +4177,7 @@ def votes_section(votes: dict[str, Any]) -> str:
         for name, found in votes["models"].items()
         for question, row in found.items()
     )
-    said = "".join(f'<p class="said {tone}">{html.escape(sentence)}</p>' for tone, sentence in findings)
+    said = "".join(f'<p class="said {kind}">{html.escape(sentence)}</p>' for kind, sentence in findings)
     scorers = ""
     if any(votes["closest"].values()):
         scorers = f"""<h3>Do the scorers see what people see?</h3><p class="soft">Share of the pairs on which a scorer
