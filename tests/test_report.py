@@ -378,6 +378,15 @@ def test_runs_need_two_checkpoints_of_one_run():
     assert ev.training_runs({"a": tuned_model(0.5, 0.5), "b": tuned_model(0.5, 0.5)}) == {}
 
 
+def test_the_leading_line_comes_first_though_the_first_checkpoint_lacks_it():
+    full = tuned_model(0.6, 0.7)["metrics"]
+    lines = ev.run_lines({20: {label: m for label, m in full.items() if label != "judge"}, 40: full})
+    assert {label: [step for step, _ in line] for label, line in lines.items()} == {
+        "judge": [40], "pickscore": [20, 40], "diversity": [20, 40], "face": [20, 40]
+    }  # fmt: skip
+    assert next(iter(lines)) == "judge"
+
+
 def test_names_of_lines_never_overlap():
     placed = ev.spread([100, 102, 101, 250, 251], 15, limit=252)
     assert min(np.diff(sorted(placed))) >= 15
