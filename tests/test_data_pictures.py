@@ -210,7 +210,7 @@ def browse(page: Path, script: str) -> str:
     copy = page.with_name("browse.html")
     copy.write_text(page.read_text().replace("</body>", f"<script>{script}</script></body>"))
     command = [CHROMIUM, *CHROMIUM_FLAGS, f"--user-data-dir={page.parent / 'profile'}", "--dump-dom", copy.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     copy.unlink()
     return done.stdout
 

@@ -448,7 +448,7 @@ def test_the_page_loads_nothing(full, hostile):
 
 def chromium(folder: Path, *flags: str) -> str:
     line = [CHROMIUM, *CHROMIUM_FLAGS, f"--user-data-dir={folder / 'chromium'}", *flags]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(line, capture_output=True, text=True, timeout=300, check=True).stdout
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium")

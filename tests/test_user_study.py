@@ -477,7 +477,7 @@ def browse(folder: Path, script: str) -> tuple[list, str]:
     script = PRESS.replace("@SCRIPT@", script)
     copy.write_text((folder / "user_study.html").read_text().replace("</body>", f"<script>{script}</script></body>"))
     command = [CHROMIUM, *CHROMIUM_FLAGS, f"--user-data-dir={profile}", "--dump-dom", copy.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    dom = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
     return json.loads(html.unescape(re.search("<title>(.*?)</title>", dom, re.DOTALL).group(1))), dom
 
 
