@@ -2893,10 +2893,10 @@ CSS = CSS.replace("@LIGHT", ";".join(f"--{name}:{colour}" for name, colour in LI
 CSS = CSS.replace("@DARK", ";".join(f"--{name}:{colour}" for name, colour in DARK.items()))
 
 READING = """The prompt is the unit: a model's images of one prompt are averaged first. Win rate: share of the
-prompts on which the tuned model is higher, ties as one half, and fewer vetoed images before a higher mean; its interval
-is a bootstrap over prompts (exact where all are won or all are lost), its p an exact sign test with Holm's correction
-over the metrics. The training scorer selected the training pairs, so it never leads. Diversity: mean cosine distance of
-one prompt's images. Hue, all images together, is the paper's: where hues go all around the circle it is not stable, and
+prompts on which the tuned model is higher, ties as one half; a prompt with fewer vetoed images is higher. The interval
+is a bootstrap over prompts, exact where all are won or lost; p is an exact sign test with Holm's correction over the
+metrics. The training scorer selected the training pairs, so it never leads. Diversity: mean cosine distance of one
+prompt's images. Hue, all images together, is the paper's: where hues go all around the circle it is not stable, and
 its interval says so."""
 LEGEND = """Blue: the interval lies above one half; red: below; grey: it holds one half. The band is what the tuned
 model won, its pale end the ties. Open dot: the training scorer. Bold: the metric that leads."""
