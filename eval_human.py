@@ -2988,13 +2988,19 @@ def by_model(models: dict[str, dict], show: Callable[[str, dict], str]) -> str:
     return "".join((f"<h3>{name} against base</h3>" if len(shown) > 1 else "") + body for name, body in shown if body)
 
 
+def win_tie_lose(metric: dict[str, Any]) -> str:
+    """The prompts that are won, tied and lost, as "68 / 4 / 28 %"."""
+    return " / ".join(f"{100 * metric[word]:.0f}" for word in ("win", "tie", "lose")) + " %"
+
+
 def whisker(metric: dict[str, Any], role: str = "held-out") -> str:
     """A win rate with its interval on an axis from 0 to 100 %, above a band of what is won and tied."""
     rate, (low, high) = metric["win_rate"], metric["interval"]
     if not all_finite(rate, low, high):
         return ""
     x, low, high, won, tied = (96 * share for share in (rate, low, high, metric.get("win", 0), metric.get("tie", 0)))
-    return f"""<svg class="whisker {tone(metric["interval"])} {role}">
+    told = f"<title>win / tie / lose: {win_tie_lose(metric)}</title>" if "lose" in metric else ""
+    return f"""<svg class="whisker {tone(metric["interval"])} {role}">{told}
 <line class="rule" x1="2%" x2="98%" y1="12" y2="12"/>
 <rect class="band" x="2%" y="7" width="{won:.2f}%" height="10"/>
 <rect class="band tie" x="{2 + won:.2f}%" y="7" width="{tied:.2f}%" height="10"/>
@@ -3500,10 +3506,11 @@ def card_rates(metrics: dict[str, dict]) -> str:
     """The win rates in Markdown."""
     rows = []
     for label, m in metrics.items():
-        rate = percent(m["win_rate"]), span(m["interval"], 100)
+        rate = percent(m["win_rate"]), span(m["interval"], 100), win_tie_lose(m)
         means = number(m["base"]), number(m["tuned"]), p_value(m["holm"])
         rows.append((label, ROLES[m["role"]] or m["role"], *rate, *means))
-    return markdown_table(("metric", "role", "win rate", "95 % interval", "base", "tuned", "p (Holm)"), rows)
+    head = "metric", "role", "win rate", "95 % interval", "win / tie / lose", "base", "tuned", "p (Holm)"
+    return markdown_table(head, rows)
 
 
 def card_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

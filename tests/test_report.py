@@ -246,11 +246,12 @@ def test_numbers_are_the_record_s(full):
     first = cells(section(page, "Win rates").split("</table>")[0])
     assert first[0][2:] == ["Win rate", "95 % interval", "base", "dpo-20", "p (Holm)", "p (Wilcoxon)"]
     figures = ["20.12", "20.62", "0.012", "0.01"]
-    assert first[1] == ["judge", "", "66.0 %", "[61.0, 71.0]", *figures]  # the held-out one leads
-    assert first[2] == ["pickscoretraining scorer", "", "70.0 %", "[65.0, 75.0]", *figures]
+    won = "win / tie / lose: {} %".format
+    assert first[1] == ["judge", won("64 / 4 / 32"), "66.0 %", "[61.0, 71.0]", *figures]  # the held-out one leads
+    assert first[2] == ["pickscoretraining scorer", won("68 / 4 / 28"), "70.0 %", "[65.0, 75.0]", *figures]
     assert [row[0] for row in first[3:]] == ["diversity", "faceidentity"]
     summary = cells(section(page, "All models"))
-    assert summary[3] == ["dpobetter, with a warning", "", "62.0 %", "93.0 %", "20.0 %", "3.21"]
+    assert summary[3] == ["dpobetter, with a warning", won("60 / 4 / 36"), "62.0 %", "93.0 %", "20.0 %", "3.21"]
     assert [row[0] for row in summary[1:]] == [f"{name}better, with a warning" for name in record["models"]]
     assert cells(section(page, "The paper's names"))[1:] == [
         ["P-Score PickScore", *["21.73"] * 4],
@@ -495,7 +496,7 @@ def test_the_card_has_all_and_its_tables_are_whole(tmp_path, hostile):
     assert "sampler dpmsolver, 50 steps, guidance 5.0, seed 3" in card
     assert "secret" not in card
     assert card.count("**It wins") == 3
-    assert "| pickscore | training scorer | 93.0 % | \\[88.0, 98.0\\] | 20.12 | 20.62 | 0.012 |" in card
+    assert "| pickscore | training scorer | 93.0 % | \\[88.0, 98.0\\] | 91 / 4 / 5 % | 20.12 | 20.62 | 0.012 |" in card
     assert "| judge | held-out | 62.0 % |" in card
     assert "| dpo | 21.73 | 27.94 |" in card
     assert "| KD | 0.03125 | 0.7500 | 0.7500 | 0.7500 | 0.7500 |" in card
@@ -506,7 +507,7 @@ def test_the_card_has_all_and_its_tables_are_whole(tmp_path, hostile):
     for text in (card, strange):
         assert len(tables(text)) == 6
         assert all(len({len(row) for row in table}) == 1 for table in tables(text))
-    assert [len(table[0]) for table in tables(strange)] == [7, 7, 7, 3, 6, 6]
+    assert [len(table[0]) for table in tables(strange)] == [8, 8, 8, 3, 6, 6]
     assert "<" not in strange
     assert re.search(r"(?<!\\)[*`]", strange.replace("**", "")) is None
 
