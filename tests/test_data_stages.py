@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 from test_make_preference_data import SCORER, data, data_of, difference, make, read_image, rows_of, write_inputs
+from test_train_models import tiny_sdxl
 from tiny_human import figures
 
 
@@ -109,6 +110,25 @@ def test_sd_recon_is_a_function_of_photo_prompt_and_seed(pipe):
     other, _ = data.sd_recon(pipe, embeds, [2], [8], photos[2:], 500, 10, 1.2)
     assert difference(alone[0], together[2]).max() <= 2
     assert difference(other[0], together[2]).max() > 2
+
+
+def test_sd_recon_of_sdxl(tmp_path):
+    """A random SDXL, two text encoders, pooled embeddings, sizes: at a small t the photo's own latents come back."""
+    model, names = tiny_sdxl(tmp_path / "sdxl"), ["--stage", "normal", "--real_data_dir", "x", "--previous_pairs", "x"]
+    pipe = data.load_sampler(
+        data.parse_args([*names, "--pretrained_model_name_or_path", str(model)]), torch.device("cpu")
+    )
+    people = [figures.draw(figures.all_attributes()[7 * i], seed=i) for i in range(3)]
+    photos = [one.image.resize((32, 48)) for one in people]
+    embeds = data.encode_prompts(pipe, [one.caption for one in people], "")
+    far = []
+    for t in (10, 900):
+        images, latents = data.sd_recon(pipe, embeds, [0, 1, 2], [5, 6, 7], photos, t, 10, 1.2)
+        assert [image.size for image in images] == [(32, 48)] * 3
+        far.append(float((latents - data.encode(pipe, photos)).abs().mean()))
+    assert far[0] < 0.2 < 0.5 < far[1]
+    alone, _ = data.sd_recon(pipe, embeds, [2], [7], photos[2:], 900, 10, 1.2)
+    assert difference(alone[0], images[2]).max() <= 2
 
 
 # ---- The stages -----------------------------------------------------------------------------------------------------
