@@ -816,8 +816,8 @@ def whole_eval(line: list[str], alive: dict[str, tuple[int, float]] | None = Non
 
     changed = {name: timed(part, getattr(ev, name)) for part, name in parts.items()}
     changed["load_pipeline"] = lambda *arguments: told("pipeline", own_pipeline(*arguments))
-    changed["all_measures"] = lambda args: [
-        one._replace(load=partial(load_measure, one)) for one in own_measures(args)
+    changed["all_measures"] = lambda *arguments: [
+        one._replace(load=partial(load_measure, one)) for one in own_measures(*arguments)
     ]
     with (
         mock.patch.multiple(ev, **changed),
