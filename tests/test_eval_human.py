@@ -17,6 +17,7 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import benchmark
 import numpy as np
 import pytest
 import scipy.stats
@@ -800,6 +801,13 @@ def test_no_scores_at_all_is_told(inputs, tmp_path):
     line = [*line[: line.index("--scorers") + 1], str(tmp_path / "null.jsonl")]
     with pytest.raises(ev.UserError, match="no scorer gives a value for an image that base and the tuned model both"):
         run(line)
+
+
+def test_the_benchmark_times_every_part(inputs, tmp_path):
+    seconds = benchmark.whole_eval(flags(inputs, tmp_path / "out"), alive := {})
+    assert list(alive) == ["pipeline", "pickscore", "brightness", "picky", "colour", "features"]
+    assert {"images", "measures", "statistics", "report", "pickscore", "colour", "features", "ours"} <= seconds.keys()
+    assert seconds["images"] + seconds["measures"] < seconds["ours"]
 
 
 def test_a_measure_is_known_by_its_files_in_one_order(tmp_path):
