@@ -76,6 +76,7 @@ from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import chain, islice, pairwise, zip_longest
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import quote
 
@@ -192,15 +193,24 @@ def sign_test(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def wilcoxon(a: np.ndarray, b: np.ndarray) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test (normal approximation, zeros left out): (P,) each; sees sizes too."""
+    """Two-sided p of Wilcoxon's signed-rank test, zeros and nan left out: (P,) each; sees sizes too.
+
+    Exact, ties included, up to 50 differences; the normal approximation above.
+    """
     known = ~(np.isnan(a) | np.isnan(b)) & (a != b)
     differences = a[known] - b[known]
     if not len(differences):
         return 1.0
     _, inverse, counts = np.unique(np.abs(differences), return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    z = (np.sign(differences) * ranks).sum() / math.sqrt((ranks**2).sum())
-    return math.erfc(abs(z) / math.sqrt(2))
+    ranks = (2 * np.cumsum(counts) - (counts - 1))[inverse]  # twice the ranks: whole numbers, though ties share a mean
+    if len(ranks) > 50:
+        z = (np.sign(differences) * ranks).sum() / math.sqrt((ranks**2).sum())
+        return math.erfc(abs(z) / math.sqrt(2))
+    chances = np.ones(1)  # of every sum of the ranks that win, when each wins by the toss of a coin
+    for rank in ranks:
+        chances = (np.pad(chances, (0, rank)) + np.pad(chances, (rank, 0))) / 2
+    won = ranks[differences > 0].sum()
+    return min(1.0, 2 * float(chances[: min(won, ranks.sum() - won) + 1].sum()))
 
 
 def holm(p_values: list[float]) -> list[float]:
@@ -212,9 +222,13 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def smallest_detectable_win_rate(prompts: int) -> float:
-    """The win rate that a two-sided test at 5 % finds with 80 % power: .60 for 200 prompts."""
-    return min(1.0, 0.5 + (1.96 + 0.84) * 0.5 / math.sqrt(prompts))
+def smallest_detectable_win_rate(prompts: int, metrics: int = 1) -> float:
+    """The win rate that a two-sided test at 5 % finds with 80 % power: .60 for 200 prompts and one metric.
+
+    Of several metrics Holm tests the first at 5 % / metrics.
+    """
+    quantile = NormalDist().inv_cdf
+    return min(1.0, 0.5 + (quantile(1 - 0.025 / metrics) + quantile(0.8)) * 0.5 / math.sqrt(prompts))
 
 
 def rater_agreement(counts: np.ndarray) -> float:
@@ -2684,6 +2698,7 @@ def leading_metric(metrics: dict[str, dict]) -> str:
 
 
 NOTICEABLE = 2.3  # the just noticeable difference in CIE76 Delta E
+VISIBLE = {"chroma": NOTICEABLE, "L_std": NOTICEABLE, "clipped": 0.05}  # moves of COLOURS that a mean colour hides
 
 
 def verdict(
@@ -2751,6 +2766,11 @@ def what_got_worse(
             costs.append(f"{kind} to the real photos grows ({row['base']:.3g} to {row['tuned']:.3g})")
     if colour["delta_e"]["interval"][0] > NOTICEABLE:
         costs.append(f"the colours shift visibly (Delta E {colour['delta_e']['value']:.1f})")
+    for key, least in VISIBLE.items():
+        low, high = colour[key]["interval"]
+        if low > least or (high < -least and key != "clipped"):
+            way = "grows" if low > 0 else "falls"
+            costs.append(f"{COLOURS[key]} {way} visibly ({colour[key]['base']:.3g} to {colour[key]['tuned']:.3g})")
     return costs
 
 
@@ -2909,6 +2929,8 @@ SHIFTS = {  # the figures of the colour shift: words, unit, decimals
     "hue_shift": ("Hue, all images together", "°", 1),
     "latent_shift": ("Latent means, in std of base", "", 3),
 }
+SHIFT_NOTE = """Distances are never negative: those image by image, prompt by prompt and of the latents stand above 0
+for two equal models too, by the luck of the draw. What moved, and which way, the differences in the table tell."""
 AXIS = '<span class="axis"><span>0</span><span>50 %</span><span>100</span></span>'
 NONE = "–"  # a value that is not known
 UNKNOWN = {"value": None, "win_rate": None, "interval": (None, None)}  # a measure that is not there
@@ -3125,15 +3147,29 @@ def run_line(
 
 
 def run_sentence(steps: dict[int, dict[str, dict]]) -> str:
-    """Where the leading metric and the training scorers are highest, and what it means when these steps differ."""
-    lines = run_lines(steps)
+    """Where the leading metric and the training scorers are highest, and what it means when these steps differ.
+
+    Over-optimised: from the leading metric's best step to the training scorer's, the one rises and the other falls,
+    each from outside the interval that it ends or begins with.
+    """
+    lines = {label: dict(line) for label, line in run_lines(steps).items()}
     lead = next(iter(lines))
-    shown = {label: line for label, line in lines.items() if label == lead or line[-1][1]["role"] == "training"}
-    best = {label: max(line, key=lambda point: point[1]["win_rate"])[0] for label, line in shown.items()}
-    told = ", ".join(f"{html.escape(label)} is highest at step {step}" for label, step in best.items())
-    if max(best.values()) > best[lead]:
-        told += ". The training scorer goes on rising when the held-out one no longer does"
-    return f"<p>{told}.</p>"
+    chose = [label for label, line in lines.items() if next(iter(line.values()))["role"] == "training"]
+    best = {label: max(lines[label], key=lambda step: lines[label][step]["win_rate"]) for label in (lead, *chose)}
+
+    def above(label: str, other: str) -> bool:
+        """Whether a metric is higher for sure at its best step than at the other metric's."""
+        there = lines[label].get(best[other])
+        return there is not None and there["interval"][1] < lines[label][best[label]]["win_rate"]
+
+    told = ", ".join(f"{label} is highest at step {step}" for label, step in best.items())
+    later = [label for label in chose if best[label] > best[lead]]
+    hacked = [label for label in later if above(label, lead) and above(lead, label)]
+    if hacked:
+        told += f". Over-optimised: {in_words(hacked)}, which chose the pairs, goes on rising while {lead} falls"
+    elif later:
+        told += "; within the intervals that is no difference"
+    return f"<p>{html.escape(told)}.</p>"
 
 
 def runs_section(models: dict[str, dict]) -> str:
@@ -3402,7 +3438,7 @@ def verdict_lines(record: dict[str, Any]) -> str:
         for i, (kind, sentence) in enumerate(result["verdict"])
     ]
     lines += [f'<p class="soft">{html.escape(sentence)}</p>' for sentence in record["caveats"]]
-    counts = f"{record['prompts']} prompts, {record['images']} images per model"
+    counts = f"{record['prompts']} prompts, {images_per_model(record)}"
     return f"""<h1>Does it draw better people?</h1><p class="soft">{counts}<span class="links"> · {files}</span></p>
 <div{' class="one"' if len(record["models"]) == 1 else ""}>{"".join(lines)}</div>"""
 
@@ -3457,7 +3493,7 @@ def write_report(
         "Groups of prompts": with_note(by_model(models, group_tables), "Worst first. Bold: p below .05 after Holm."),
         "The paper's names": paper_table(record["paper"]),
         "Realism": realism_section(record["realism"], models) if "realism" in record else "",
-        "Colour": by_model(models, colours) + against_photos,
+        "Colour": with_note(by_model(models, colours), SHIFT_NOTE) + against_photos,
         "Identity": identity_table(record["identity"]) if "identity" in record else "",
         "Votes": votes_section(record["votes"]) if "votes" in record else "",
         "Side by side": by_model(models, rows),
@@ -3490,6 +3526,12 @@ def public_name(source: object) -> str:
     return Path(str(source)).name if Path(str(source)).is_absolute() else str(source)
 
 
+def images_per_model(record: dict[str, Any]) -> str:
+    """How many images each model has: fewer than asked for in folders from elsewhere."""
+    least, most = min(record["images"].values()), max(record["images"].values())
+    return f"{most} images per model" if least == most else f"{least} to {most} images per model"
+
+
 def compared_sentence(record: dict[str, Any]) -> str:
     """What was compared, on which prompts, and how the images were drawn, as far as the settings tell."""
     settings = record["settings"]
@@ -3498,8 +3540,12 @@ def compared_sentence(record: dict[str, Any]) -> str:
     words |= {"height": ", height {}", "seed": ", seed {}"}
     told = ("" if settings[key] is None else form.format(public_name(settings[key])) for key, form in words.items())
     base, source, *how = told
-    counts = f"{record['prompts']} prompts{source}, {record['images']} images per model{''.join(how)}"
-    return markdown_text(f"Compared with the base model{base} on {counts}: {', '.join(record['models'])}.")
+    counts = f"{record['prompts']} prompts{source}, {images_per_model(record)}"
+    if not record["drawn"]:
+        return markdown_text(f"Compared on {counts}, all drawn elsewhere: {', '.join(record['images'])}.")
+    here = "" if len(record["drawn"]) == len(record["images"]) else f"; drawn here: {', '.join(record['drawn'])}"
+    models = f"{', '.join(record['models'])}{here}{''.join(how)}"
+    return markdown_text(f"Compared with the base model{base} on {counts}: {models}.")
 
 
 def card_rates(metrics: dict[str, dict]) -> str:
@@ -4546,8 +4592,10 @@ def caveats(
             "sampler are the same is not known, so that luck is among the differences."
         )
     if paired < 200:
-        smallest = percent(smallest_detectable_win_rate(paired))
-        lines.append(f"Only {paired} prompts: a win rate below {smallest} would mostly go unseen. Use 200 or more.")
+        metrics = len(metric_roles(args.scorers, training_scorers(args), bool(args.reference_faces)))
+        smallest = percent(smallest_detectable_win_rate(paired, metrics))
+        unseen = f"a win rate below {smallest} would mostly go unseen among {metrics} metrics"
+        lines.append(f"Only {paired} prompts: {unseen}. Use 200 or more.")
     training = training_scorers(args)
     if not any({scorer.label, *names_of_scorer(scorer.source)} & {*training} for scorer in args.scorers):
         lines.append(f"{', '.join(training)} selected the pairs but is not scored here: reward hacking stays unseen.")
@@ -4591,9 +4639,11 @@ def main(args: argparse.Namespace) -> None:
         return
     for name in files:
         values[name] |= read_latents(files[name])
-    found, means = conclude(args, prompts, prompt_ids, values, values.pop(PHOTOS, {}), training)
-    record = {"settings": describe(args), "prompts": len(prompts), "images": len(plan), "training_scorers": training}
-    record |= {"caveats": notes, **found}
+    conclusions, means = conclude(args, prompts, prompt_ids, values, values.pop(PHOTOS, {}), training)
+    record = {"settings": describe(args), "prompts": len(prompts), "training_scorers": training, "caveats": notes}
+    record["images"] = {name: sum(file is not None for file in found) for name, found in files.items()}
+    record["drawn"] = [name for name in files if name not in elsewhere]
+    record |= conclusions
     if args.votes:
         votes = read_votes(args.votes, output, prompts)
         record["votes"] = compare_votes(votes, values, plan, [scorer.label for scorer in args.scorers])

@@ -4,6 +4,7 @@
 import argparse
 import csv
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import pytest
 import scipy.stats
 import torch
 from diffusers import AutoencoderKL
-from tiny_human.figures import draw
+from tiny_human.figures import ATTRIBUTES, draw
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,10 +137,28 @@ def test_sign_test_equals_the_binomial_test(wins, losses, ties):
 
 def test_wilcoxon_equals_scipy():
     rng = np.random.default_rng(1)
-    a, b = np.round(rng.normal(0.3, 1, 60), 1), np.round(rng.normal(0, 1, 60), 1)  # rounded: with ties and zeros
+    a, b = np.round(rng.normal(0.3, 1, 80), 1), np.round(rng.normal(0, 1, 80), 1)  # rounded: with ties and zeros
     expected = scipy.stats.wilcoxon(a, b, method="asymptotic", correction=False).pvalue
     assert ev.wilcoxon(a, b) == pytest.approx(expected, rel=1e-9)
     assert ev.wilcoxon(a, a) == 1
+
+
+@pytest.mark.parametrize("count", [1, 5, 12, 50])
+def test_wilcoxon_of_few_prompts_is_exact(count):
+    rng = np.random.default_rng(count)
+    a, b = rng.normal(0.4, 1, count), rng.normal(0, 1, count)
+    expected = scipy.stats.wilcoxon(a, b, method="exact").pvalue
+    assert ev.wilcoxon(a, b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_wilcoxon_of_few_prompts_is_exact_with_ties():
+    a, b = np.array([3.0, 2, 2, -1, 1, 4, 0, -2, np.nan]), np.zeros(9)
+    ranks = scipy.stats.rankdata(np.abs(a[:8][a[:8] != 0]))
+    sums = np.array([np.dot(ranks, signs) for signs in itertools.product([0, 1], repeat=7)])
+    won = ranks[a[:8][a[:8] != 0] > 0].sum()
+    expected = 2 * np.mean(sums >= won)
+    assert ev.wilcoxon(a, b) == pytest.approx(expected, rel=1e-9)
+    assert ev.wilcoxon(b, a) == pytest.approx(expected, rel=1e-9)
 
 
 def test_holm_by_hand():
@@ -170,6 +189,13 @@ def test_bootstrap_draws_the_rows_of_all_samples_together():
 
 def test_two_hundred_prompts_find_a_win_rate_of_sixty_percent():
     assert ev.smallest_detectable_win_rate(200) == pytest.approx(0.6, abs=0.002)
+
+
+def test_the_smallest_win_rate_among_many_metrics_is_found_four_times_in_five():
+    rate = ev.smallest_detectable_win_rate(200, metrics=8)
+    wins = np.random.default_rng(0).binomial(200, rate, 2000)
+    found = [ev.sign_test(np.repeat([1, 0], [w, 200 - w]), np.repeat([0, 1], [w, 200 - w])) < 0.05 / 8 for w in wins]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.06)
 
 
 # ---- Colour and diversity ------------------------------------------------------------------------------------------
@@ -267,6 +293,12 @@ def compared(base: np.ndarray, tuned: np.ndarray, role: str, holm: float) -> dic
     return {"role": role, **ev.compare({"x": base}, {"x": tuned}, "x"), "holm": holm}
 
 
+def unmoved(**moves: dict) -> dict:
+    """A comparison of colours in which nothing moved but what is given."""
+    still = {"value": 0.0, "base": 1.0, "tuned": 1.0, "interval": (0.0, 0.0)}
+    return {**dict.fromkeys(("delta_e", *ev.COLOURS), still), **moves}
+
+
 def judged(win_rates: dict[str, tuple[str, float]], delta_e: float = 0.0) -> str:
     """The verdict on 100 prompts with these win rates, {metric: (role, win rate)}."""
     wins = np.arange(100) / 100
@@ -274,7 +306,7 @@ def judged(win_rates: dict[str, tuple[str, float]], delta_e: float = 0.0) -> str
         label: compared(np.full(100, 0.5), (wins < rate).astype(float), role, 0.01)
         for label, (role, rate) in win_rates.items()
     }
-    colour = {"delta_e": {"value": delta_e, "interval": (delta_e, delta_e)}}
+    colour = unmoved(delta_e={"value": delta_e, "interval": (delta_e, delta_e)})
     return " ".join(sentence for _, sentence in ev.verdict("dpo", metrics, colour, {}, {}))
 
 
@@ -302,6 +334,28 @@ def test_verdict_names_reward_hacking(judge, diversity, delta_e, cost):
     assert "reward hacking" not in judged({**rates, "pickscore": ("training", 0.5)}, delta_e)
 
 
+@pytest.mark.parametrize(
+    ("change", "cost"),
+    [
+        (lambda x: np.repeat(x.mean(axis=-1, keepdims=True), 3, axis=-1), "chroma (Lab) falls visibly"),
+        (lambda x: x.mean(axis=-1, keepdims=True) + 2 * (x - x.mean(axis=-1, keepdims=True)), "chroma (Lab) grows"),
+        (lambda x: x.mean() + 0.6 * (x - x.mean()), "contrast within an image (std of L*) falls visibly"),
+        (lambda x: np.where(x > 200, 255, x), "share of clipped pixels grows visibly"),
+        (lambda x: x + np.random.default_rng(0).normal(0, 4, x.shape), None),
+    ],
+)
+def test_colours_that_change_around_the_same_mean_are_a_cost(change, cost):
+    attributes = [dict(zip(ATTRIBUTES, choice, strict=True)) for choice in itertools.product(*ATTRIBUTES.values())]
+    images = [np.asarray(draw(attributes[37 * i % len(attributes)], seed=i).image, dtype=float) for i in range(24)]
+    sides = []
+    for drawn in (images, [change(image).clip(0, 255) for image in images]):
+        found = [ev.colour_statistics(np.round(image).astype(np.uint8)) for image in drawn]
+        sides.append({key: np.array([row[key] for row in found]) for key in ev.COLOUR_COLUMNS})
+    found = ev.compare_colour(*sides, np.arange(24))
+    costs = ev.what_got_worse({}, [], found, {})
+    assert any(cost in told for told in costs) if cost else not costs
+
+
 def test_a_loss_among_many_metrics_is_doubtful_until_holm_agrees():
     rows = {"clip": (0.5, 1.0), "judge": (0.38, 0.2), "pickscore": (0.9, 0.01)}
     wins = np.arange(100) / 100
@@ -311,7 +365,7 @@ def test_a_loss_among_many_metrics_is_doubtful_until_holm_agrees():
         )
         for label, (rate, holm) in rows.items()
     }
-    said = ev.verdict("dpo", metrics, {"delta_e": {"interval": (0, 0)}}, {}, {})
+    said = ev.verdict("dpo", metrics, unmoved(), {}, {})
     said = " ".join(sentence for _, sentence in said)
     assert "hacking" not in said
     assert "Perhaps worse, not for sure among so many metrics: judge (38 % [29, 47])." in said
@@ -333,7 +387,7 @@ def test_models_that_do_not_differ_are_seldom_called_hacked():
         metrics["t"] = {"role": "training", "interval": (0.8, 0.9), "win_rate": 0.85, "prompts": 60, "sign_test": 1e-9}
         for row, p in zip(metrics.values(), ev.holm([row["sign_test"] for row in metrics.values()]), strict=True):
             row["holm"] = p
-        said = ev.verdict("dpo", metrics, {"delta_e": {"interval": (0, 0)}}, {}, {})
+        said = ev.verdict("dpo", metrics, unmoved(), {}, {})
         hacked += any("hacking" in sentence for _, sentence in said)
     assert hacked <= 15
 
@@ -529,7 +583,7 @@ def test_strange_scores_names_and_prompts(inputs, tmp_path, capsys):
     with (output / "per_image.csv").open(encoding="utf-8") as file:
         assert [row["prompt"] for row in csv.DictReader(file)] == strange * 2
     said = capsys.readouterr().out
-    assert "Only 4 prompts: a win rate below 100.0 % would mostly go unseen" in said
+    assert "Only 4 prompts: a win rate below 100.0 % would mostly go unseen among" in said
     assert said.strip().splitlines()[-2] == f"open    {output / 'report.html'}"
     assert said.strip().splitlines()[-1].startswith("next ")
 
@@ -720,7 +774,7 @@ def test_pose_is_the_first_that_a_prompt_names(prompt, pose):
 
 def test_worse_realism_is_a_cost():
     metrics = {"clip": compared(np.zeros(50), np.ones(50), "held-out", 0.0)}
-    colour = {"delta_e": {"value": 0.0, "interval": (0.0, 0.0)}}
+    colour = unmoved()
     row = {"base": 0.1, "tuned": 0.3, "difference": 0.2}
     worse = ev.verdict("dpo", metrics, colour, {"KD": row | {"interval": (0.1, 0.3)}}, {})
     assert worse[1] == ("bad", "At a cost: KD to the real photos grows (0.1 to 0.3).")

@@ -80,7 +80,8 @@ def minimal_record() -> dict:
     return {
         "settings": vars(ev.build_parser().parse_args([])) | {"prompts": "people.txt"},
         "prompts": 12,
-        "images": 12,
+        "images": {"base": 12, "dpo": 12},
+        "drawn": ["base", "dpo"],
         "training_scorers": ["pickscore"],
         "caveats": [],
         "models": {"dpo": tuned_model(0.5, 0.5) | found},
@@ -102,6 +103,7 @@ def full_record() -> dict:
         model["realism"] = {"KD": {"base": 1.25, "tuned": 0.75, "difference": -0.5, "interval": (-0.61, -0.39)}}
     names = ["base", *models]
     record = minimal_record() | {"models": models, "caveats": ["Only 12 prompts."]}
+    record |= {"images": dict.fromkeys(names, 12), "drawn": names}
     record["settings"] |= {"pretrained_model_name_or_path": "/secret/sd15", "seed": 3, "report_rows": 4}
     record["paper"] = dict.fromkeys(names, paper(P_Score=21.73, Hue=27.94))
     distance = {"floor": 0.03125, "models": dict.fromkeys(names, 0.75), "note": "Biased below 2048 images."}
@@ -363,12 +365,25 @@ def test_lines_over_training_stand_at_step_and_win_rate(full):
     np.testing.assert_allclose((y0 - y) / (y0 - y[0]), (rates - 0.5) / 0.16, atol=0.02)  # at one half
     assert "judge, step 40: 74.0 % [69.0, 79.0]" in lead
     assert re.findall(r'<g class="([\w-]+)">', plot)[::-1] == ["lead", "training", "diversity", "identity"]
-    assert "judge is highest at step 40, pickscore is highest at step 80. The training scorer goes on rising" in plot
+    assert "judge is highest at step 40, pickscore is highest at step 80. Over-optimised: pickscore, which" in plot
 
 
 def test_over_optimisation_is_said_only_where_it_is_seen():
     steps = {20: tuned_model(0.6, 0.7)["metrics"], 40: tuned_model(0.7, 0.8)["metrics"]}
     assert ev.run_sentence(steps) == "<p>judge is highest at step 40, pickscore is highest at step 40.</p>"
+
+
+@pytest.mark.parametrize(
+    "rates",
+    [
+        [(0.60, 0.70), (0.70, 0.80), (0.68, 0.93)],  # the leading metric only stands still
+        [(0.60, 0.70), (0.74, 0.90), (0.62, 0.93)],  # the training scorer does
+        [(0.60, 0.70), (0.74, 0.90), (0.76, 0.93), (0.75, 0.94)],
+    ],
+)
+def test_differences_within_the_intervals_are_not_over_optimisation(rates):
+    said = ev.run_sentence({20 * i: tuned_model(*pair)["metrics"] for i, pair in enumerate(rates, 1)})
+    assert said.endswith("; within the intervals that is no difference.</p>")
 
 
 def test_runs_need_two_checkpoints_of_one_run():
