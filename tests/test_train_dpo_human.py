@@ -490,11 +490,28 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch)
 
 
 def test_early_stopping_waits_for_its_patience(data, tmp_path, capsys):
-    settings = {"max_train_steps": 9, "validation_steps": 1, "learning_rate": 1e-12, "early_stopping_patience": 2}
-    train(data, tmp_path / "run", **settings)  # nothing improves
-    steps = [line["step"] for line in read_metrics(tmp_path / "run") if "validation/loss" in line]
-    assert steps == [1, 2, 3]
-    assert "stopped early, after step 3" in capsys.readouterr().out
+    """Without learning the accuracy moves by rounding alone: the step to stop at is told by the history itself."""
+    settings = {"max_train_steps": 40, "validation_steps": 1, "learning_rate": 1e-12, "early_stopping_patience": 2}
+    train(data, tmp_path / "run", **settings)
+    history = [line["validation/accuracy"] for line in read_metrics(tmp_path / "run") if "validation/loss" in line]
+    without_a_new_best = [n for n in range(3, 41) if max(history[n - 2 : n]) <= max(history[: n - 2])]
+    assert len(history) == without_a_new_best[0] < 40
+    assert f"stopped early, after step {len(history)}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "history, patience, stops",
+    [
+        ([0.5, 0.5, 0.5], 2, True),  # as good is no new best
+        ([0.5, 0.5], 2, False),  # not yet patience + 1 of them
+        ([0.5, 0.4, 0.6], 2, False),
+        ([0.5, 0.6, 0.4, 0.5], 2, True),
+        ([0.5, 0.6, 0.4, 0.5], 3, False),
+        ([0.9, 0.1, 0.1, 0.1, 0.1], None, False),
+    ],
+)
+def test_when_early_stopping_stops(history, patience, stops):
+    assert trainer.STOPS(argparse.Namespace(early_stopping_patience=patience), history) == stops
 
 
 def test_the_full_unet_loads_and_differs_from_the_base(data, tmp_path):
