@@ -1522,7 +1522,8 @@ def run_scorer(score: Score, label: str, images: list[Image.Image], prompts: lis
 
 def quiet_libraries() -> None:
     """Silences what the libraries print and a user cannot act on; call it before diffusers' models are imported."""
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # "can't load C++/CUDA extensions" on a CPU
+    for name in ("xformers", "bitsandbytes"):  # "can't load C++/CUDA extensions", "failed to load CPU gemm" on a CPU
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # diffusers 0.36 has no other name
     import diffusers
     import transformers
@@ -4565,6 +4566,8 @@ def print_summary(record: dict[str, Any]) -> None:
     for name, row in record.get("identity", {}).items():
         kept = f"recognised {percent(row['recognised'])}, cosine {row['cosine']:.3f} {span(row['interval'], digits=3)}"
         print(f"  identity of {name}: {kept}, no face {percent(row['no_face'])}")
+    if "votes" in record:
+        print_votes(record["votes"])
 
 
 def describe(args: argparse.Namespace) -> dict[str, object]:
@@ -4635,23 +4638,22 @@ def main(args: argparse.Namespace) -> None:
         check_study_images(output, files, plan)
     photos = {PHOTOS: find_photos(Path(args.real_data_dir))} if args.real_data_dir else {}
     values = measure_all(args, state, {**files, **photos}, plan, prompts)
-    if not state.is_main_process:
-        return
-    for name in files:
-        values[name] |= read_latents(files[name])
-    conclusions, means = conclude(args, prompts, prompt_ids, values, values.pop(PHOTOS, {}), training)
-    record = {"settings": describe(args), "prompts": len(prompts), "training_scorers": training, "caveats": notes}
-    record["images"] = {name: sum(file is not None for file in found) for name, found in files.items()}
-    record["drawn"] = [name for name in files if name not in elsewhere]
-    record |= conclusions
-    if args.votes:
-        votes = read_votes(args.votes, output, prompts)
-        record["votes"] = compare_votes(votes, values, plan, [scorer.label for scorer in args.scorers])
-    write_results(args, record, prompts, plan, values, means, files)
-    print_summary(record)
-    if "votes" in record:
-        print_votes(record["votes"])
-    print_endings(args, output)
+    if state.is_main_process:
+        for name in files:
+            values[name] |= read_latents(files[name])
+        conclusions, means = conclude(args, prompts, prompt_ids, values, values.pop(PHOTOS, {}), training)
+        record = {"settings": describe(args), "prompts": len(prompts), "training_scorers": training, "caveats": notes}
+        record["images"] = {name: sum(file is not None for file in found) for name, found in files.items()}
+        record["drawn"] = [name for name in files if name not in elsewhere]
+        record |= conclusions
+        if args.votes:
+            votes = read_votes(args.votes, output, prompts)
+            record["votes"] = compare_votes(votes, values, plan, [scorer.label for scorer in args.scorers])
+        write_results(args, record, prompts, plan, values, means, files)
+        print_summary(record)
+        print_endings(args, output)
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def write_results(

@@ -980,7 +980,8 @@ def run_scorer(score: Score, label: str, images: list[Image.Image], prompts: lis
 
 def quiet_libraries() -> None:
     """Silences what the libraries print and a user cannot act on; call it before diffusers' models are imported."""
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # "can't load C++/CUDA extensions" on a CPU
+    for name in ("xformers", "bitsandbytes"):  # "can't load C++/CUDA extensions", "failed to load CPU gemm" on a CPU
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # diffusers 0.36 has no other name
     import diffusers
     import transformers
@@ -3335,6 +3336,7 @@ def main(args: argparse.Namespace) -> None:
             finish(args, pool, inputs, settings, long_prompts, speeds)
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error}; the pool is kept, start again to go on") from error
+    state.wait_for_everyone()
     state.destroy_process_group()
 
 

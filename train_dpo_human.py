@@ -73,7 +73,7 @@ import textwrap
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -1097,7 +1097,8 @@ class Run(NamedTuple):
 
 def quiet_libraries() -> None:
     """Silences what the libraries print and a user cannot act on; call it before diffusers' models are imported."""
-    logging.getLogger("xformers").setLevel(logging.ERROR)  # "can't load C++/CUDA extensions" on a CPU
+    for name in ("xformers", "bitsandbytes"):  # "can't load C++/CUDA extensions", "failed to load CPU gemm" on a CPU
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # diffusers 0.36 has no other name
     import diffusers
     import transformers
@@ -2050,11 +2051,14 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
             signal.signal(number, handler)
 
 
-def no_longer_improves(args: argparse.Namespace) -> bool:
-    """Whether held-out accuracy has not reached a new best in the last --early_stopping_patience validations."""
+def held_out_accuracies(output_dir: str) -> list[float]:
+    """Those of all validations so far."""
     name = "validation/rewards/accuracies"
-    history = [line[name] for line in read_log(args.output_dir) if name in line]
-    patience = args.early_stopping_patience
+    return [line[name] for line in read_log(output_dir) if name in line]
+
+
+def no_longer_improves(history: Sequence[float], patience: int | None) -> bool:
+    """Whether the last `patience` of the held-out accuracies hold no new best; never without a patience."""
     return patience is not None and len(history) > patience and max(history[-patience:]) <= max(history[:-patience])
 
 
@@ -2094,9 +2098,11 @@ def train(run: Run, first_step: int) -> dict[str, float]:
                 number = signals[0] if signals else signal.SIGTERM  # another process caught it
                 told = "it is saved: the same command with --resume_from_checkpoint latest carries on"
                 accelerator.print(f"\nstopped by {number.name} after step {step}; {told}")
+                accelerator.wait_for_everyone()
                 accelerator.end_training()
                 sys.exit(128 + number)
-            if validate_now and any_process(accelerator, accelerator.is_main_process and no_longer_improves(args)):
+            history = held_out_accuracies(args.output_dir) if validate_now and accelerator.is_main_process else []
+            if validate_now and any_process(accelerator, no_longer_improves(history, args.early_stopping_patience)):
                 accelerator.print(f"\nheld-out accuracy no longer improves: stopped early, after step {step}")
                 break
     return latest
@@ -2144,6 +2150,7 @@ def main(args: argparse.Namespace) -> None:
         save_weights(run, Path(args.output_dir))
     if accelerator.is_main_process:
         write_model_card(run, summary, latest)
+    accelerator.wait_for_everyone()  # a process that leaves while another saves may fall over its own threads
     accelerator.end_training()
     accelerator.print(closing_lines(args, latest))
 

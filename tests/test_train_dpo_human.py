@@ -493,14 +493,17 @@ def test_early_stopping_waits_for_its_patience(data, tmp_path, capsys):
     """Without learning the accuracy moves by rounding alone: the step to stop at is told by the history itself."""
     settings = {"max_train_steps": 40, "validation_steps": 1, "learning_rate": 1e-12, "early_stopping_patience": 2}
     train(data, tmp_path / "run", **settings)
-    history = [line["validation/accuracy"] for line in read_metrics(tmp_path / "run") if "validation/loss" in line]
-    without_a_new_best = [n for n in range(3, 41) if max(history[n - 2 : n]) <= max(history[: n - 2])]
-    assert len(history) == without_a_new_best[0] < 40
+    history = [
+        line["validation/rewards/accuracies"] for line in read_metrics(tmp_path / "run") if "validation/loss" in line
+    ]
+    stops = [n for n in range(1, len(history) + 1) if trainer.no_longer_improves(history[:n], patience=2)]
+    assert stops == [len(history)]
+    assert len(history) < 40
     assert f"stopped early, after step {len(history)}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    "history, patience, stops",
+    ("history", "patience", "stops"),
     [
         ([0.5, 0.5, 0.5], 2, True),  # as good is no new best
         ([0.5, 0.5], 2, False),  # not yet patience + 1 of them
@@ -510,8 +513,8 @@ def test_early_stopping_waits_for_its_patience(data, tmp_path, capsys):
         ([0.9, 0.1, 0.1, 0.1, 0.1], None, False),
     ],
 )
-def test_when_early_stopping_stops(history, patience, stops):
-    assert trainer.STOPS(argparse.Namespace(early_stopping_patience=patience), history) == stops
+def test_early_stopping_stops_without_a_new_best(history, patience, stops):
+    assert trainer.no_longer_improves(history, patience) == stops
 
 
 def test_the_full_unet_loads_and_differs_from_the_base(data, tmp_path):
