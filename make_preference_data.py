@@ -336,9 +336,13 @@ def encode(pipe: DiffusionPipeline, images: list[Image.Image]) -> torch.Tensor:
 
 @torch.inference_mode()
 def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
-    """Scaled latents (B, C, H, W) to images. The VAE works in fp32, one image at a time: SDXL's overflows in fp16."""
-    latents = (latents.to(pipe.vae.device, torch.float32) / pipe.vae.config.scaling_factor).split(1)
-    pixels = torch.cat([pipe.vae.decode(one, return_dict=False)[0] for one in latents])
+    """Scaled latents (B, C, H, W) to images. The VAE works in fp32: SDXL's overflows in fp16.
+
+    It takes one image at a time, or as many small ones as have the pixels of one of 512 x 512.
+    """
+    at_once = max(1, 512 * 512 // (latents[0, 0].numel() * pipe.vae_scale_factor**2))
+    latents = (latents.to(pipe.vae.device, torch.float32) / pipe.vae.config.scaling_factor).split(at_once)
+    pixels = torch.cat([pipe.vae.decode(some, return_dict=False)[0] for some in latents])
     return pipe.image_processor.postprocess(pixels, output_type="pil")
 
 

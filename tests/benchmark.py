@@ -542,6 +542,7 @@ def timed_bare(settings: str) -> dict[str, Any]:
     positive, negative = embeds["prompt_embeds"].repeat_interleave(args.images, 0), embeds["negative_prompt_embeds"]
     scale = pipe.vae_scale_factor
     height, width = (side // scale if side else unet.config.sample_size for side in (ours.height, ours.width))
+    at_once = max(1, 512 * 512 // (height * width * scale**2))  # as in `decode`
     start, before = time.perf_counter(), time.process_time()
     for text in positive.split(args.batch_size):
         latents = torch.randn(len(text), unet.config.in_channels, height, width, device=device, dtype=unet.dtype)
@@ -550,8 +551,8 @@ def timed_bare(settings: str) -> dict[str, Any]:
         for t in scheduler.timesteps:
             without, guided = unet(torch.cat([latents] * 2), t, both, return_dict=False)[0].chunk(2)
             latents = scheduler.step(without + args.guidance_scale * (guided - without), t, latents).prev_sample
-        for one in (latents.float() / vae.config.scaling_factor).split(1):
-            vae.decode(one)
+        for some in (latents.float() / vae.config.scaling_factor).split(at_once):
+            vae.decode(some)
     if device.type == "cuda":
         torch.cuda.synchronize()
     done = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - before}
@@ -925,8 +926,10 @@ def add_data(commands: Any) -> None:
         flag("--resolution", type=int, default=64, help="with --model: height and width")
         flag("--prompts", type=int, default={"data": 16, "price": 128}[name], help="how many")
         flag("--images", type=int, default=20, help="images of each prompt")
-        flag("--steps", type=int, default={"data": 10, "price": 50}[name], help="steps of a full image")
-        flag("--guidance_scale", type=float, default=3.0, help="classifier-free guidance")
+        world = json.loads((TESTS / "tiny_human" / "settings.json").read_text())["make_preference_data"]
+        usual = {"data": (world["num_inference_steps"], world["guidance_scale"]), "price": (50, 3.0)}[name]
+        flag("--steps", type=int, default=usual[0], help="steps of a full image")
+        flag("--guidance_scale", type=float, default=usual[1], help="classifier-free guidance")
         flag("--batch_size", type=int, default=32, help="of ours; the usual loop draws a prompt's images at once")
         if name == "data":
             flag("--rounds", type=int, default=3, help="how often everything runs")
