@@ -369,6 +369,18 @@ def hue_shift(base_hues: np.ndarray, tuned_hues: np.ndarray) -> float:
     return float(hue_distance(circular_mean(base_hues), circular_mean(tuned_hues)))
 
 
+def hue_turn(base_hues: np.ndarray, tuned_hues: np.ndarray) -> float:
+    """By how many degrees the prompts' hues turn together, (P,) each: in [-180, 180), signed; 120 is red to green."""
+    return (circular_mean((tuned_hues - base_hues) % 360) + 180) % 360 - 180
+
+
+def hue_turn_interval(base_hues: np.ndarray, tuned_hues: np.ndarray) -> tuple[float, float]:
+    """95 % interval of hue_turn, around it: where it is near 180 the ends lie beyond, for an angle has no edge."""
+    turn = hue_turn(base_hues, tuned_hues)
+    low, high = bootstrap_interval(lambda a, b: hue_turn(a, (b - turn) % 360), base_hues, tuned_hues)
+    return turn + low, turn + high
+
+
 def diversity(features: np.ndarray) -> float:
     """Mean pairwise cosine distance of one prompt's images, features (K, D); 0 for equal images, nan below two."""
     if len(features) < 2:
@@ -606,7 +618,10 @@ def to_text(value: Any, place: str) -> str:
     """`value` with single spaces, "" for None; UserError with its place where it is no text."""
     if not isinstance(value, str | None):
         raise UserError(f"{place}: a {type(value).__name__} in place of a text")
-    return " ".join((value or "").split())
+    try:
+        return " ".join((value or "").encode().decode().split())
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: half a character (a lone surrogate)") from None
 
 
 def choose_column(column: str | None, columns: Iterable[str], place: str | Path) -> str:
@@ -757,6 +772,8 @@ def read_caption_file(photo: Path) -> str:
 
 # ---- Data: images --------------------------------------------------------------------------------------------------
 
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises for a file's content
+
 
 def image_settings(args: argparse.Namespace, model: Model) -> dict[str, object]:
     """All that a model's images depend upon, beside prompt and index; kept beside them as settings.json."""
@@ -778,13 +795,14 @@ def image_settings(args: argparse.Namespace, model: Model) -> dict[str, object]:
     return settings
 
 
-def open_image_folder(folder: Path, settings: dict[str, object], overwrite: bool) -> None:
-    """Makes `folder` ready for images of these settings; UserError where it holds others that have to stay."""
+def open_image_folder(folder: Path, settings: dict[str, object], prompts: list[str], overwrite: bool) -> None:
+    """Makes `folder` ready for images of these settings and prompts; UserError where others there have to stay."""
     record = folder / "settings.json"
-    old = json.loads(record.read_text()) if record.is_file() else {}
-    if old != settings and any(folder.glob("*.png")):
+    old = read_object(record) if record.is_file() else {}
+    changed = [f"{key} {old.get(key)} -> {settings[key]}" for key in settings if old.get(key) != settings[key]]
+    changed += [f"{file.name} is of another prompt" for file in other_images(folder, prompts)[:1]]
+    if changed and any(folder.glob("*.png")):
         if not overwrite:
-            changed = [f"{key} {old.get(key)} -> {settings[key]}" for key in settings if old.get(key) != settings[key]]
             raise UserError(
                 f"{folder} holds images of another run ({', '.join(changed)}): "
                 "--overwrite makes them anew, another --output_dir keeps them"
@@ -793,6 +811,13 @@ def open_image_folder(folder: Path, settings: dict[str, object], overwrite: bool
             file.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(record, json.dumps(settings, indent=2).encode())
+
+
+def other_images(folder: Path, prompts: list[str]) -> list[Path]:
+    """The images drawn here, PROMPT_INDEX.png, that carry another prompt than that of their number."""
+    number = {file: int(file.stem.partition("_")[0]) for file in sorted(folder.glob("*_*.png"))}
+    told = {file: image_text(file).get("prompt") for file, p in number.items() if p < len(prompts)}
+    return [file for file, prompt in told.items() if prompt not in (None, prompts[number[file]])]
 
 
 def image_file(output: Path, model: Model, prompt: int, index: int) -> Path:
@@ -827,11 +852,8 @@ def find_images(model: Model, prompts: list[str], plan: list[tuple[int, int]]) -
 
 def carried_prompt(path: Path) -> str:
     """The prompt in a PNG's texts: ours, or what A1111 writes before its settings; "" where there is none."""
-    try:
-        with Image.open(path) as image:
-            text = image.info.get("prompt") or image.info.get("parameters") or ""
-    except OSError:
-        return ""
+    info = image_text(path)
+    text = info.get("prompt") or info.get("parameters") or ""
     return re.split(r"\nNegative prompt:|\nSteps:", text)[0] if isinstance(text, str) else ""
 
 
@@ -857,13 +879,21 @@ def png(image: Image.Image, **text: str) -> bytes:
 
 
 def image_text(path: Path) -> dict[str, str]:
-    """What an image of ours carries (prompt, seed, latent_mean, latent_std); {} where there is no image."""
+    """What an image of ours carries (prompt, seed, latent_mean, latent_std), ahead of its pixels; {} without image."""
     try:
         with Image.open(path) as image:
-            image.load()
-            return image.text
-    except (OSError, AttributeError):
+            return image.info
+    except UNREADABLE:
         return {}
+
+
+def is_finished(path: Path, seed: int) -> bool:
+    """Whether an image of ours with this seed is there, to the last chunk of its file."""
+    if image_text(path).get("seed") != str(seed):
+        return False
+    with path.open("rb") as file:
+        file.seek(-8, os.SEEK_END)
+        return file.read(4) == b"IEND"
 
 
 def load_images(paths: list[Path]) -> list[Image.Image]:
@@ -872,7 +902,7 @@ def load_images(paths: list[Path]) -> list[Image.Image]:
     def load(path: Path) -> Image.Image:
         try:
             return ImageOps.exif_transpose(Image.open(path)).convert("RGB")
-        except OSError as error:
+        except UNREADABLE as error:
             raise UserError(f"cannot read the image {path}: {error}") from error
 
     with ThreadPoolExecutor(8) as pool:
@@ -1406,7 +1436,7 @@ WEIGHTS = {
 
 def split_spec(spec: str) -> tuple[str, str | None, str, str, dict[str, str]]:
     """A spec's label, weight (None: not given), source (all but the weight), NAME and options, unchecked."""
-    weight, source = re.fullmatch(r"(?:([^*=:,]*)\*)?(.*)", spec, re.DOTALL).groups()
+    weight, source = re.fullmatch(r"(?:([^*=:,]*)\*)?(.*?)(?:,sha256=\w*)?", spec, re.DOTALL).groups()
     first, *rest = re.split(r",(?=\w+=)", source)
     name, _, model = first.partition("=")
     options = {"model": model} if model else {}
@@ -1425,11 +1455,10 @@ def parse_scorer(spec: str) -> Scorer:
     weight = 1.0 if weight is None else read_number(float, f"scorer {spec}", weight)
     factory = BUILT_IN_SCORERS.get(name) or find_factory(name)
     options = read_options(name, factory, options)
-    if name in BUILT_IN_SCORERS:
-        factory = partial(load_built_in, source, factory)
-    if name.endswith(".jsonl"):  # other scores under the old name are other scores
-        source += f"@{hashlib.sha256(Path(name).read_bytes()).hexdigest()[:8]}"
-    return Scorer(label, weight, source, partial(factory, **options))
+    load = partial(load_named, source, factory, **options)
+    for file in plug_in_files(name):  # other code or other scores under the old name are another scorer
+        source += f",sha256={hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"
+    return Scorer(label, weight, source, load)
 
 
 def parse_scorers(specs: list[str]) -> list[Scorer]:
@@ -1443,7 +1472,10 @@ def parse_scorers(specs: list[str]) -> list[Scorer]:
 
 def read_options(name: str, factory: Callable[..., Score], options: dict[str, str]) -> dict[str, Any]:
     """The options in the types of the factory's defaults; weights have to be there or to be a hub id."""
-    _, *parameters = inspect.signature(factory).parameters.values()  # the device comes first
+    try:
+        _, *parameters = inspect.signature(factory).parameters.values()  # the device comes first
+    except ValueError:  # no parameter at all, or a type of Python's own
+        raise UserError(f"scorer {name} is not a function of the device that returns score(images, prompts)") from None
     known = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
     read: dict[str, Any] = {}
     for option, text in options.items():
@@ -1455,7 +1487,9 @@ def read_options(name: str, factory: Callable[..., Score], options: dict[str, st
             check_weights(text, "ImageReward.pt" if (name, option) == ("imagereward", "model") else WEIGHTS[option])
     for option, default in known.items():
         if default is inspect.Parameter.empty and option not in read:
-            raise UserError(f"scorer {name} needs a {option}: {name}{'' if option == 'model' else ',' + option}=...")
+            hint = "" if name in BUILT_IN_SCORERS else " (a scorer is a function device -> score(images, prompts))"
+            way = f"{name}{'' if option == 'model' else ',' + option}=..."
+            raise UserError(f"scorer {name} needs a {option}: {way}{hint}")
     return read
 
 
@@ -1500,8 +1534,18 @@ def find_factory(name: str) -> Callable[..., Score]:
     return getattr(module, function)
 
 
-def load_built_in(source: str, factory: Callable[..., Score], device: Device, **options: Any) -> Score:
-    """factory(device, **options); what a hub, a file or a library raises becomes one line that names the scorer."""
+def plug_in_files(name: str) -> list[Path]:
+    """The file of a file.jsonl, module:function or file.py:function, by whose content it is known; [] of others."""
+    module, colon, _ = name.rpartition(":")
+    if name.endswith(".jsonl"):
+        return [Path(name)]
+    spec = importlib.util.find_spec(module) if colon and not module.endswith(".py") else None
+    origin = (spec.origin if spec else module) if colon else ""
+    return [Path(origin)] if Path(origin).is_file() else []  # of a module of Python's own there is none
+
+
+def load_named(source: str, factory: Callable[..., Score], device: Device, **options: Any) -> Score:
+    """factory(device, **options); what a hub, a file or a user's code raises becomes one line with its name."""
     try:
         return factory(device, **options)
     except Exception as error:
@@ -1538,6 +1582,10 @@ def check_model(name: str, needs: str) -> None:
     if Path(name).is_dir():
         if not (Path(name) / needs).is_file():
             raise UserError(f"{name} holds no {needs}: it is not a model folder")
+    elif Path(name).suffix in {".safetensors", ".ckpt"}:
+        raise UserError(
+            f"{name} is a single file: make a folder of it by from_single_file(...).save_pretrained(FOLDER)"
+        )
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise UserError(f"no such model folder: {name}")
 
@@ -1547,7 +1595,12 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPi
 
     --sampler dpmsolver puts the paper's DPM-Solver multistep in place of the model's scheduler. The VAE stays in fp32.
     """
-    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+    from diffusers import (
+        DiffusionPipeline,
+        DPMSolverMultistepScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+    )
 
     name = args.pretrained_model_name_or_path
     precision = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
@@ -1562,8 +1615,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPi
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
-    if not hasattr(pipe, "unet"):
-        raise UserError(f"{name} is a {type(pipe).__name__}; SD 1.x, SD 2.x and SDXL can be used")
+    if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
+        raise UserError(f"{name} is a {type(pipe).__name__}; text-to-image of SD 1.x, SD 2.x and SDXL can be used")
     if args.sampler == "dpmsolver":
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -1674,8 +1727,8 @@ def parse_model(spec: str) -> Model:
     """`base` or `NAME=PATH[,option=value...]`, the options of MODEL_OPTIONS; UserError for what cannot be drawn."""
     first, *options = spec.split(",")
     name, _, path = first.partition("=")
-    if not re.fullmatch(r"\w[\w.-]*", name):
-        raise UserError(f"{spec!r}: a model's name is made of letters, digits, '.', '-' and '_'")
+    if not re.fullmatch(r"\w[\w.-]{0,63}", name):
+        raise UserError(f"{spec!r}: a model's name is at most 64 letters, digits, '.', '-' and '_'")
     if name != "base" and not path:
         raise UserError(f"{spec!r}: expected 'base' or NAME=FOLDER, as in dpo=dpo-human-lora")
     kind = model_kind(Path(path)) if path else "base"
@@ -1694,6 +1747,8 @@ def parse_model(spec: str) -> Model:
         except (ValueError, UserError) as error:
             raise UserError(f"{spec!r}: {key}={value}: {error}") from None
     model = Model(name, kind, Path(path) if path else None, spec=spec, **read)
+    if kind == "folder" and "lora_scale" in read and not model.text_encoder:
+        raise UserError(f"{spec!r}: lora_scale, but no LoRA: of a folder with unet/ it is text_encoder's weight")
     if model.text_encoder_timesteps and not adapts_text_encoder(model):
         raise UserError(f"{spec!r}: text_encoder_timesteps, but no LoRA of a text encoder in {model.path}")
     return model
@@ -1733,17 +1788,23 @@ def one_of(**words: Any) -> Callable[[str], Any]:
     return parse
 
 
-def parse_lora_path(text: str) -> Path:
-    """A LoRA's folder or file that is there."""
-    weight_files(Path(text))
+def parse_text_lora(text: str) -> Path:
+    """A LoRA's folder or file that adapts text encoders and nothing else."""
+    others = [key for key in lora_keys(Path(text)) if not key.startswith(TEXT_KEYS)]
+    if others:
+        raise ValueError(f"it adapts more than text encoders ({others[0]}): give it as a model of its own")
     return Path(text)
 
 
 KINDS = {"base": "base", "lora": "a LoRA", "folder": "a folder with unet/", "images": "a folder of images"}
 MODEL_OPTIONS: dict[str, tuple[tuple[str, ...], str, Callable[[str], Any]]] = {  # of which kinds, what, how it is read
-    "lora_scale": (("lora",), "weight of the LoRA, 0.5 in the paper", parse_scale),
+    "lora_scale": (
+        ("lora", "folder"),
+        "weight of the LoRA, 0.5 in the paper; of a folder: text_encoder's",
+        parse_scale,
+    ),
     "blocks": (("lora",), "U-Net blocks in which it works: down, mid, up, or several with +", parse_blocks),
-    "text_encoder": (("lora", "folder"), "a LoRA of the text encoder, trained apart", parse_lora_path),
+    "text_encoder": (("lora", "folder"), "a LoRA of the text encoder, trained apart", parse_text_lora),
     "text_encoder_timesteps": (("lora", "folder"), "LOW:HIGH, where the text encoder's LoRA works", parse_timesteps),
     "checkpoints": (("lora", "folder"), "all: also each of its checkpoint-STEP folders", one_of(all="all")),
     "identity": (("base", "lora", "folder"), "no: drawn without --identity", one_of(yes=True, no=False)),
@@ -1807,16 +1868,25 @@ def weight_files(path: Path) -> list[Path]:
     return found
 
 
-def adapts_text_encoder(model: Model) -> bool:
-    """Whether one of the model's LoRA files holds weights of a text encoder."""
+TEXT_KEYS = ("text_encoder", "lora_te")  # what diffusers' and kohya's names of a text encoder's weights begin with
+
+
+def lora_keys(path: Path) -> list[str]:
+    """The names of a LoRA's weights; UserError where its file cannot be read."""
     from safetensors import safe_open
 
-    files = [weight_files(path)[0] for path in (model.path, model.text_encoder) if path and model_kind(path) == "lora"]
+    (file, *_) = weight_files(path)
     try:
-        keys = [key for file in files for key in safe_open(file, "pt").keys()]  # noqa: SIM118 - it is no dict
+        with safe_open(file, "pt") as weights:
+            return list(weights.keys())
     except Exception as error:
-        raise UserError(f"cannot read the LoRA of {model.name}: {first_line(error)}") from error
-    return any(key.startswith(("text_encoder", "lora_te")) for key in keys)
+        raise UserError(f"cannot read the LoRA {file}: {first_line(error)}") from error
+
+
+def adapts_text_encoder(model: Model) -> bool:
+    """Whether one of the model's LoRA files holds weights of a text encoder."""
+    files = [path for path in (model.path, model.text_encoder) if path and model_kind(path) == "lora"]
+    return any(key.startswith(TEXT_KEYS) for file in files for key in lora_keys(file))
 
 
 def fingerprint(files: Iterable[Path]) -> str:
@@ -2151,33 +2221,32 @@ def all_measures(args: argparse.Namespace, size: tuple[int, int]) -> list[Measur
 
 
 def scorer_files(scorer: Scorer) -> list[Path]:
-    """The weights and the code that a scorer is made of, as far as they are files here."""
-    _, _, _, name, options = split_spec(scorer.source)
-    weights = [file for key in WEIGHTS if key in options for file in all_weights(Path(options[key]))]
-    return weights if name in BUILT_IN_SCORERS else [*weights, *plug_in_files(name)]
+    """The weights that a scorer is made of, as far as they are files here; of a plug-in its source tells the code."""
+    *_, options = split_spec(scorer.source)
+    return [file for key in WEIGHTS if key in options for file in all_weights(Path(options[key]))]
 
 
-def plug_in_files(name: str) -> list[Path]:
-    """The file of a module:function or file.py:function; scores in a file.jsonl are told apart by their source."""
-    if ":" not in name or ".jsonl" in name:
-        return []
-    module = name.rpartition(":")[0]
-    spec = None if module.endswith(".py") else importlib.util.find_spec(module)
-    return [Path(spec.origin if spec else module)]
+@contextlib.contextmanager
+def one_line(what: str) -> Iterator[None]:
+    """What a user's code or a file's content raises within the block becomes a UserError that begins with `what`."""
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def load_scorer(scorer: Scorer, device: Device) -> Callable[[list[Image.Image], list[str]], list[float]]:
-    """A scorer as a measure, its number of scores checked."""
-    return partial(run_scorer, scorer.load(device), scorer.label)
+    """A scorer as a measure; what it raises is told with its name."""
+    return one_line(f"scorer {scorer.label}")(partial(run_scorer, scorer.load(device), scorer.label))
 
 
 def load_features(factory: Callable[..., Any], name: str, device: Device) -> Callable[..., np.ndarray]:
     """Features of images as a measure; what cannot be loaded is told in one line."""
-    try:
+    with one_line(f"cannot load {name}"):
         features = factory(name, device)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot load {name}: {first_line(error)}") from error
-    return lambda images, prompts: features(images)
+    return one_line(f"cannot use {name}")(lambda images, prompts: features(images))
 
 
 def load_latents(
@@ -2345,7 +2414,7 @@ def write_measured(path: Path, key: str, values: np.ndarray) -> None:
 
 def read_latents(files: list[Path | None]) -> dict[str, np.ndarray]:
     """Means and stds of the latent channels, (N, C) each, that the images drawn here carry; {} of any others."""
-    told = [Image.open(file).info if file else {} for file in files]
+    told = [image_text(file) if file else {} for file in files]
     if not all("latent_mean" in info for info in told):
         return {}
     return {key: np.array([json.loads(info[key]) for info in told]) for key in ("latent_mean", "latent_std")}
@@ -2372,13 +2441,9 @@ def image_features(name: str, device: torch.device) -> Callable[[list[Image.Imag
 def clip_embeddings(name: str, device: torch.device) -> Callable[[list[Image.Image]], np.ndarray]:
     """A function from images to a CLIPModel's image embeddings, projected and of length 1, (N, D): CMMD's features.
 
-    CMMD's own model is openai/clip-vit-large-patch14-336. Images are padded to a square. UserError where it cannot be
-    loaded.
+    CMMD's own model is openai/clip-vit-large-patch14-336. Images are padded to a square.
     """
-    try:
-        embed_images, _, _ = load_clip(device, name, "", crop=False)
-    except Exception as error:  # what a hub, a file or a library raises
-        raise UserError(f"cannot load the CLIP model {name}: {first_line(error)}") from error
+    embed_images, _, _ = load_clip(device, name, "", crop=False)
     return lambda images: embed_images(images).double().cpu().numpy()
 
 
@@ -2427,12 +2492,17 @@ def load_identity(
     `embedder`: sface, or module:function or file.py:function of your own, a function device -> embed(images) ->
     (B, D), a row of nan where there is no face. The paper measures 1 - cosine of ArcFace, whose models are not free.
     """
-    embed = (sface if embedder == "sface" else find_factory(embedder))(device)
-    known = np.asarray(embed(load_images(find_photos(references))), dtype=np.float64)
+    faces = load_images(find_photos(references))
+    with one_line(f"--face_embedder {embedder}"):
+        embed = (sface if embedder == "sface" else find_factory(embedder))(device)
+        known = np.asarray(embed(faces), dtype=np.float64)
+        if known.ndim != 2 or len(known) != len(faces):
+            raise ValueError(f"it gives an array of the shape {known.shape} for {len(faces)} images, not (images, D)")
     known = unit_rows(known[~np.isnan(known).any(axis=1)])
     if not len(known):
         raise UserError(f"no face found in any image of --reference_faces {references}")
-    return lambda images, prompts: (unit_rows(np.asarray(embed(images), dtype=np.float64)) @ known.T).mean(axis=1)
+    cosines = lambda images, prompts: (unit_rows(np.asarray(embed(images), dtype=np.float64)) @ known.T).mean(axis=1)  # noqa: E731
+    return one_line(f"--face_embedder {embedder}")(cosines)
 
 
 def unit_rows(features: np.ndarray) -> np.ndarray:
@@ -2614,6 +2684,8 @@ def compare_colour(
     hues = [prompt_hues(side["hue"], prompt_ids) for side in (base, tuned)]
     labs = [per_prompt(np.stack([side[key] for key in "Lab"], axis=1), prompt_ids) for side in (base, tuned)]
     colour["hue_shift"] = shift(hue_shift, *hues)
+    turned = [side[~np.isnan(hues[0] + hues[1])] for side in hues]
+    colour["hue_turn"] = {"value": hue_turn(*turned), "interval": hue_turn_interval(*turned)}
     colour["hue_distance"] = shift(mean, per_prompt(hue_distance(base["hue"], tuned["hue"]), prompt_ids))
     lab_known = ~np.isnan(labs[0] + labs[1]).any(axis=1)
     labs = [lab[lab_known] for lab in labs]
@@ -2704,6 +2776,7 @@ def leading_metric(metrics: dict[str, dict]) -> str:
 
 NOTICEABLE = 2.3  # the just noticeable difference in CIE76 Delta E
 VISIBLE = {"chroma": NOTICEABLE, "L_std": NOTICEABLE, "clipped": 0.05}  # moves of COLOURS that a mean colour hides
+TURN = 15  # degrees: hues all around the circle may turn while their mean colour stays
 
 
 def verdict(
@@ -2726,6 +2799,9 @@ def verdict(
     of = f" of {metrics[lead]['prompts']} prompts"
     sentences = [(tone, f"{name} {what} base by {lead}: it wins {rated(metrics[lead], of)}.")]
     held_out = [label for label, m in metrics.items() if m["role"] == "held-out"]
+    also = [f"{label} ({rated(metrics[label])})" for label in gained if label in held_out and label != lead]
+    if also:
+        sentences.append(("good", f"Better, too: {in_words(also)}."))
     risen = [label for label in gained if metrics[label]["role"] == "training"]
     costs = what_got_worse(metrics, worse, colour, realism)
     others = what_got_worse(metrics, [label for label in worse if label != lead], colour, realism)
@@ -2771,6 +2847,9 @@ def what_got_worse(
             costs.append(f"{kind} to the real photos grows ({row['base']:.3g} to {row['tuned']:.3g})")
     if colour["delta_e"]["interval"][0] > NOTICEABLE:
         costs.append(f"the colours shift visibly (Delta E {colour['delta_e']['value']:.1f})")
+    low, high = colour["hue_turn"]["interval"]
+    if low > TURN or high < -TURN:
+        costs.append(f"the hues turn by {abs(colour['hue_turn']['value']):.0f} degrees")
     for key, least in VISIBLE.items():
         low, high = colour[key]["interval"]
         if low > least or (high < -least and key != "clipped"):
@@ -4299,24 +4378,17 @@ def plan_images(prompts: int, num_images_per_prompt: int, diversity_prompts: int
     return [(p, k) for p, count in enumerate(counts) for k in range(count)]
 
 
-def check_hub(args: argparse.Namespace) -> None:
-    """UserError where the hub, or its cache here, has no such model, before images are drawn; loads no weights."""
-    from transformers.utils import cached_file
+def try_measures(args: argparse.Namespace, device: Device, prompt: str) -> None:
+    """Loads every measure and lets it look at a grey image: what cannot work is told before hours of drawing.
 
-    several = args.diversity_prompts or args.num_images_per_prompt > 1
-    names = [args.feature_model] if several or args.real_data_dir else []
-    names += [args.cmmd_model] if args.real_data_dir else []
-    for scorer in args.scorers:
-        *_, name, options = split_spec(scorer.source)
-        if name in BUILT_IN_SCORERS and name != "imagereward":  # which has no config
-            known = inspect.signature(BUILT_IN_SCORERS[name]).parameters
-            models = [key for key in known if WEIGHTS.get(key) == "config.json"]
-            names += [options.get(key) or known[key].default for key in models]
-    for name in dict.fromkeys(names):
-        try:
-            cached_file(name, "config.json")
-        except OSError as error:
-            raise UserError(f"cannot load {name}: {first_line(error)}") from error
+    Scores in a file know no such image.
+    """
+    image = Image.new("RGB", (64, 64), (128, 128, 128))
+    measures = [measure for measure in all_measures(args, image.size) if ".jsonl" not in measure.source]
+    for measure in tqdm(measures, desc="trying what measures", unit="measure", leave=False):
+        found = measure.load(device)([image], [prompt])
+        if len(found) != 1:
+            raise UserError(f"{measure.label} gave {len(found)} results for one image")
 
 
 def generate(args: argparse.Namespace, state: PartialState, prompts: list[str], plan: list[tuple[int, int]]) -> None:
@@ -4324,15 +4396,17 @@ def generate(args: argparse.Namespace, state: PartialState, prompts: list[str], 
     output, drawn = Path(args.output_dir), [model for model in args.models if model.drawn]
     if state.is_main_process:
         for model in drawn:
-            open_image_folder(output / "images" / model.name, image_settings(args, model), args.overwrite)
+            open_image_folder(output / "images" / model.name, image_settings(args, model), prompts, args.overwrite)
     state.wait_for_everyone()
     seeds = {(p, k): image_seed(args.seed, prompts[p], k) for p, k in plan}
     share, todo = plan[state.process_index :: state.num_processes], {}
     for model in drawn:
         files = {(p, k): image_file(output, model, p, k) for p, k in share}
-        todo[model] = [row for row in share if image_text(files[row]).get("seed") != str(seeds[row])]
+        todo[model] = [row for row in share if not is_finished(files[row], seeds[row])]
     todo = {model: rows for model, rows in todo.items() if rows}
     pipe = load_pipeline(args, state.device) if todo else None
+    if todo and args.num_inference_steps > (most := pipe.scheduler.config.num_train_timesteps):
+        raise UserError(f"--num_inference_steps {args.num_inference_steps}: the model has {most} timesteps")
     guided = args.guidance_scale > 1
     for model in todo:  # what cannot be loaded is told before anything is drawn
         with drawing(pipe, model, args.identity, guided):
@@ -4475,10 +4549,17 @@ def recorded_training_scorers(models: list[Model]) -> list[str]:
     return sorted(set().union(*map(names_of_scorer, specs)))
 
 
+COSINES = ("pickscore", "hpsv2", "clip")  # scorers of one formula: with the same weights they are the same scorer
+
+
 def names_of_scorer(spec: str) -> set[str]:
-    """What a scorer may be called: its label, and what it would be called without one."""
-    label, _, _, name, _ = split_spec(spec)
-    return {label, name.rpartition(":")[2]}
+    """What a scorer may be called: its label, what it would be called without one, the weights of one of COSINES."""
+    label, _, _, name, options = split_spec(spec)
+    names = {label, name.rpartition(":")[2]}
+    if name in COSINES:
+        weights = options.get("model") or inspect.signature(BUILT_IN_SCORERS[name]).parameters["model"].default
+        names.add(f"cosine of {Path(weights).resolve() if Path(weights).exists() else weights}")
+    return names
 
 
 def training_data(models: list[Model]) -> list[Path]:
@@ -4500,8 +4581,9 @@ def training_data(models: list[Model]) -> list[Path]:
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """The settings that another of the scripts recorded; {} where there is no such file."""
-    return json.loads(path.read_text())["settings"] if path.is_file() else {}
+    """The settings that another of the scripts recorded; {} where there is no such file, or none in it."""
+    settings = read_object(path).get("settings") if path.is_file() else {}
+    return settings if isinstance(settings, dict) else {}
 
 
 def plain(value: object) -> object:
@@ -4590,31 +4672,46 @@ def caveats(
     args: argparse.Namespace, prompts: list[str], elsewhere: dict[str, list[Path | None]], plan: list[tuple[int, int]]
 ) -> list[str]:
     """What weakens the conclusions, a sentence each; known before anything is drawn."""
-    lines, paired = [], len(prompts)
+    lines, fewest, training = [], len(prompts), training_scorers(args)
     for name, files in elsewhere.items():
         there = len({p for (p, _), file in zip(plan, files, strict=True) if file})
-        paired = min(paired, there)
+        fewest = min(fewest, there)
         lines.append(
-            f"The images of {name} were drawn elsewhere, for {there} of the {len(prompts)} prompts: that seeds and "
-            "sampler are the same is not known, so that luck is among the differences."
+            f"The images of {name} were drawn elsewhere, for {there} of the {counted(len(prompts), 'prompt')}: that "
+            "seeds and sampler are the same is not known, so that luck is among the differences."
         )
-    if paired < 200:
-        metrics = len(metric_roles(args.scorers, training_scorers(args), bool(args.reference_faces)))
-        smallest = percent(smallest_detectable_win_rate(paired, metrics))
-        unseen = f"a win rate below {smallest} would mostly go unseen among {metrics} metrics"
-        lines.append(f"Only {paired} prompts: {unseen}. Use 200 or more.")
-    training = training_scorers(args)
+    if fewest < len(prompts):
+        shared = "Means, the paper's columns and distances to photos are of the images that all models have"
+        lines.append(f"{shared}; each win rate is of those that base and its model have.")
+    if fewest < 200:
+        metrics = len(metric_roles(args.scorers, training, bool(args.reference_faces)))
+        smallest = smallest_detectable_win_rate(fewest, metrics)
+        unseen = f"a win rate below {percent(smallest)}" if smallest < 1 else "any win rate"
+        unseen += f" would mostly go unseen among {metrics} metrics"
+        lines.append(f"Only {counted(fewest, 'prompt')}: {unseen}. Use 200 or more.")
     if not any({scorer.label, *names_of_scorer(scorer.source)} & {*training} for scorer in args.scorers):
-        lines.append(f"{', '.join(training)} selected the pairs but is not scored here: reward hacking stays unseen.")
+        lines.append(
+            f"{', '.join(spoken(training))} selected the pairs but is not scored here: reward hacking stays unseen."
+        )
     if not args.training_scorer and not recorded_training_scorers(args.models):
         lines.append("No record tells what selected the training pairs: taken to be PickScore (--training_scorer).")
     return lines
 
 
+def spoken(training: list[str]) -> list[str]:
+    """Of the names that training_scorers gives those that a reader knows."""
+    return [name for name in training if not name.startswith("cosine of ")]
+
+
+def given_training_scorers(args: argparse.Namespace) -> list[str]:
+    """The names in --training_scorer."""
+    return list(filter(None, map(str.strip, (args.training_scorer or "").split(","))))
+
+
 def training_scorers(args: argparse.Namespace) -> list[str]:
-    """The names of what selected the training pairs: as given, else as recorded, else pickscore."""
-    given = filter(None, map(str.strip, (args.training_scorer or "").split(",")))
-    return sorted(set().union(*map(names_of_scorer, given))) or recorded_training_scorers(args.models) or ["pickscore"]
+    """The names of what selected the training pairs: those given and those recorded, else pickscore."""
+    known = set().union(*map(names_of_scorer, given_training_scorers(args)), recorded_training_scorers(args.models))
+    return sorted(known or names_of_scorer("pickscore"))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -4630,9 +4727,9 @@ def main(args: argparse.Namespace) -> None:
     if state.is_main_process:
         print("\n".join([remark, *notes]), flush=True)
 
-    check_hub(args)
-    if args.reference_faces:
-        load_identity(args.face_embedder, Path(args.reference_faces), state.device)  # is there a face at all?
+    drawn = [model for model in args.models if model.drawn]
+    if not all(image_file(output, model, p, k).is_file() for model in drawn for p, k in plan):
+        try_measures(args, state.device, prompts[0])
     generate(args, state, prompts, plan)
     files = {
         model.name: elsewhere.get(model.name) or [image_file(output, model, p, k) for p, k in plan]
@@ -4646,7 +4743,8 @@ def main(args: argparse.Namespace) -> None:
         for name in files:
             values[name] |= read_latents(files[name])
         conclusions, means = conclude(args, prompts, prompt_ids, values, values.pop(PHOTOS, {}), training)
-        record = {"settings": describe(args), "prompts": len(prompts), "training_scorers": training, "caveats": notes}
+        record = {"settings": describe(args), "prompts": len(prompts), "training_scorers": spoken(training)}
+        record["caveats"] = notes
         record["images"] = {name: sum(file is not None for file in found) for name, found in files.items()}
         record["drawn"] = [name for name in files if name not in elsewhere]
         record |= conclusions
@@ -4863,6 +4961,10 @@ def check_inputs(args: argparse.Namespace) -> None:
     """UserError for models, prompts, images and votes that are not what they have to be; finds the prompts."""
     if any(model.drawn for model in args.models):
         check_model(args.pretrained_model_name_or_path, "model_index.json")
+    chose = set().union(recorded_training_scorers(args.models), *(names_of_scorer(s.source) for s in args.scorers))
+    for name in given_training_scorers(args):
+        if not {name} & {*chose, *BUILT_IN_SCORERS, *(scorer.label for scorer in args.scorers)}:
+            raise UserError(f"--training_scorer {name}: neither among --scorers nor recorded beside the weights")
     args.prompts = args.prompts or recorded_validation_prompts(args.models)
     prompts, _ = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
     group_prompts(args, prompts)
@@ -4887,6 +4989,8 @@ def check_references(args: argparse.Namespace) -> None:
         raise UserError(f"--inception: no such file: {args.inception}")
     if args.inception and not args.real_data_dir:
         raise UserError("--inception measures a distance to photos: name them with --real_data_dir")
+    if not -1 <= args.face_threshold <= 1:
+        raise UserError("--face_threshold is a cosine: it must lie between -1 and 1")
     if args.face_embedder != "sface":
         find_factory(args.face_embedder)
     elif args.reference_faces and importlib.util.find_spec("cv2") is None:
@@ -4896,8 +5000,8 @@ def check_references(args: argparse.Namespace) -> None:
 def recorded_validation_prompts(models: list[Model]) -> str:
     """The validation split of the pairs that a model was trained on; UserError where none is recorded."""
     for folder in training_data(models):
-        if any(folder.glob("data/validation*.parquet")):
-            return f"{folder}:validation"
+        if files := sorted(folder.glob("data/validation*.parquet")):
+            return str(files[0]) if len(files) == 1 else f"{folder}:validation"  # the file alone is read at once
     raise UserError("--prompts is missing: a text file with one prompt per line, or another source (--help)")
 
 

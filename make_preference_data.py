@@ -868,7 +868,7 @@ WEIGHTS = {
 
 def split_spec(spec: str) -> tuple[str, str | None, str, str, dict[str, str]]:
     """A spec's label, weight (None: not given), source (all but the weight), NAME and options, unchecked."""
-    weight, source = re.fullmatch(r"(?:([^*=:,]*)\*)?(.*)", spec, re.DOTALL).groups()
+    weight, source = re.fullmatch(r"(?:([^*=:,]*)\*)?(.*?)(?:,sha256=\w*)?", spec, re.DOTALL).groups()
     first, *rest = re.split(r",(?=\w+=)", source)
     name, _, model = first.partition("=")
     options = {"model": model} if model else {}
@@ -887,11 +887,10 @@ def parse_scorer(spec: str) -> Scorer:
     weight = 1.0 if weight is None else read_number(float, f"scorer {spec}", weight)
     factory = BUILT_IN_SCORERS.get(name) or find_factory(name)
     options = read_options(name, factory, options)
-    if name in BUILT_IN_SCORERS:
-        factory = partial(load_built_in, source, factory)
-    if name.endswith(".jsonl"):  # other scores under the old name are other scores
-        source += f"@{hashlib.sha256(Path(name).read_bytes()).hexdigest()[:8]}"
-    return Scorer(label, weight, source, partial(factory, **options))
+    load = partial(load_named, source, factory, **options)
+    for file in plug_in_files(name):  # other code or other scores under the old name are another scorer
+        source += f",sha256={hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"
+    return Scorer(label, weight, source, load)
 
 
 def parse_scorers(specs: list[str]) -> list[Scorer]:
@@ -905,7 +904,10 @@ def parse_scorers(specs: list[str]) -> list[Scorer]:
 
 def read_options(name: str, factory: Callable[..., Score], options: dict[str, str]) -> dict[str, Any]:
     """The options in the types of the factory's defaults; weights have to be there or to be a hub id."""
-    _, *parameters = inspect.signature(factory).parameters.values()  # the device comes first
+    try:
+        _, *parameters = inspect.signature(factory).parameters.values()  # the device comes first
+    except ValueError:  # no parameter at all, or a type of Python's own
+        raise UserError(f"scorer {name} is not a function of the device that returns score(images, prompts)") from None
     known = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
     read: dict[str, Any] = {}
     for option, text in options.items():
@@ -917,7 +919,9 @@ def read_options(name: str, factory: Callable[..., Score], options: dict[str, st
             check_weights(text, "ImageReward.pt" if (name, option) == ("imagereward", "model") else WEIGHTS[option])
     for option, default in known.items():
         if default is inspect.Parameter.empty and option not in read:
-            raise UserError(f"scorer {name} needs a {option}: {name}{'' if option == 'model' else ',' + option}=...")
+            hint = "" if name in BUILT_IN_SCORERS else " (a scorer is a function device -> score(images, prompts))"
+            way = f"{name}{'' if option == 'model' else ',' + option}=..."
+            raise UserError(f"scorer {name} needs a {option}: {way}{hint}")
     return read
 
 
@@ -962,8 +966,18 @@ def find_factory(name: str) -> Callable[..., Score]:
     return getattr(module, function)
 
 
-def load_built_in(source: str, factory: Callable[..., Score], device: Device, **options: Any) -> Score:
-    """factory(device, **options); what a hub, a file or a library raises becomes one line that names the scorer."""
+def plug_in_files(name: str) -> list[Path]:
+    """The file of a file.jsonl, module:function or file.py:function, by whose content it is known; [] of others."""
+    module, colon, _ = name.rpartition(":")
+    if name.endswith(".jsonl"):
+        return [Path(name)]
+    spec = importlib.util.find_spec(module) if colon and not module.endswith(".py") else None
+    origin = (spec.origin if spec else module) if colon else ""
+    return [Path(origin)] if Path(origin).is_file() else []  # of a module of Python's own there is none
+
+
+def load_named(source: str, factory: Callable[..., Score], device: Device, **options: Any) -> Score:
+    """factory(device, **options); what a hub, a file or a user's code raises becomes one line with its name."""
     try:
         return factory(device, **options)
     except Exception as error:
@@ -1000,6 +1014,10 @@ def check_model(name: str, needs: str) -> None:
     if Path(name).is_dir():
         if not (Path(name) / needs).is_file():
             raise UserError(f"{name} holds no {needs}: it is not a model folder")
+    elif Path(name).suffix in {".safetensors", ".ckpt"}:
+        raise UserError(
+            f"{name} is a single file: make a folder of it by from_single_file(...).save_pretrained(FOLDER)"
+        )
     elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
         raise UserError(f"no such model folder: {name}")
 
@@ -1009,7 +1027,12 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPi
 
     --sampler dpmsolver puts the paper's DPM-Solver multistep in place of the model's scheduler. The VAE stays in fp32.
     """
-    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
+    from diffusers import (
+        DiffusionPipeline,
+        DPMSolverMultistepScheduler,
+        StableDiffusionPipeline,
+        StableDiffusionXLPipeline,
+    )
 
     name = args.pretrained_model_name_or_path
     precision = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
@@ -1024,8 +1047,8 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPi
         )
     except (OSError, ValueError) as error:
         raise UserError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
-    if not hasattr(pipe, "unet"):
-        raise UserError(f"{name} is a {type(pipe).__name__}; SD 1.x, SD 2.x and SDXL can be used")
+    if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
+        raise UserError(f"{name} is a {type(pipe).__name__}; text-to-image of SD 1.x, SD 2.x and SDXL can be used")
     if args.sampler == "dpmsolver":
         pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
@@ -1109,7 +1132,10 @@ def to_text(value: Any, place: str) -> str:
     """`value` with single spaces, "" for None; UserError with its place where it is no text."""
     if not isinstance(value, str | None):
         raise UserError(f"{place}: a {type(value).__name__} in place of a text")
-    return " ".join((value or "").split())
+    try:
+        return " ".join((value or "").encode().decode().split())
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: half a character (a lone surrogate)") from None
 
 
 def choose_column(column: str | None, columns: Iterable[str], place: str | Path) -> str:

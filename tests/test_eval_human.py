@@ -277,6 +277,32 @@ def test_colour_shift_between_models():
     assert ev.hue_shift(hues, (hues + 30) % 360) == pytest.approx(30)
 
 
+@pytest.mark.parametrize("turn", [60, 120, 180, -90])
+def test_hues_that_turn_together_are_seen_though_their_mean_colour_stays(turn):
+    rng = np.random.default_rng(0)
+    base, noise = rng.uniform(0, 360, 100), rng.normal(0, 40, 100)
+    low, high = ev.hue_turn_interval(base, (base + turn + noise) % 360)
+    assert low < turn % 360 < high or low < turn < high
+    assert high - low < 30
+    low, high = ev.hue_turn_interval(base, (base + noise) % 360)
+    assert low < 0 < high
+    assert min(-low, high) < ev.TURN
+    assert ev.hue_turn(np.array([350.0, 10.0]), np.array([5.0, 25.0])) == pytest.approx(15)
+
+
+def test_turned_hues_are_a_cost():
+    metrics = {"judge": compared(np.full(100, 0.5), np.full(100, 0.6), "held-out", 0.01)}
+    for interval, told in (
+        ((40.0, 60.0), True),
+        ((-60.0, -40.0), True),
+        ((-5.0, 40.0), False),
+        ((170.0, 190.0), True),
+    ):
+        colour = unmoved(hue_turn={"value": sum(interval) / 2, "interval": interval})
+        said = " ".join(sentence for _, sentence in ev.verdict("dpo", metrics, colour, {}, {}))
+        assert ("the hues turn by" in said) == told
+
+
 def test_diversity_is_zero_for_equal_images_and_one_for_orthogonal_ones():
     feature = np.random.default_rng(0).normal(size=7)
     assert ev.diversity(np.stack([feature, feature, feature])) == 0
@@ -296,7 +322,7 @@ def compared(base: np.ndarray, tuned: np.ndarray, role: str, holm: float) -> dic
 def unmoved(**moves: dict) -> dict:
     """A comparison of colours in which nothing moved but what is given."""
     still = {"value": 0.0, "base": 1.0, "tuned": 1.0, "interval": (0.0, 0.0)}
-    return {**dict.fromkeys(("delta_e", *ev.COLOURS), still), **moves}
+    return {**dict.fromkeys(("delta_e", "hue_turn", *ev.COLOURS), still), **moves}
 
 
 def judged(win_rates: dict[str, tuple[str, float]], delta_e: float = 0.0) -> str:
@@ -583,7 +609,7 @@ def test_strange_scores_names_and_prompts(inputs, tmp_path, capsys):
     with (output / "per_image.csv").open(encoding="utf-8") as file:
         assert [row["prompt"] for row in csv.DictReader(file)] == strange * 2
     said = capsys.readouterr().out
-    assert "Only 4 prompts: a win rate below 100.0 % would mostly go unseen among" in said
+    assert "Only 4 prompts: any win rate would mostly go unseen among" in said
     assert said.strip().splitlines()[-2] == f"open    {output / 'report.html'}"
     assert said.strip().splitlines()[-1].startswith("next ")
 
@@ -657,12 +683,28 @@ def test_training_scorers_are_read_from_the_record_of_the_pairs(inputs, tmp_path
     model = ev.parse_model(f"dpo={lora}")
     assert ev.recorded_training_scorers([model]) == []
     (lora / "training_settings.json").write_text(json.dumps({"settings": {"train_data_dir": str(data)}}))
-    assert ev.recorded_training_scorers([model]) == ["brightness", "hpsv2"]
+    assert ev.recorded_training_scorers([model]) == ["brightness", "cosine of my/model", "hpsv2"]
+    assert ev.spoken(ev.recorded_training_scorers([model])) == ["brightness", "hpsv2"]
+
+
+def test_the_weights_that_chose_the_pairs_never_lead_under_another_name(inputs, tmp_path):
+    data, lora = tmp_path / "pairs", shutil.copytree(inputs / "lora", tmp_path / "lora")
+    data.mkdir()
+    (data / "preference_data.json").write_text(json.dumps({"settings": {"scorer": [f"pickscore={WORLD / 'scorer'}"]}}))
+    (lora / "training_settings.json").write_text(json.dumps({"settings": {"train_data_dir": str(data)}}))
+    models = [ev.parse_model(f"dpo={lora}")]
+    other = ev.parse_scorer(f"clip={WORLD / 'scorer'}")
+    for given in (None, "hpsv2"):  # what is given adds to what is recorded
+        training = ev.training_scorers(argparse.Namespace(training_scorer=given, models=models))
+        assert ev.metric_roles([other], training, False)["clip"] == "training"
+    line = flags(inputs, tmp_path / "out", "base", f"dpo={lora}", training_scorer="pikscore")
+    with pytest.raises(SystemExit):
+        ev.parse_args(line)
 
 
 def test_training_scorers_may_be_given_as_to_scorers():
     args = argparse.Namespace(training_scorer=" my/file.py:brightness, 2*pickscore=my/model", models=[])
-    assert ev.training_scorers(args) == ["brightness", "pickscore"]
+    assert ev.spoken(ev.training_scorers(args)) == ["brightness", "pickscore"]
     roles = ev.metric_roles([ev.parse_scorer("clip"), ev.parse_scorer("pickscore")], ev.training_scorers(args), False)
     assert roles == {"clip": "held-out", "pickscore": "training", "diversity": "diversity"}
 
@@ -859,7 +901,7 @@ def test_no_scores_at_all_is_told(inputs, tmp_path):
 
 def test_the_benchmark_times_every_part(inputs, tmp_path):
     seconds = benchmark.whole_eval(flags(inputs, tmp_path / "out"), alive := {})
-    assert list(alive) == ["pipeline", "pickscore", "brightness", "picky", "colour", "features"]
+    assert list(alive) == ["pickscore", "brightness", "picky", "colour", "features", "pipeline"]
     assert {"images", "measures", "statistics", "report", "pickscore", "colour", "features", "ours"} <= seconds.keys()
     assert seconds["images"] + seconds["measures"] < seconds["ours"]
 
@@ -929,7 +971,7 @@ def test_prompts_are_the_validation_split_of_the_pairs_by_default(inputs, tmp_pa
         pq.write_table(table, data / "data" / f"{split}-00000-of-00001.parquet")
     (lora / "training_settings.json").write_text(json.dumps({"settings": {"train_data_dir": str(data)}}))
     args = ev.parse_args(flags(inputs, tmp_path / "out", "base", f"dpo={lora}", prompts=None))
-    assert args.prompts == f"{data}:validation"
+    assert args.prompts == f"{data}/data/validation-00000-of-00001.parquet"
     assert ev.read_prompts(args.prompts, None, None)[0] == PROMPTS
 
 
@@ -1080,10 +1122,43 @@ def test_the_pipeline_is_gone_before_measures_are_loaded_even_beside_a_library_t
     assert "pipelines alive: 0" in done.stdout, done.stderr
 
 
+BROKEN = {
+    "raises": "def made(device):\n    raise RuntimeError('no luck')\n",
+    "gives none": "def made(device):\n    return lambda images, prompts: None\n",
+    "gives words": "def made(device):\n    return lambda images, prompts: ['good'] * len(images)\n",
+    "gives too few": "def made(device):\n    return lambda images, prompts: []\n",
+}
+
+
+@pytest.mark.parametrize("code", BROKEN.values(), ids=BROKEN)
+def test_a_scorer_that_cannot_work_is_told_before_anything_is_drawn(inputs, tmp_path, code):
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(ev.UserError, match=r"^[^\n]*\bmade\b[^\n]*$"):
+        run([*flags(inputs, tmp_path / "out"), f"{tmp_path}/mine.py:made"])
+    assert not (tmp_path / "out" / "images").exists()
+
+
+def test_other_prompts_do_not_take_the_place_of_images_unasked(inputs, tmp_path):
+    run(line := flags(inputs, tmp_path / "out", max_prompts=2, diversity_prompts=0))
+    before = {file: file.read_bytes() for file in (tmp_path / "out" / "images").rglob("*.png")}
+    (tmp_path / "other.txt").write_text("another person\nand another one\n")
+    line = flags(inputs, tmp_path / "out", prompts=tmp_path / "other.txt", diversity_prompts=0)
+    with pytest.raises(ev.UserError, match=r"00000_0\.png is of another prompt"):
+        run(line)
+    assert before == {file: file.read_bytes() for file in (tmp_path / "out" / "images").rglob("*.png")}
+    run([*line, "--overwrite"])
+    assert ev.image_text(next(iter(sorted(before)))).get("prompt") == "another person"
+
+
+def test_more_steps_than_the_model_has_are_refused_before_drawing(inputs, tmp_path):
+    with pytest.raises(ev.UserError, match="--num_inference_steps 2000: the model has 1000 timesteps"):
+        run(flags(inputs, tmp_path / "out", num_inference_steps=2000))
+
+
 def test_a_model_that_the_hub_has_not_is_told_before_anything_is_drawn(inputs, tmp_path):
     for changes, extra in (({"feature_model": "nobody/nothing"}, ""), ({}, "clip=nobody/nothing")):
         line = flags(inputs, tmp_path / "out", **changes)
-        with pytest.raises(ev.UserError, match=r"cannot load nobody/nothing: \S+"):
+        with pytest.raises(ev.UserError, match=r"cannot load (the scorer clip=)?nobody/nothing: \S+"):
             run([*line, extra] if extra else line)
     assert not (tmp_path / "out" / "images").exists()
 

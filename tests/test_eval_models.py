@@ -447,7 +447,7 @@ def test_what_chose_the_pairs_is_found_for_checkpoints_and_earlier_stages(tmp_pa
         (f"a={hard}", ["hpsv2", "imagereward", "taste"]),
         (f"a={hard}/checkpoint-500/pytorch_lora_weights.safetensors", ["hpsv2", "imagereward", "taste"]),
     ):
-        assert ev.recorded_training_scorers([ev.parse_model(spec)]) == names, spec
+        assert ev.spoken(ev.recorded_training_scorers([ev.parse_model(spec)])) == names, spec
 
 
 def test_a_training_scorer_under_another_label_does_not_lead():

@@ -326,8 +326,8 @@ def test_embeddings_of_clip():
 
 @pytest.mark.parametrize("name", ["no/such-model", "tests"])
 def test_clip_models_that_cannot_be_loaded(name):
-    with pytest.raises(ev.UserError, match=rf"^cannot load the CLIP model {name}: .") as error:
-        ev.clip_embeddings(name, "cpu")
+    with pytest.raises(ev.UserError, match=rf"^cannot load {name}: .") as error:
+        ev.load_features(ev.clip_embeddings, name, "cpu")
     assert "\n" not in str(error.value)
 
 

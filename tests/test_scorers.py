@@ -743,7 +743,7 @@ def folder(tmp_path):
 def test_scores_made_elsewhere(folder):
     scorer, images = data.parse_scorer(f"2*{folder / 'votes.jsonl'}"), pictures(4)
     assert (scorer.label, scorer.weight) == ("votes", 2.0)
-    assert scorer.source.startswith(f"{folder / 'votes.jsonl'}@")
+    assert scorer.source.startswith(f"{folder / 'votes.jsonl'},sha256=")
     (folder / "others.jsonl").write_text('{"image_id": "p-0", "score": 9}')
     before = data.parse_scorer(str(folder / "others.jsonl")).source
     (folder / "others.jsonl").write_text('{"image_id": "p-0", "score": 8}')
@@ -810,7 +810,8 @@ def test_specs(spec, label, weight, options, folder):
     spec = spec.replace("{folder}", str(folder))
     scorer = data.parse_scorer(spec)
     assert (scorer.label, scorer.weight) == (label, weight)
-    assert scorer.source.split("@")[0] == (spec.split("*", 1)[1] if weight != 1.0 else spec)
+    assert scorer.source.split(",sha256=")[0] == (spec.split("*", 1)[1] if weight != 1.0 else spec)
+    assert data.parse_scorer(scorer.source).source == scorer.source
     assert scorer.load.keywords == options
     assert all(type(scorer.load.keywords[name]) is type(value) for name, value in options.items())
 
