@@ -459,7 +459,7 @@ def data_flags(args: argparse.Namespace, output: Path, *extra: object) -> argpar
 
 def timed_loop(settings: str) -> dict[str, Any]:
     """What everybody writes: a call of the pipeline for each prompt, the model card's code for each image, a file."""
-    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
+    from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler
     from transformers import AutoModel, AutoProcessor
 
     import make_preference_data as data
@@ -469,9 +469,8 @@ def timed_loop(settings: str) -> dict[str, Any]:
     data.quiet_libraries()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     half = torch.float16 if device == "cuda" else torch.float32
-    pipe = StableDiffusionPipeline.from_pretrained(
-        ours.pretrained_model_name_or_path, torch_dtype=half, safety_checker=None
-    ).to(device)
+    known = {"torch_dtype": half, "safety_checker": None}
+    pipe = DiffusionPipeline.from_pretrained(ours.pretrained_model_name_or_path, **known).to(device)
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     scorer = ours.scorer[0].partition("=")[2]
@@ -526,6 +525,22 @@ def timed_data(settings: str) -> dict[str, Any]:
     return found
 
 
+def both_texts(
+    embeds: dict[str, torch.Tensor], rows: torch.Tensor, size: tuple[int, int]
+) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
+    """The U-Net's text for some rows of `embeds`, unguided then guided; and what SDXL is told beside it."""
+
+    def both(name: str) -> torch.Tensor:
+        guided = embeds[name][rows.to(embeds[name].device)]
+        return torch.cat([embeds[f"negative_{name}"].expand_as(guided), guided])
+
+    if "pooled_prompt_embeds" not in embeds:
+        return both("prompt_embeds"), None
+    pooled = both("pooled_prompt_embeds")
+    ids = torch.tensor([*size, 0, 0, *size], dtype=pooled.dtype, device=pooled.device).expand(len(pooled), -1)
+    return both("prompt_embeds"), {"text_embeds": pooled, "time_ids": ids}
+
+
 @torch.inference_mode()
 def timed_bare(settings: str) -> dict[str, Any]:
     """The U-Net, the sampler's steps and the VAE, in ours' batches, on embeddings that are ready."""
@@ -539,24 +554,25 @@ def timed_bare(settings: str) -> dict[str, Any]:
     unet, vae, scheduler = pipe.unet, pipe.vae, pipe.scheduler
     prompts = data.read_prompts(ours.prompts, None, args.prompts)[0]
     embeds = data.encode_prompts(pipe, prompts, "")
-    positive, negative = embeds["prompt_embeds"].repeat_interleave(args.images, 0), embeds["negative_prompt_embeds"]
     scale = pipe.vae_scale_factor
     height, width = (side // scale if side else unet.config.sample_size for side in (ours.height, ours.width))
+    rows = torch.arange(len(prompts)).repeat_interleave(args.images)
     at_once = max(1, 512 * 512 // (height * width * scale**2))  # as in `decode`
     start, before = time.perf_counter(), time.process_time()
-    for text in positive.split(args.batch_size):
-        latents = torch.randn(len(text), unet.config.in_channels, height, width, device=device, dtype=unet.dtype)
-        both = torch.cat([negative.expand_as(text), text])
+    for index in rows.split(args.batch_size):
+        latents = torch.randn(len(index), unet.config.in_channels, height, width, device=device, dtype=unet.dtype)
+        both, added = both_texts(embeds, index, (height * scale, width * scale))
         scheduler.set_timesteps(args.steps)
         for t in scheduler.timesteps:
-            without, guided = unet(torch.cat([latents] * 2), t, both, return_dict=False)[0].chunk(2)
+            guess = unet(torch.cat([latents] * 2), t, both, added_cond_kwargs=added, return_dict=False)[0]
+            without, guided = guess.chunk(2)
             latents = scheduler.step(without + args.guidance_scale * (guided - without), t, latents).prev_sample
         for some in (latents.float() / vae.config.scaling_factor).split(at_once):
             vae.decode(some)
     if device.type == "cuda":
         torch.cuda.synchronize()
     done = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - before}
-    return {**done, "images": len(positive)}
+    return {**done, "images": len(rows)}
 
 
 MEASURES |= {"_loop": timed_loop, "_data": timed_data, "_bare": timed_bare}

@@ -6,10 +6,11 @@ import json
 import shutil
 from pathlib import Path
 
+import benchmark
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 from test_make_preference_data import SCORER, data, data_of, difference, make, read_image, rows_of, write_inputs
 from test_train_models import tiny_sdxl
 from tiny_human import figures
@@ -110,6 +111,26 @@ def test_sd_recon_is_a_function_of_photo_prompt_and_seed(pipe):
     other, _ = data.sd_recon(pipe, embeds, [2], [8], photos[2:], 500, 10, 1.2)
     assert difference(alone[0], together[2]).max() <= 2
     assert difference(other[0], together[2]).max() > 2
+
+
+def test_the_benchmark_of_data_draws_with_sdxl_what_the_pipeline_draws(tmp_path):
+    """The loop, ours and the floor run; the floor's U-Net gets the texts, pooled texts and sizes of the pipeline."""
+    model = tiny_sdxl(tmp_path / "sdxl")
+    settings = {"model": str(model), "scorer": benchmark.SCORER, "prompts": 2, "images": 2, "steps": 2}
+    settings |= {"guidance_scale": 3.0, "batch_size": 4, "resolution": 32, "work_dir": str(tmp_path)}
+    for measure in (benchmark.timed_loop, benchmark.timed_data, benchmark.timed_bare):
+        assert measure(json.dumps(settings))["images"] == 4
+    pipe, seen = StableDiffusionXLPipeline.from_pretrained(model), []
+    forward = pipe.unet.forward
+    pipe.unet.forward = lambda *args, **kwargs: seen.append(kwargs) or forward(*args, **kwargs)
+    prompts = ["a person", "two people"]
+    pipe(prompts, num_inference_steps=1, guidance_scale=3.0, height=32, width=32, output_type="latent")
+    embeds = data.encode_prompts(pipe, prompts, "")
+    both, added = benchmark.both_texts(embeds, torch.arange(2), (32, 32))
+    torch.testing.assert_close(both, seen[0]["encoder_hidden_states"])
+    assert added.keys() == seen[0]["added_cond_kwargs"].keys()
+    for name, value in added.items():
+        torch.testing.assert_close(value, seen[0]["added_cond_kwargs"][name])
 
 
 def test_sd_recon_of_sdxl(tmp_path):
