@@ -2980,7 +2980,11 @@ figure{margin:0}.plots figcaption{margin-bottom:12px}.plots svg{display:block;wi
 .row p{margin:10px 0 6px}.row figcaption{font-size:13px;margin-top:4px}
 .row table{font-size:13px}.row .scroll{margin:0}.row th,.row td{padding-block:2px;border:0}.row b{font-weight:650}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 24px;font-size:14px}dd{margin:0}
-@media(max-width:600px){main{padding:28px 18px 48px}.one .head{font-size:25px}.head{font-size:20px}
+@media(max-width:600px){thead{display:none}tr{display:flex;flex-wrap:wrap;gap:2px 16px;padding:8px 0;
+ border-bottom:1px solid var(--line)}td,td:has(.whisker){padding:0;border:0;width:auto}td:empty{display:none}
+ td:first-child,td:has(.whisker){flex:1 0 100%}td[data-head]::before{content:attr(data-head) " ";color:var(--soft);
+ font-size:13px}td small{display:inline;margin-left:6px}.row tr{padding:2px 0}
+ main{padding:28px 18px 48px}.one .head{font-size:25px}.head{font-size:20px}
  section{margin-top:40px;padding-top:24px}.runs text{font-size:15px}
  th,td{padding-left:16px}.tag{margin-left:0}dl{display:block}dd{margin-bottom:8px}}
 @page{size:A4;margin:15mm 14mm}
@@ -2991,7 +2995,8 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 24px;font-size:14p
  .whisker,.axis{min-width:40px}.axis,.tag{margin-left:0}td:has(.whisker){width:28%}td:first-child{min-width:20mm}
  .scroll{break-inside:avoid}.scroll+.soft{break-before:avoid}.soft{font-size:9pt}
  .plots{grid-template-columns:repeat(3,1fr);gap:6mm}.rows{grid-template-columns:repeat(2,1fr);gap:7mm}
- .facts{grid-template-columns:repeat(5,1fr);gap:5mm}.runs{max-width:140mm}a{color:inherit;text-decoration:none}}
+ .facts{grid-template-columns:repeat(5,1fr);gap:5mm}
+ .rows>:nth-child(n+5){display:none}.runs{max-width:140mm}a{color:inherit;text-decoration:none}}
 """
 CSS = CSS.replace("@LIGHT", ";".join(f"--{name}:{colour}" for name, colour in LIGHT.items()))
 CSS = CSS.replace("@DARK", ";".join(f"--{name}:{colour}" for name, colour in DARK.items()))
@@ -3002,8 +3007,8 @@ is a bootstrap over prompts, exact where all are won or lost; p is an exact sign
 metrics. The training scorer selected the training pairs, so it never leads. Diversity: mean cosine distance of one
 prompt's images. Hue, all images together, is the paper's: where hues go all around the circle it is not stable, and
 its interval says so."""
-LEGEND = """Blue: the interval lies above one half; red: below; grey: it holds one half. The band is what the tuned
-model won, its pale end the ties. Open dot: the training scorer. Bold: the metric that leads."""
+LEGEND = """Blue: the interval lies above one half, red: below, and p is below .05; grey: neither. The band is what the
+tuned model won, its pale end the ties. Open dot: the training scorer. Bold: the metric that leads."""
 
 ROLES = {"held-out": "", "training": "training scorer", "diversity": "diversity", "identity": "identity"}
 SHIFTS = {  # the figures of the colour shift: words, unit, decimals
@@ -3057,9 +3062,9 @@ def change(difference: float | None, interval: Sequence[float | None]) -> str:
     return f"{difference:+.{digits}f} {span(interval, digits=digits)}"
 
 
-def tone(interval: Sequence[float | None], even: float = 0.5) -> str:
-    """win where the interval lies above `even`, lose where below it, else even."""
-    if not all_finite(*interval):
+def tone(interval: Sequence[float | None], even: float = 0.5, p: float | None = None) -> str:
+    """win where the interval lies above `even`, lose where below it; even otherwise, or where p is known and large."""
+    if not all_finite(*interval) or (p is not None and p >= 0.05):
         return "even"
     return "win" if interval[0] > even else "lose" if interval[1] < even else "even"
 
@@ -3067,7 +3072,13 @@ def tone(interval: Sequence[float | None], even: float = 0.5) -> str:
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table of HTML cells, the first column text, the others numbers or plots; "" where there are no rows."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
+    names = [
+        "",
+        *("" if "<span" in cell else f' data-head="{re.sub("<small>.*|<.*?>", "", cell)}"' for cell in head[1:]),
+    ]
+    body = "".join(
+        f"<tr>{''.join(f'<td{name}>{cell}</td>' for name, cell in zip(names, row, strict=True))}</tr>" for row in rows
+    )
     whole = f'<div class="scroll"><table><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>'
     return whole if body else ""
 
@@ -3106,7 +3117,7 @@ def whisker(metric: dict[str, Any], role: str = "held-out") -> str:
         return ""
     x, low, high, won, tied = (96 * share for share in (rate, low, high, metric.get("win", 0), metric.get("tie", 0)))
     told = f"<title>win / tie / lose: {win_tie_lose(metric)}</title>" if "lose" in metric else ""
-    return f"""<svg class="whisker {tone(metric["interval"])} {role}">{told}
+    return f"""<svg class="whisker {tone(metric["interval"], p=metric.get("holm"))} {role}">{told}
 <line class="rule" x1="2%" x2="98%" y1="12" y2="12"/>
 <rect class="band" x="2%" y="7" width="{won:.2f}%" height="10"/>
 <rect class="band tie" x="{2 + won:.2f}%" y="7" width="{tied:.2f}%" height="10"/>
@@ -3125,10 +3136,20 @@ def win_rates(name: str, result: dict[str, Any]) -> str:
         if any(m["vetoed"]):
             base, tuned = map(percent, m["vetoed"])
             tag += f"<small>vetoed: base {base}, {html.escape(name)} {tuned}</small>"
-        figures = percent(m["win_rate"]), span(m["interval"], 100), number(m["base"]), number(m["tuned"])
+        rate = f"{percent(m['win_rate'])}<small>{win_tie_lose(m)}</small>" if all_finite(m["win"]) else NONE
+        figures = rate, span(m["interval"], 100), number(m["base"]), number(m["tuned"])
         tests = p_value(m["holm"]), p_value(m["wilcoxon"])
         rows.append((title + tag, whisker(m, m["role"]), *figures, *tests))
-    head = "Metric", AXIS, "Win rate", "95 % interval", "base", html.escape(name), "p (Holm)", "p (Wilcoxon)"
+    head = (
+        "Metric",
+        AXIS,
+        "Win rate<small>win / tie / lose</small>",
+        "95 % interval",
+        "base",
+        html.escape(name),
+        "p (Holm)",
+        "p (Wilcoxon)",
+    )
     return table(head, rows)
 
 
@@ -3246,7 +3267,8 @@ def run_sentence(steps: dict[int, dict[str, dict]]) -> str:
         there = lines[label].get(best[other])
         return there is not None and there["interval"][1] < lines[label][best[label]]["win_rate"]
 
-    told = ", ".join(f"{label} is highest at step {step}" for label, step in best.items())
+    never = "" if lines[lead][best[lead]]["win_rate"] > 0.5 else f" ({lead} never above base)"
+    told = ", ".join(f"{label} is highest at step {step}" for label, step in best.items()) + never
     later = [label for label in chose if best[label] > best[lead]]
     hacked = [label for label in later if above(label, lead) and above(lead, label)]
     if hacked:
@@ -3314,14 +3336,17 @@ def realism_section(found: dict[str, Any], models: dict[str, dict]) -> str:
     """Distances to the photos, with the differences of the tuned models from base."""
     rows = []
     for name, distance in found["distances"].items():
-        title = f"{html.escape(name)}<small>{html.escape(distance['note'])}</small>"
         moves = (result["realism"][name] for result in models.values())
         cells = (shifted(move["tuned"], move, lower_is_better=True) for move in moves)
-        rows.append((title, number(distance["floor"]), number(distance["models"]["base"]), *cells))
+        rows.append((html.escape(name), number(distance["floor"]), number(distance["models"]["base"]), *cells))
     told = f"""{found["images"]} images of each model against {found["photos"]} photos. Below each distance
 of a tuned model: its difference from base, 95 % interval."""
     shown = table(("Lower is better", "photos among themselves", "base", *map(html.escape, models)), rows)
-    return f'<p class="soft">{told}</p>{shown}'
+    notes = {name: distance["note"] for name, distance in found["distances"].items() if distance["note"]}
+    remarks = "".join(
+        f'<p class="soft"><b>{html.escape(name)}</b>: {html.escape(note)}</p>' for name, note in notes.items()
+    )
+    return f'<p class="soft">{told}</p>{shown}{remarks}'
 
 
 def colour_plane(base: np.ndarray, tuned: np.ndarray) -> str:
@@ -3409,7 +3434,11 @@ def colour_section(name: str, colour: dict[str, Any], *sides: dict[str, np.ndarr
 def photos_table(photos: dict[str, dict]) -> str:
     """The colours of every model against the photos': rows are measures, with differences from the photos."""
     rows = []
-    sets = {"delta_e": "Delta E", "hue_shift": "mean hue, degrees", "latent_shift": "latent means, in std of photos"}
+    sets = {
+        "delta_e": "Delta E",
+        "hue_shift": "distance of the mean hues, degrees",
+        "latent_shift": "latent means, in std of photos",
+    }
     for key, words in sets.items():
         values = (number(row.get(key, UNKNOWN)["value"]) for row in photos.values())
         spans = (shift_span(row, key) for row in photos.values())
@@ -3417,8 +3446,8 @@ def photos_table(photos: dict[str, dict]) -> str:
     for key, words in COLOURS.items():
         found = [row[key] for row in photos.values()]
         rows.append((words, number(found[0]["photos"]), *(shifted(row["model"], row) for row in found)))
-    shown = table(("Mean over prompts", "photos", *map(html.escape, photos)), rows)
-    told = "Below each mean: its difference from the photos, 95 % interval."
+    shown = table(("Distances, then means over prompts", "photos", *map(html.escape, photos)), rows)
+    told = "Below each distance: its 95 % interval. Below each mean: its difference from the photos, 95 % interval."
     return f"<h3>Against the photos</h3>{with_note(shown, told)}"
 
 
@@ -3502,7 +3531,8 @@ def rows_section(
     lead, (base, tuned) = leading_metric(metrics), sides.values()
     scores = {label: (base[label], tuned[label]) for label, m in metrics.items() if m["role"] != "diversity"}
     told = (
-        f'<p class="soft">Ordered by {html.escape(lead)}; the higher score is bold. An image opens in full size.</p>'
+        f'<p class="soft">Ordered by {html.escape(lead)}; the higher score is bold: of several images of a prompt, of '
+        "which the first is shown, it is the mean. An image opens in full size.</p>"
     )
     for heading, chosen in choose_rows(base[lead], tuned[lead], settings["report_rows"], settings["seed"]).items():
         shown = ""
@@ -3522,7 +3552,7 @@ def verdict_lines(record: dict[str, Any]) -> str:
         for i, (kind, sentence) in enumerate(result["verdict"])
     ]
     lines += [f'<p class="soft">{html.escape(sentence)}</p>' for sentence in record["caveats"]]
-    counts = f"{record['prompts']} prompts, {images_per_model(record)}"
+    counts = f"{counted(record['prompts'], 'prompt')}, {images_per_model(record)}"
     return f"""<h1>Does it draw better people?</h1><p class="soft">{counts}<span class="links"> · {files}</span></p>
 <div{' class="one"' if len(record["models"]) == 1 else ""}>{"".join(lines)}</div>"""
 
@@ -3613,7 +3643,7 @@ def public_name(source: object) -> str:
 def images_per_model(record: dict[str, Any]) -> str:
     """How many images each model has: fewer than asked for in folders from elsewhere."""
     least, most = min(record["images"].values()), max(record["images"].values())
-    return f"{most} images per model" if least == most else f"{least} to {most} images per model"
+    return f"{counted(most, 'image')} per model" if least == most else f"{least} to {most} images per model"
 
 
 def compared_sentence(record: dict[str, Any]) -> str:
@@ -3692,7 +3722,7 @@ def draw_rates(draw: ImageDraw.ImageDraw, top: int, title: str, metrics: dict[st
         draw.line((x, low, x, high), LIGHT["base" if rate == 50 else "line"], 8 if rate == 50 else 4)
         draw.text((x, low - 24), f"{rate} %", LIGHT["soft"], small, anchor="ms")
     for row, (label, m) in enumerate(metrics.items()):
-        y, colour, training = low + 64 + 128 * row, colours[tone(m["interval"])], m["role"] == "training"
+        y, colour, training = low + 64 + 128 * row, colours[tone(m["interval"], p=m["holm"])], m["role"] == "training"
         name = textwrap.shorten(plain_text(label), 24, placeholder="…")
         draw.text((128, y), name, LIGHT["ink"], font, anchor="lm")
         if training:

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -240,17 +240,31 @@ def test_votes_come_from_their_own_function(tmp_path, monkeypatch):
 def cells(table: str) -> list[list[str]]:
     """The text of a table's cells, plots left out."""
     rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
-    return [[Page(cell).text.strip() for cell in re.findall(r"<t[dh]>(.*?)</t[dh]>", row, re.DOTALL)] for row in rows]
+    return [
+        [Page(cell).text.strip() for cell in re.findall(r"<t[dh][^>]*>(.*?)</t[dh]>", row, re.DOTALL)] for row in rows
+    ]
 
 
 def test_numbers_are_the_record_s(full):
     record, page = full_record(), full[1]
     first = cells(section(page, "Win rates").split("</table>")[0])
-    assert first[0][2:] == ["Win rate", "95 % interval", "base", "dpo-20", "p (Holm)", "p (Wilcoxon)"]
+    assert first[0][2:] == ["Win ratewin / tie / lose", "95 % interval", "base", "dpo-20", "p (Holm)", "p (Wilcoxon)"]
     figures = ["20.12", "20.62", "0.012", "0.01"]
     won = "win / tie / lose: {} %".format
-    assert first[1] == ["judge", won("64 / 4 / 32"), "66.0 %", "[61.0, 71.0]", *figures]  # the held-out one leads
-    assert first[2] == ["pickscoretraining scorer", won("68 / 4 / 28"), "70.0 %", "[65.0, 75.0]", *figures]
+    assert first[1] == [
+        "judge",
+        won("64 / 4 / 32"),
+        "66.0 %64 / 4 / 32 %",
+        "[61.0, 71.0]",
+        *figures,
+    ]  # the held-out one leads
+    assert first[2] == [
+        "pickscoretraining scorer",
+        won("68 / 4 / 28"),
+        "70.0 %68 / 4 / 28 %",
+        "[65.0, 75.0]",
+        *figures,
+    ]
     assert [row[0] for row in first[3:]] == ["diversity", "faceidentity"]
     summary = cells(section(page, "All models"))
     assert summary[3] == ["dpobetter, with a warning", won("60 / 4 / 36"), "62.0 %", "93.0 %", "20.0 %", "3.21"]
@@ -260,9 +274,10 @@ def test_numbers_are_the_record_s(full):
         ["Hue distance to base's mean hue in degrees", *["27.94"] * 4],
     ]
     realism = cells(section(page, "Realism"))
-    assert realism[1] == ["KDBiased below 2048 images.", "0.03125", "0.7500", *["0.7500-0.50 [-0.61, -0.39]"] * 3]
+    assert realism[1] == ["KD", "0.03125", "0.7500", *["0.7500-0.50 [-0.61, -0.39]"] * 3]
     assert 'class="win"' in section(page, "Realism")  # nearer to the photos
     assert "777 photos" in section(page, "Realism")
+    assert "<b>KD</b>: Biased below 2048 images." in section(page, "Realism").split("</table>")[1]
     photos = cells(section(page, "Colour").rpartition("<h3>")[2])
     assert photos[1] == ["Delta E", ev.NONE, *["4.875[4.00, 5.50]"] * 4]
     assert photos[4] == ["lightness (Lab L*)", "61.25", *["58.50-2.8 [-3.5, -2.0]"] * 4]
@@ -286,6 +301,30 @@ def test_whiskers_stand_at_the_record_s_values():
         "win", "lose", "even", "even", "even"
     ]  # fmt: skip
     assert ev.whisker(ev.UNKNOWN) == ""
+
+
+def test_colours_of_win_rates_say_what_the_verdict_says():
+    """An interval above one half is not yet a win where Holm's p is large."""
+    for holm, kind in ((0.049, "win"), (0.05, "even")):
+        assert ev.whisker(metric("held-out", 0.6, holm=holm)).startswith(f'<svg class="whisker {kind} ')
+    for holm, colour_name in ((0.049, "tuned"), (0.05, "base")):
+        sheet = Image.new("RGB", (3520, 700), "white")
+        ev.draw_rates(ev.ImageDraw.Draw(sheet), 0, "dpo", {"judge": metric("held-out", 0.6, holm=holm)})
+        assert sheet.getpixel((1040 + round(0.6 * 1520), 344)) == ImageColor.getrgb(ev.LIGHT[colour_name])
+
+
+def test_cells_name_their_columns_for_phones():
+    shown = ev.table(
+        ["", ev.AXIS, "Win rate<small>won</small>", 'a "b"'.replace('"', "&quot;")], [("x", "", "1", "2")]
+    )
+    assert re.findall(r"<td(.*?)>", shown) == ["", "", ' data-head="Win rate"', ' data-head="a &quot;b&quot;"']
+
+
+def test_a_run_that_never_beats_base_says_so():
+    steps = {step: {"judge": metric("held-out", rate)} for step, rate in ((10, 0.3), (20, 0.4))}
+    assert "judge is highest at step 20 (judge never above base)" in ev.run_sentence(steps)
+    steps[20]["judge"] = metric("held-out", 0.6)
+    assert "never" not in ev.run_sentence(steps)
 
 
 def test_groups_are_sorted_worst_first(full):
