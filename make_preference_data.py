@@ -1963,14 +1963,26 @@ def scores_of(rows: list[Row], scorer: Scorer) -> np.ndarray:
     return np.array([json.loads(row["scores"]).get(scorer.source, math.nan) for row in rows], np.float64)
 
 
-def count_votes(scorers: list[Scorer], agree: list[Scorer], shards: Iterable[Path]) -> Votes:
-    """The scorers with their spreads in the pool; one that votes alone, or not at all, needs none."""
+def count_votes(
+    scorers: list[Scorer], agree: list[Scorer], images: Collection[Path], drafts: Collection[Path] = ()
+) -> Votes:
+    """The scorers with their spreads; one that votes alone, or not at all, needs none.
+
+    The spread is that of the drafts, if there are any and the scorer has seen them all, else that of the images.
+    """
     voting = [scorer for scorer in scorers if scorer.weight != 0]
     spreads = {s.label: 0.0 for s in scorers}
     if len(voting) > 1:
         for s in voting:
+            shards = drafts if has_seen(s, drafts) else images
             spreads[s.label] = pooled_spread(scores_of(pool, s) for _, pool in read_pools(shards))
     return Votes(scorers, spreads, agree)
+
+
+def has_seen(scorer: Scorer, shards: Collection[Path]) -> bool:
+    """Whether a scorer has scored all there is in some shards, and there is something."""
+    seen = [scorer.source in json.loads(row["scores"]) for _, rows in read_pools(shards) for row in rows]
+    return bool(seen) and all(seen)
 
 
 # ---- The previous stage ---------------------------------------------------------------------------------------------
@@ -3176,7 +3188,8 @@ def plan_pool(args: argparse.Namespace, inputs: Inputs, scorers: list[Scorer], a
         per_prompt = len(args.sdrecon_timesteps) + 1 if args.stage != "easy" else 4 if args.draft_steps else count
         images = plan_shards(folder, "images", inputs.prompts, per_prompt)
         plan = partial(plan_kept, images={prompt: path for path, prompts in images.items() for prompt in prompts})
-        return Pool({}, images, plan_drafts, lambda: (plan, count_votes(scorers, agree, images)))
+        drafts = plan_shards(folder, "drafts", inputs.prompts, count)
+        return Pool({}, images, plan_drafts, lambda: (plan, count_votes(scorers, agree, images, drafts)))
     if args.stage != "easy":
         timesteps = args.sdrecon_timesteps
         plan = partial(plan_reconstructions, timesteps=timesteps, seed=args.seed, winners=inputs.winners)

@@ -199,6 +199,14 @@ def test_rescore_chooses_among_the_images_that_are_there(drafted, inputs, monkey
         assert {red[pair["seed_0"]], red[pair["seed_1"]]} == {max(red.values()), min(red.values())}
 
 
+def test_a_bare_rescore_changes_nothing(inputs):
+    """The spreads that weigh two scorers are still those of all drafts, not of the few that were drawn in full."""
+    out = make(inputs, *DRAFTS, "--scorer", SCORER, f"0.7*{inputs}/plugin.py:redness")
+    before = data_of(out)
+    rescore(inputs)
+    assert data_of(out) == before
+
+
 def test_a_rescore_that_fails_leaves_the_record_as_it_was(inputs):
     out = make(inputs, *DRAFTS, "--max_prompts", 2)
     before = (out / "preference_data.json").read_bytes()
