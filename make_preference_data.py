@@ -113,6 +113,7 @@ IMAGE_SETTINGS = ["height", "width", "num_inference_steps", "guidance_scale", "n
 IMAGE_SETTINGS += ["num_images_per_prompt", "draft_steps", "discard_drafts"]
 POOL_SETTINGS = [*MODEL_SETTINGS, *STAGE_SETTINGS, *IMAGE_SETTINGS]
 PAIR_SETTINGS = ["scorer", "agree", "finalists", "min_margin", "validation_share"]
+CHOICE_SETTINGS = [*PAIR_SETTINGS, "drafts_chosen_by"]  # what --rescore may change
 
 SCORER_HELP = (
     "pickscore, clip, hpsv2, aesthetic, imagereward, clip_iqa, clip_iqa_sharpness, people, people_count, people_pose, "
@@ -2575,6 +2576,11 @@ def what_a_pair_is(settings: dict[str, Any]) -> str:
     """A stage's pairs in words."""
     count, drafts, full = (settings[name] for name in ("num_images_per_prompt", "draft_steps", "num_inference_steps"))
     if settings["stage"] == "easy":
+        chosen_by = settings.get("drafts_chosen_by")
+        if chosen_by and chosen_by != settings["scorer"]:
+            names = markdown_text(" + ".join(chosen_by))
+            drawn = f"that {names} chose among {count} drafts of {drafts} steps and that were drawn in {full}"
+            return f"the best and the worst of the images of one prompt {drawn},"
         how = f", chosen as drafts of {drafts} steps and drawn in {full}" if drafts else ""
         return f"the best and the worst of {count} images of one prompt{how},"
     timesteps, before = settings["sdrecon_timesteps"], {"normal": "Easy", "hard": "Normal"}[settings["stage"]]
@@ -3041,7 +3047,7 @@ def check_folder(folder: Path, settings: dict[str, Any], fixed: Sequence[str], o
     if changed and not overwrite:
         differences = "; ".join(f"{name} was {old.get(name)}, now {settings[name]}" for name in changed)
         ways = "choose another --output_dir or --overwrite it"
-        ways += ", or --rescore the kept pool" if set(changed) <= set(PAIR_SETTINGS) else ""
+        ways += ", or --rescore the kept pool" if set(changed) <= set(CHOICE_SETTINGS) else ""
         raise UserError(f"{folder} holds a run with other settings ({differences}): {ways}")
 
 
@@ -3265,10 +3271,15 @@ def finish(
     facts = next(read_facts(shard) for shard in pool.images if shard.exists())
     low, median, high = np.percentile(kept, [10, 50, 90], method="nearest").tolist()
     price, full_price = evaluations(args)
+    versions = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
+    sources = {name: getattr(args, name) for name in ("prompts", "prompt_column", "max_prompts")}
+    drawn = {"prompts_from": sources, "versions": versions}
+    if args.rescore:
+        old = read_record(folder)
+        drawn = {name: old.get(name, now) for name, now in drawn.items()} | {"rescored_with": versions}
     record = {
         "settings": settings,
         "prompts": len(verdicts),
-        "prompts_from": {name: getattr(args, name) for name in ("prompts", "prompt_column", "max_prompts")},
         "long_prompts": long_prompts,
         "images_without_score": unscored,
         "pairs": counts,
@@ -3277,7 +3288,7 @@ def finish(
         "unet_evaluations_per_prompt": price,
         "image_size": facts["image_size"],
         "latents": None if args.no_latents else facts["latents"],
-        "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
+        **drawn,
     }
     write_record(folder, record)
     describe_pairs(folder, record)
@@ -3332,6 +3343,22 @@ def load_sampler(args: argparse.Namespace, device: torch.device) -> DiffusionPip
     return pipe
 
 
+def collect_settings(args: argparse.Namespace, inputs: Inputs) -> Row:
+    """What the images and pairs depend on; --rescore keeps the prompts, without --refine also who chose the drafts."""
+    before = [
+        (inputs.winners[prompt].source, inputs.winners[prompt].seed) for prompt in inputs.prompts if inputs.winners
+    ]
+    digest = hashlib.sha256(f"{inputs.prompts}{before or ''}".encode()).hexdigest()[:12]
+    settings = {name: getattr(args, name) for name in (*POOL_SETTINGS, *PAIR_SETTINGS)}
+    settings["prompts"] = f"{len(inputs.prompts)} prompts, sha256 {digest}"
+    settings["drafts_chosen_by"] = args.scorer if args.draft_steps else None
+    if args.rescore:
+        old = read_record(Path(args.output_dir))["settings"]
+        kept = ["prompts"] if args.refine else ["prompts", "drafts_chosen_by"]
+        settings |= {name: old.get(name) for name in kept}
+    return settings
+
+
 def main(args: argparse.Namespace) -> None:
     """Draws and scores the pool, every process its own shards; then the main process keeps best against worst."""
     if args.write_prompts:
@@ -3346,15 +3373,8 @@ def main(args: argparse.Namespace) -> None:
     if args.caption_model:
         caption_photos(args)
     folder, inputs = Path(args.output_dir), read_inputs(args)
-    settings = {name: getattr(args, name) for name in (*POOL_SETTINGS, *PAIR_SETTINGS)}
-    before = [
-        (inputs.winners[prompt].source, inputs.winners[prompt].seed) for prompt in inputs.prompts if inputs.winners
-    ]
-    digest = hashlib.sha256(f"{inputs.prompts}{before or ''}".encode()).hexdigest()[:12]
-    settings["prompts"] = f"{len(inputs.prompts)} prompts, sha256 {digest}"
-    if args.rescore:
-        settings["prompts"] = read_record(folder)["settings"]["prompts"]
-    fixed = [name for name in settings if not (args.rescore and name in PAIR_SETTINGS)]
+    settings = collect_settings(args, inputs)
+    fixed = [name for name in settings if not (args.rescore and name in CHOICE_SETTINGS)]
     check_folder(folder, settings, fixed, args.overwrite)
     check_model(args.pretrained_model_name_or_path, "model_index.json")
 

@@ -207,6 +207,31 @@ def test_a_bare_rescore_changes_nothing(inputs):
     assert data_of(out) == before
 
 
+def test_the_record_tells_who_chose_the_drafts(inputs):
+    """After a --rescore by another scorer, which sees the finalists alone, until --refine gives it all drafts."""
+    out = make(inputs, *DRAFTS, "--max_prompts", 2)
+    sources = json.loads((out / "preference_data.json").read_text())["prompts_from"]
+    plugin = f"{inputs}/plugin.py:redness"
+    rescore(inputs, "--scorer", plugin)
+    record = json.loads((out / "preference_data.json").read_text())
+    assert (
+        record["prompts_from"]
+        == sources
+        == {"prompts": f"{inputs}/prompts.txt", "prompt_column": None} | {"max_prompts": 2}
+    )
+    assert record["settings"]["drafts_chosen_by"] == [SCORER]
+    assert record["rescored_with"] == record["versions"]
+    told = (out / "README.md").read_text()
+    assert (
+        f"that {data.markdown_text(SCORER)} chose among 6 drafts of 4 steps and that were drawn in 12, by red" in told
+    )
+    with pytest.raises(data.UserError, match=r"drafts_chosen_by was \['pickscore.*--rescore the kept pool"):
+        make(inputs, *DRAFTS, "--max_prompts", 2, "--scorer", plugin)
+    rescore(inputs, "--refine", "--scorer", plugin)
+    assert "chosen as drafts of 4 steps and drawn in 12, by redness" in (out / "README.md").read_text()
+    make(inputs, *DRAFTS, "--max_prompts", 2, "--scorer", plugin)
+
+
 def test_a_rescore_that_fails_leaves_the_record_as_it_was(inputs):
     out = make(inputs, *DRAFTS, "--max_prompts", 2)
     before = (out / "preference_data.json").read_bytes()
