@@ -1666,8 +1666,8 @@ def sample(
     Batches mix prompts freely: each image has its own CPU generator, so it depends on (model, prompt, seed) alone.
     `steps` is their number or the timesteps themselves, `latents` (B, C, H, W) what to begin with in place of noise,
     `options` what else a call of the pipeline takes.
-    Returns the images and the sampler's own latents, scaled, (B, C, H, W) float16 on the CPU. Without a height and
-    width, the model's own size.
+    Returns the images and the sampler's own latents, scaled, (B, C, H, W) float16 on the CPU; those of an image that
+    is not finite are nan. Without a height and width, the model's own size.
     """
     index = torch.tensor(rows, device=pipe.unet.device)
     latents = pipe(
@@ -1681,19 +1681,23 @@ def sample(
         output_type="latent",
         **options,
     ).images
-    return decode(pipe, latents), latents.to("cpu", torch.float16)
+    images, latents = decode(pipe, latents)
+    return images, latents.to("cpu", torch.float16)
 
 
 @torch.inference_mode()
-def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
+def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> tuple[list[Image.Image], torch.Tensor]:
     """Scaled latents (B, C, H, W) to images. The VAE works in fp32: SDXL's overflows in fp16.
 
-    It takes one image at a time, or as many small ones as have the pixels of one of 512 x 512.
+    It takes one image at a time, or as many small ones as have the pixels of one of 512 x 512. Returns the latents
+    too, with nan in place of those whose pixels are not finite.
     """
     at_once = max(1, 512 * 512 // (latents[0, 0].numel() * pipe.vae_scale_factor**2))
-    latents = (latents.to(pipe.vae.device, torch.float32) / pipe.vae.config.scaling_factor).split(at_once)
-    pixels = torch.cat([pipe.vae.decode(some, return_dict=False)[0] for some in latents])
-    return pipe.image_processor.postprocess(pixels, output_type="pil")
+    parts = (latents.to(pipe.vae.device, torch.float32) / pipe.vae.config.scaling_factor).split(at_once)
+    pixels = torch.cat([pipe.vae.decode(some, return_dict=False)[0] for some in parts])
+    broken = ~pixels.isfinite().flatten(1).all(1).to(latents.device)
+    latents = latents.masked_fill(broken[:, None, None, None], math.nan)
+    return pipe.image_processor.postprocess(pixels, output_type="pil"), latents
 
 
 # ---- Models: what is compared ---------------------------------------------------------------------------------------

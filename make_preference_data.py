@@ -113,6 +113,7 @@ IMAGE_SETTINGS = ["height", "width", "num_inference_steps", "guidance_scale", "n
 IMAGE_SETTINGS += ["num_images_per_prompt", "draft_steps", "discard_drafts"]
 POOL_SETTINGS = [*MODEL_SETTINGS, *STAGE_SETTINGS, *IMAGE_SETTINGS]
 PAIR_SETTINGS = ["scorer", "agree", "finalists", "min_margin", "validation_share"]
+CHOICE_SETTINGS = [*PAIR_SETTINGS, "drafts_chosen_by"]  # what --rescore may change
 
 SCORER_HELP = (
     "pickscore, clip, hpsv2, aesthetic, imagereward, clip_iqa, clip_iqa_sharpness, people, people_count, people_pose, "
@@ -252,8 +253,8 @@ def sample(
     Batches mix prompts freely: each image has its own CPU generator, so it depends on (model, prompt, seed) alone.
     `steps` is their number or the timesteps themselves, `latents` (B, C, H, W) what to begin with in place of noise,
     `options` what else a call of the pipeline takes.
-    Returns the images and the sampler's own latents, scaled, (B, C, H, W) float16 on the CPU. Without a height and
-    width, the model's own size.
+    Returns the images and the sampler's own latents, scaled, (B, C, H, W) float16 on the CPU; those of an image that
+    is not finite are nan. Without a height and width, the model's own size.
     """
     index = torch.tensor(rows, device=pipe.unet.device)
     latents = pipe(
@@ -267,7 +268,8 @@ def sample(
         output_type="latent",
         **options,
     ).images
-    return decode(pipe, latents), latents.to("cpu", torch.float16)
+    images, latents = decode(pipe, latents)
+    return images, latents.to("cpu", torch.float16)
 
 
 @contextlib.contextmanager
@@ -335,15 +337,18 @@ def encode(pipe: DiffusionPipeline, images: list[Image.Image]) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> list[Image.Image]:
+def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> tuple[list[Image.Image], torch.Tensor]:
     """Scaled latents (B, C, H, W) to images. The VAE works in fp32: SDXL's overflows in fp16.
 
-    It takes one image at a time, or as many small ones as have the pixels of one of 512 x 512.
+    It takes one image at a time, or as many small ones as have the pixels of one of 512 x 512. Returns the latents
+    too, with nan in place of those whose pixels are not finite.
     """
     at_once = max(1, 512 * 512 // (latents[0, 0].numel() * pipe.vae_scale_factor**2))
-    latents = (latents.to(pipe.vae.device, torch.float32) / pipe.vae.config.scaling_factor).split(at_once)
-    pixels = torch.cat([pipe.vae.decode(some, return_dict=False)[0] for some in latents])
-    return pipe.image_processor.postprocess(pixels, output_type="pil")
+    parts = (latents.to(pipe.vae.device, torch.float32) / pipe.vae.config.scaling_factor).split(at_once)
+    pixels = torch.cat([pipe.vae.decode(some, return_dict=False)[0] for some in parts])
+    broken = ~pixels.isfinite().flatten(1).all(1).to(latents.device)
+    latents = latents.masked_fill(broken[:, None, None, None], math.nan)
+    return pipe.image_processor.postprocess(pixels, output_type="pil"), latents
 
 
 # ---- Scorers --------------------------------------------------------------------------------------------------------
@@ -1594,6 +1599,9 @@ class LeftOut(Exception):
     """A scorer or a photo failed: the shard is tried once more, then left out and counted."""
 
 
+NO_IMAGE = "no image is finite: try another --mixed_precision, with --overwrite"
+
+
 class Winner(NamedTuple):
     """Where a winner of the previous stage is written."""
 
@@ -1632,10 +1640,11 @@ class Inline(Executor):
 
 
 class Done(NamedTuple):
-    """What complete_shards did: images, seconds, and the shards that it left out, with the reason."""
+    """What complete_shards did: images, seconds, shards, and those of them that it left out, with the reason."""
 
     images: int
     seconds: float
+    shards: int
     left_out: dict[Path, str]
 
 
@@ -1745,7 +1754,7 @@ def restore_winners(winners: list[Winner], tools: Tools) -> tuple[list[Image.Ima
     if known.get("vae_hash") == tools.vae_hash():
         arrays = [np.frombuffer(row["latents"], known["dtype"]).reshape(known["shape"]) for row in rows]
         latents = torch.from_numpy(np.stack(arrays))
-        return decode(pipe, latents), latents
+        return decode(pipe, latents)
     images = [from_jpeg(row["jpg"]) for row in rows]
     return images, encode(pipe, images).to("cpu", torch.float16)
 
@@ -1849,11 +1858,18 @@ def start_shard(path: Path, prompts: list[str], plan: Plan, *others: Any) -> Fut
         return failed
 
 
-def finish_shard(path: Path, rows: list[Row], facts: dict[str, Any], jobs: list[Future]) -> None:
-    """Writes a shard once all of its images are scored, or raises what went wrong with one."""
+def finish_shard(path: Path, rows: list[Row], facts: dict[str, Any], jobs: list[Future]) -> str:
+    """Writes a shard once all of its images are scored, or raises what went wrong with one; what is odd about it."""
     for job in jobs:
         job.result()
     write_shard(path, rows, facts)
+    return "" if any(row["jpg"] is not None for row in rows if row["index"] != PREVIOUS) else NO_IMAGE
+
+
+def trouble_with(job: Future) -> str:
+    """What is odd about a shard or why it has to be left out, "" if nothing; any other error is raised."""
+    error = job.exception()
+    return str(error) if isinstance(error, LeftOut) else job.result()
 
 
 def complete_shards(
@@ -1866,31 +1882,32 @@ def complete_shards(
     """Draws and scores what this process's shards lack; what failed twice is left out.
 
     A folder that another process fills is asked once, at the start: each process has every K-th shard to itself.
+    UserError for trouble with three shards one after another: so it would go on.
     """
     lacking = {path: count_lacking(path, plan(shards[path]), tools.wanted) for path in process_share(shards, state)}
-    todo, failed = [path for path, count in lacking.items() if count], {}
+    todo = [(number, path) for number, (path, count) in enumerate(lacking.items()) if count]
     if not todo:
-        return Done(0, 0.0, {})
+        return Done(0, 0.0, 0, {})
+    shards_lacking, trouble = len(todo), [""] * len(lacking)
     tools.scorers()  # what is loaded here is not counted as drawing
-    if not all(path.exists() for path in todo):
+    if not all(path.exists() for _, path in todo):
         tools.vae_hash()
-    what, start = todo[0].stem.partition("-")[0], time.perf_counter()
+    what, start = todo[0][1].stem.partition("-")[0], time.perf_counter()
     executor = Inline() if state.device.type == "cpu" else ThreadPoolExecutor(1)
     with progress(sum(lacking.values()), state, what, "img") as bar, executor as beside:
         for attempt in (1, 2):  # what a scorer fails on is tried once more
-            started = ((path, start_shard(path, shards[path], plan, tools, args, beside, bar)) for path in todo)
-            failed, finished = {}, 0
-            for (path, job), _ in pairwise(chain(started, [None])):  # each is looked at when the next one is drawn
-                error = job.exception()
-                if isinstance(error, LeftOut):
-                    failed[path] = str(error)
-                elif error:
-                    raise error
-                finished += not error
-                if attempt == 1 and len(failed) == 3 and not finished and all(lacking.values()):
-                    raise UserError(f"{error} (on all of the first three shards)")
-            todo = list(failed)
-    return Done(sum(lacking.values()), time.perf_counter() - start, failed)
+            jobs = ((*one, start_shard(one[1], shards[one[1]], plan, tools, args, beside, bar)) for one in todo)
+            failed = []
+            for (number, path, job), _ in pairwise(chain(jobs, [None])):  # each is looked at when the next is drawn
+                trouble[number] = trouble_with(job)
+                if job.exception():
+                    failed.append((number, path))
+                if attempt == 1 and number >= 2 and all(trouble[number - 2 : number + 1]):
+                    words = "three shards one after another; what is finished is kept, the same command goes on"
+                    raise UserError(f"{trouble[number]} ({words})")
+            todo = failed
+    left_out = {path: trouble[number] for number, path in todo}
+    return Done(sum(lacking.values()), time.perf_counter() - start, shards_lacking, left_out)
 
 
 def count_lacking(path: Path, rows: list[Row], scorers: list[Scorer]) -> int:
@@ -1973,14 +1990,26 @@ def scores_of(rows: list[Row], scorer: Scorer) -> np.ndarray:
     return np.array([json.loads(row["scores"]).get(scorer.source, math.nan) for row in rows], np.float64)
 
 
-def count_votes(scorers: list[Scorer], agree: list[Scorer], shards: Iterable[Path]) -> Votes:
-    """The scorers with their spreads in the pool; one that votes alone, or not at all, needs none."""
+def count_votes(
+    scorers: list[Scorer], agree: list[Scorer], images: Collection[Path], drafts: Collection[Path] = ()
+) -> Votes:
+    """The scorers with their spreads; one that votes alone, or not at all, needs none.
+
+    The spread is that of the drafts, if there are any and the scorer has seen them all, else that of the images.
+    """
     voting = [scorer for scorer in scorers if scorer.weight != 0]
     spreads = {s.label: 0.0 for s in scorers}
     if len(voting) > 1:
         for s in voting:
+            shards = drafts if has_seen(s, drafts) else images
             spreads[s.label] = pooled_spread(scores_of(pool, s) for _, pool in read_pools(shards))
     return Votes(scorers, spreads, agree)
+
+
+def has_seen(scorer: Scorer, shards: Collection[Path]) -> bool:
+    """Whether a scorer has scored all there is in some shards, and there is something."""
+    seen = [scorer.source in json.loads(row["scores"]) for _, rows in read_pools(shards) for row in rows]
+    return bool(seen) and all(seen)
 
 
 # ---- The previous stage ---------------------------------------------------------------------------------------------
@@ -2573,6 +2602,11 @@ def what_a_pair_is(settings: dict[str, Any]) -> str:
     """A stage's pairs in words."""
     count, drafts, full = (settings[name] for name in ("num_images_per_prompt", "draft_steps", "num_inference_steps"))
     if settings["stage"] == "easy":
+        chosen_by = settings.get("drafts_chosen_by")
+        if chosen_by and chosen_by != settings["scorer"]:
+            names = markdown_text(" + ".join(chosen_by))
+            drawn = f"that {names} chose among {count} drafts of {drafts} steps and that were drawn in {full}"
+            return f"the best and the worst of the images of one prompt {drawn},"
         how = f", chosen as drafts of {drafts} steps and drawn in {full}" if drafts else ""
         return f"the best and the worst of {count} images of one prompt{how},"
     timesteps, before = settings["sdrecon_timesteps"], {"normal": "Easy", "hard": "Normal"}[settings["stage"]]
@@ -3039,7 +3073,7 @@ def check_folder(folder: Path, settings: dict[str, Any], fixed: Sequence[str], o
     if changed and not overwrite:
         differences = "; ".join(f"{name} was {old.get(name)}, now {settings[name]}" for name in changed)
         ways = "choose another --output_dir or --overwrite it"
-        ways += ", or --rescore the kept pool" if set(changed) <= set(PAIR_SETTINGS) else ""
+        ways += ", or --rescore the kept pool" if set(changed) <= set(CHOICE_SETTINGS) else ""
         raise UserError(f"{folder} holds a run with other settings ({differences}): {ways}")
 
 
@@ -3186,7 +3220,8 @@ def plan_pool(args: argparse.Namespace, inputs: Inputs, scorers: list[Scorer], a
         per_prompt = len(args.sdrecon_timesteps) + 1 if args.stage != "easy" else 4 if args.draft_steps else count
         images = plan_shards(folder, "images", inputs.prompts, per_prompt)
         plan = partial(plan_kept, images={prompt: path for path, prompts in images.items() for prompt in prompts})
-        return Pool({}, images, plan_drafts, lambda: (plan, count_votes(scorers, agree, images)))
+        drafts = plan_shards(folder, "drafts", inputs.prompts, count)
+        return Pool({}, images, plan_drafts, lambda: (plan, count_votes(scorers, agree, images, drafts)))
     if args.stage != "easy":
         timesteps = args.sdrecon_timesteps
         plan = partial(plan_reconstructions, timesteps=timesteps, seed=args.seed, winners=inputs.winners)
@@ -3221,19 +3256,25 @@ def prepare_tools(args: argparse.Namespace, device: torch.device, wanted: list[S
     )
 
 
-def make_pool(pool: Pool, tools: Tools, args: argparse.Namespace, state: PartialState) -> dict[str, float]:
-    """Draws and scores all shards, every process its own; images per second of each kind over all processes."""
-    speeds = {}
+def make_pool(pool: Pool, tools: Tools, args: argparse.Namespace, state: PartialState) -> tuple[dict[str, float], str]:
+    """Draws and scores all shards, every process its own.
+
+    Returns the images per second of each kind over all processes, and a complaint if this process left out more
+    shards of a kind than it finished.
+    """
+    speeds, complaint = {}, ""
     for kind, shards in (("drafts", pool.drafts), ("images", pool.images)):
         plan = pool.plan_drafts if kind == "drafts" else pool.plan_images()[0]
         shown = tools if kind == "images" else tools._replace(wanted=tools.wanted[: len(args.scorer)])
         done = complete_shards(shards, plan, shown, args, state)
         for path, reason in done.left_out.items():
             print(f"left out: {path.name}, because {reason}; the same command tries it again", file=sys.stderr)
+        if 2 * len(done.left_out) > done.shards:
+            complaint = f"{len(done.left_out)} of {done.shards} shards of {kind} were left out, told above"
         if done.images:
             speeds[kind] = done.images / done.seconds * state.num_processes
         state.wait_for_everyone()
-    return speeds
+    return speeds, complaint
 
 
 def finish(
@@ -3256,10 +3297,15 @@ def finish(
     facts = next(read_facts(shard) for shard in pool.images if shard.exists())
     low, median, high = np.percentile(kept, [10, 50, 90], method="nearest").tolist()
     price, full_price = evaluations(args)
+    versions = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
+    sources = {name: getattr(args, name) for name in ("prompts", "prompt_column", "max_prompts")}
+    drawn = {"prompts_from": sources, "versions": versions}
+    if args.rescore:
+        old = read_record(folder)
+        drawn = {name: old.get(name, now) for name, now in drawn.items()} | {"rescored_with": versions}
     record = {
         "settings": settings,
         "prompts": len(verdicts),
-        "prompts_from": {name: getattr(args, name) for name in ("prompts", "prompt_column", "max_prompts")},
         "long_prompts": long_prompts,
         "images_without_score": unscored,
         "pairs": counts,
@@ -3268,7 +3314,7 @@ def finish(
         "unet_evaluations_per_prompt": price,
         "image_size": facts["image_size"],
         "latents": None if args.no_latents else facts["latents"],
-        "versions": {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "accelerate")},
+        **drawn,
     }
     write_record(folder, record)
     describe_pairs(folder, record)
@@ -3323,6 +3369,22 @@ def load_sampler(args: argparse.Namespace, device: torch.device) -> DiffusionPip
     return pipe
 
 
+def collect_settings(args: argparse.Namespace, inputs: Inputs) -> Row:
+    """What the images and pairs depend on; --rescore keeps the prompts, without --refine also who chose the drafts."""
+    before = [
+        (inputs.winners[prompt].source, inputs.winners[prompt].seed) for prompt in inputs.prompts if inputs.winners
+    ]
+    digest = hashlib.sha256(f"{inputs.prompts}{before or ''}".encode()).hexdigest()[:12]
+    settings = {name: getattr(args, name) for name in (*POOL_SETTINGS, *PAIR_SETTINGS)}
+    settings["prompts"] = f"{len(inputs.prompts)} prompts, sha256 {digest}"
+    settings["drafts_chosen_by"] = args.scorer if args.draft_steps else None
+    if args.rescore:
+        old = read_record(Path(args.output_dir))["settings"]
+        kept = ["prompts"] if args.refine else ["prompts", "drafts_chosen_by"]
+        settings |= {name: old.get(name) for name in kept}
+    return settings
+
+
 def main(args: argparse.Namespace) -> None:
     """Draws and scores the pool, every process its own shards; then the main process keeps best against worst."""
     if args.write_prompts:
@@ -3337,15 +3399,8 @@ def main(args: argparse.Namespace) -> None:
     if args.caption_model:
         caption_photos(args)
     folder, inputs = Path(args.output_dir), read_inputs(args)
-    settings = {name: getattr(args, name) for name in (*POOL_SETTINGS, *PAIR_SETTINGS)}
-    before = [
-        (inputs.winners[prompt].source, inputs.winners[prompt].seed) for prompt in inputs.prompts if inputs.winners
-    ]
-    digest = hashlib.sha256(f"{inputs.prompts}{before or ''}".encode()).hexdigest()[:12]
-    settings["prompts"] = f"{len(inputs.prompts)} prompts, sha256 {digest}"
-    if args.rescore:
-        settings["prompts"] = read_record(folder)["settings"]["prompts"]
-    fixed = [name for name in settings if not (args.rescore and name in PAIR_SETTINGS)]
+    settings = collect_settings(args, inputs)
+    fixed = [name for name in settings if not (args.rescore and name in CHOICE_SETTINGS)]
     check_folder(folder, settings, fixed, args.overwrite)
     check_model(args.pretrained_model_name_or_path, "model_index.json")
 
@@ -3360,7 +3415,7 @@ def main(args: argparse.Namespace) -> None:
     tools = prepare_tools(args, state.device, wanted, inputs)
     votes, agree = wanted[: len(args.scorer)], wanted[len(args.scorer) :]
     pool = plan_pool(args, inputs, votes, agree)
-    speeds = make_pool(pool, tools, args, state)
+    speeds, complaint = make_pool(pool, tools, args, state)
     if state.is_main_process:
         try:
             finish(args, pool, inputs, settings, long_prompts, speeds)
@@ -3368,6 +3423,8 @@ def main(args: argparse.Namespace) -> None:
             raise UserError(f"cannot write to {folder}: {error}; the pool is kept, start again to go on") from error
     state.wait_for_everyone()
     state.destroy_process_group()
+    if complaint:
+        raise UserError(f"{complaint}: the pairs are of the others alone; the same command tries again")
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------

@@ -199,6 +199,39 @@ def test_rescore_chooses_among_the_images_that_are_there(drafted, inputs, monkey
         assert {red[pair["seed_0"]], red[pair["seed_1"]]} == {max(red.values()), min(red.values())}
 
 
+def test_a_bare_rescore_changes_nothing(inputs):
+    """The spreads that weigh two scorers are still those of all drafts, not of the few that were drawn in full."""
+    out = make(inputs, *DRAFTS, "--scorer", SCORER, f"0.7*{inputs}/plugin.py:redness")
+    before = data_of(out)
+    rescore(inputs)
+    assert data_of(out) == before
+
+
+def test_the_record_tells_who_chose_the_drafts(inputs):
+    """After a --rescore by another scorer, which sees the finalists alone, until --refine gives it all drafts."""
+    out = make(inputs, *DRAFTS, "--max_prompts", 2)
+    sources = json.loads((out / "preference_data.json").read_text())["prompts_from"]
+    plugin = f"{inputs}/plugin.py:redness"
+    rescore(inputs, "--scorer", plugin)
+    record = json.loads((out / "preference_data.json").read_text())
+    assert (
+        record["prompts_from"]
+        == sources
+        == {"prompts": f"{inputs}/prompts.txt", "prompt_column": None} | {"max_prompts": 2}
+    )
+    assert record["settings"]["drafts_chosen_by"] == [SCORER]
+    assert record["rescored_with"] == record["versions"]
+    told = (out / "README.md").read_text()
+    assert (
+        f"that {data.markdown_text(SCORER)} chose among 6 drafts of 4 steps and that were drawn in 12, by red" in told
+    )
+    with pytest.raises(data.UserError, match=r"drafts_chosen_by was \['pickscore.*--rescore the kept pool"):
+        make(inputs, *DRAFTS, "--max_prompts", 2, "--scorer", plugin)
+    rescore(inputs, "--refine", "--scorer", plugin)
+    assert "chosen as drafts of 4 steps and drawn in 12, by redness" in (out / "README.md").read_text()
+    make(inputs, *DRAFTS, "--max_prompts", 2, "--scorer", plugin)
+
+
 def test_a_rescore_that_fails_leaves_the_record_as_it_was(inputs):
     out = make(inputs, *DRAFTS, "--max_prompts", 2)
     before = (out / "preference_data.json").read_bytes()
@@ -374,8 +407,40 @@ def test_a_shard_on_which_a_scorer_always_raises_is_left_out_and_made_up_for_lat
 
 def test_a_scorer_that_always_raises_ends_the_run_early(inputs):
     (inputs / "broken.py").write_text("def factory(device):\n    return lambda images, prompts: 1 / 0\n")
-    with pytest.raises(data.UserError, match=r"scorer factory raised ZeroDivisionError.*first three shards"):
+    with pytest.raises(data.UserError, match=r"scorer factory raised ZeroDivisionError.*three shards one after"):
         make(inputs, *DRAFTS, "--scorer", f"{inputs}/broken.py:factory")
+
+
+def write_mortal(folder: Path, lives: int) -> str:
+    """A scorer that gives 0 so many times, then nothing but errors."""
+    (folder / "mortal.py").write_text(
+        "def factory(device):\n    calls = []\n    def score(images, prompts):\n        calls.append(1)\n"
+        f"        if len(calls) > {lives}:\n            raise RuntimeError('dead')\n"
+        "        return [0.0] * len(images)\n    return score\n"
+    )
+    return f"0*{folder}/mortal.py:factory"
+
+
+def test_a_scorer_that_dies_later_ends_the_run_after_three_more_shards(inputs, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_IMAGES", 4)  # a prompt
+    drawn, draw = [], data.draw_rows
+    monkeypatch.setattr(data, "draw_rows", lambda batch, *args: drawn.append(len(batch)) or draw(batch, *args))
+    quick = ["--num_inference_steps", 1, "--draft_steps", 0, "--batch_size", 4]
+    with pytest.raises(data.UserError, match=r"factory raised RuntimeError: dead \(three shards one after another"):
+        make(inputs, *quick, "--scorer", SCORER, write_mortal(inputs, 1))
+    assert len(list(inputs.glob("out/pool/*.parquet"))) == 1
+    assert sum(drawn) <= 20  # no shard twice, and not the sixth
+    assert len(data_of(make(inputs, *quick, "--scorer", SCORER, write_mortal(inputs, 99)))) == 6
+
+
+def test_more_left_out_than_finished_is_no_success(inputs, monkeypatch, capsys):
+    monkeypatch.setattr(data, "SHARD_IMAGES", 4)
+    quick = ["--num_inference_steps", 1, "--batch_size", 4, "--max_prompts", 3]
+    with pytest.raises(SystemExit) as stop:
+        data.cli(flags(inputs, *quick, "--scorer", SCORER, write_mortal(inputs, 1)))
+    assert "2 of 3 shards of images were left out" in str(stop.value.code)
+    assert len(data_of(inputs / "out")) == 1
+    assert "left out: images-00001.parquet" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_line_and_loses_nothing(drafted, inputs, monkeypatch):
@@ -420,6 +485,43 @@ def test_images_that_are_not_finite_are_counted_and_used_for_neither_side(drafte
     assert np.isnan(score(bad[0]))
     assert best["seed"] not in {row[f"seed_{side}"] for row in data_of(out) for side in (0, 1)}
     assert len(data_of(out)) == 6
+
+
+def decode_with_nan(monkeypatch, broken) -> None:
+    """The VAE, with nan in the decoded images whose number, counted over all calls, is `broken`."""
+    load, count = data.load_pipeline, iter(range(1000))
+
+    def load_broken(*args):
+        pipe = load(*args)
+        decode = pipe.vae.decode
+
+        def decode_some(latents, return_dict):
+            pixels = decode(latents, return_dict=return_dict)[0]
+            pixels[[i for i in range(len(pixels)) if broken(next(count))], :, :8] = float("nan")
+            return (pixels,)
+
+        pipe.vae.decode = decode_some
+        return pipe
+
+    monkeypatch.setattr(data, "load_pipeline", load_broken)
+
+
+def test_what_decodes_to_nan_is_no_black_loser(inputs, monkeypatch, capsys):
+    decode_with_nan(monkeypatch, lambda number: number % 6 == 2)
+    out = make(inputs, "--num_images_per_prompt", 6, "--max_prompts", 2)
+    assert "unscored   2 images" in capsys.readouterr().out
+    rows = pool_rows(out, "images")
+    assert [i for i, row in enumerate(rows) if row["jpg"] is None] == [2, 8]
+    assert np.isnan([score(row) for row in rows if row["jpg"] is None]).all()
+    assert all(row["latents_0"] and row["latents_1"] for row in data_of(out))
+
+
+def test_a_model_that_gives_only_nan_is_stopped_early(inputs, monkeypatch):
+    monkeypatch.setattr(data, "SHARD_IMAGES", 4)
+    decode_with_nan(monkeypatch, lambda number: True)
+    with pytest.raises(data.UserError, match=r"no image is finite: try another --mixed_precision"):
+        make(inputs, "--num_inference_steps", 1)
+    assert len(list(inputs.glob("out/pool/*.parquet"))) < 6
 
 
 def test_what_is_held_grows_with_a_shard_not_with_the_prompts(inputs, monkeypatch):

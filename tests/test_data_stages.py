@@ -91,7 +91,7 @@ def test_sd_recon_keeps_the_photo_at_a_small_t_and_leaves_it_at_a_large_one(pipe
     people = [figures.draw(figures.all_attributes()[311 * i], seed=i) for i in range(8)]
     photos, captions = [one.image for one in people], [one.caption for one in people]
     embeds = data.encode_prompts(pipe, captions, "")
-    decoded = data.decode(pipe, data.encode(pipe, photos))
+    decoded, _ = data.decode(pipe, data.encode(pipe, photos))
     distance = []
     for t in (20, 100, 400, 700, 950):
         images, latents = data.sd_recon(pipe, embeds, range(8), range(8), photos, t, 20, 1.2)
