@@ -2739,7 +2739,7 @@ def compare_with_photos(colours: dict[str, np.ndarray], photos: dict[str, np.nda
     return found
 
 
-PAPER = {  # the columns of the paper's tables (arXiv 2405.20216), our names of them, and what they are
+PAPER_COLUMNS = {  # the columns of the paper's tables (arXiv 2405.20216), our names of them, and what they are
     "P-Score": ("pickscore", "PickScore"),
     "HPS": ("hpsv2", "HPSv2"),
     "IR": ("imagereward", "ImageReward"),
@@ -2768,7 +2768,7 @@ def paper_rows(
         own = {"FID": fid, "hue_shift": hue}
         table[name] = {
             column: own[ours] if ours in own else found.get(labels.get(ours, ours))
-            for column, (ours, _) in PAPER.items()
+            for column, (ours, _) in PAPER_COLUMNS.items()
         }
     return table
 
@@ -3317,13 +3317,13 @@ def group_tables(name: str, result: dict[str, Any]) -> str:
 
 def paper_columns(paper: dict[str, dict]) -> list[str]:
     """The paper's columns that are known of a model."""
-    return [name for name in PAPER if any(all_finite(row[name]) for row in paper.values())]
+    return [name for name in PAPER_COLUMNS if any(all_finite(row[name]) for row in paper.values())]
 
 
 def paper_table(paper: dict[str, dict]) -> str:
     """The columns of the paper's tables as rows, the models as columns."""
     rows = (
-        (f'{name} <span class="what">{PAPER[name][1]}</span>', *(number(row[name]) for row in paper.values()))
+        (f'{name} <span class="what">{PAPER_COLUMNS[name][1]}</span>', *(number(row[name]) for row in paper.values()))
         for name in paper_columns(paper)
     )
     return table(("Name", *map(html.escape, paper)), rows)
@@ -4458,6 +4458,8 @@ def generate(args: argparse.Namespace, state: PartialState, prompts: list[str], 
                 images, latents = sample(
                     pipe, embeds, range(len(batch)), [seeds[row] for row in batch], *size, **person, **window
                 )
+                if not latents.isfinite().all():
+                    raise UserError(f"{model.name} draws images that are not finite: try another --mixed_precision")
                 for row, image, latent in zip(batch, images, latents.double().flatten(2), strict=True):
                     statistics = {"latent_mean": latent.mean(-1), "latent_std": latent.std(-1, correction=0)}
                     told = {key: json.dumps(value.tolist()) for key, value in statistics.items()}

@@ -1498,7 +1498,20 @@ ADULTS = ("woman", "man", "person")
 AGES = {"young": ADULTS, "middle-aged": ADULTS, "elderly": ADULTS, "little": ("girl", "boy", "child")}
 THEIR = {"woman": "her", "girl": "her", "man": "his", "boy": "his", "person": "their", "child": "their"}
 COVERED = {"woman": "a patterned headscarf", "man": "a shaved head", "person": "a shaved head"}
-COLOURS = ("red", "yellow", "orange", "green", "blue", "purple", "pink", "white", "black", "grey", "brown", "beige")
+CLOTH_COLOURS = (
+    "red",
+    "yellow",
+    "orange",
+    "green",
+    "blue",
+    "purple",
+    "pink",
+    "white",
+    "black",
+    "grey",
+    "brown",
+    "beige",
+)
 SHOTS = {"full": ("full-body photo", "wide shot"), "half": ("half-body photo", "waist-up photo")}
 SHOTS["close"] = ("close-up portrait", "head-and-shoulders portrait")
 
@@ -1525,7 +1538,7 @@ def draw_person(rng: random.Random, scene: dict[str, list[str]]) -> tuple[str, s
     if noun in COVERED and rng.random() < 0.12:
         hair = COVERED[noun]
     clothes = [c for c in scene["wears"] if noun in ("woman", "girl") or not re.search("dress|skirt|blouse", c)]
-    return f"a {age} {origin} {noun}", hair, rng.choice(clothes).format(c=rng.choice(COLOURS)), THEIR[noun]
+    return f"a {age} {origin} {noun}", hair, rng.choice(clothes).format(c=rng.choice(CLOTH_COLOURS)), THEIR[noun]
 
 
 def draw_one(rng: random.Random, scene: dict[str, list[str]], place: str, seat: str) -> tuple[str, str, str]:
@@ -1546,7 +1559,7 @@ def draw_group(rng: random.Random, scene: dict[str, list[str]], count: int, plac
     people: dict[str, str] = {}
     while len(people) < count:
         who, _, clothes, _ = draw_person(rng, scene)
-        people[who] = f"{who} in {clothes.split(' and ')[0] if count == 2 else rng.choice(COLOURS)}"
+        people[who] = f"{who} in {clothes.split(' and ')[0] if count == 2 else rng.choice(CLOTH_COLOURS)}"
     *first, last = people.values()
     action = rng.choice(scene["group"] + ["shaking hands"] * (count == 2))
     return "full", f"{('two', 'three')[count - 2]} people, {', '.join(first)} and {last}", f"{action} {place}"

@@ -776,7 +776,7 @@ def test_everything_is_in_the_record(everything):
     assert against_photos["latent_shift"]["value"] == pytest.approx(
         np.abs(against_photos["latent_channels"]["difference"]).mean()
     )
-    assert set(record["paper"]["base"]) == set(ev.PAPER)
+    assert set(record["paper"]["base"]) == set(ev.PAPER_COLUMNS)
     assert record["paper"]["lora"]["Hue"] == result["colour"]["hue_shift"]["value"]
     assert record["paper"]["base"]["Hue"] is None
     assert record["paper"]["lora"]["P-Score"] == pytest.approx(record["means"]["lora"]["pickscore"])

@@ -3,6 +3,7 @@
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -436,6 +437,23 @@ def stage(folder: Path, scorer: str, initial: Path | None = None) -> Path:
     for place in (lora, lora / "checkpoint-500"):
         save_file({"unet.x": torch.zeros(1)}, place / "pytorch_lora_weights.safetensors")
     return lora
+
+
+def test_a_model_whose_images_are_not_finite_is_named(inputs, tmp_path):
+    unet = UNet2DConditionModel.from_pretrained(WORLD / "pipeline", subfolder="unet").float()
+    torch.nn.init.constant_(unet.conv_out.weight, math.nan)
+    unet.save_pretrained(tmp_path / "burnt" / "unet")
+    with pytest.raises(ev.UserError, match="burnt draws images that are not finite: try another --mixed_precision"):
+        run(flags(inputs, tmp_path / "out", "base", f"burnt={tmp_path / 'burnt'}", max_prompts=1, diversity_prompts=0))
+
+
+def test_a_lora_of_the_unet_is_no_lora_of_the_text_encoder(loras):
+    for name in ("unet_lora", "both"):
+        with pytest.raises(ev.UserError, match="it adapts more than text encoders"):
+            ev.parse_model(f"twice={loras / 'unet_lora'},text_encoder={loras / name}")
+    ev.parse_model(f"apart={loras / 'whole'},text_encoder={loras / 'text_lora'},lora_scale=0.5")
+    with pytest.raises(ev.UserError, match="lora_scale, but no LoRA"):
+        ev.parse_model(f"whole={loras / 'whole'},lora_scale=0.5")
 
 
 def test_what_chose_the_pairs_is_found_for_checkpoints_and_earlier_stages(tmp_path):

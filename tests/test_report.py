@@ -70,7 +70,7 @@ def tuned_model(judge: float, training: float, **changes: object) -> dict:
 
 def paper(**known: float) -> dict:
     """A model's row of paper_rows()."""
-    return dict.fromkeys(ev.PAPER) | {name.replace("_", "-"): value for name, value in known.items()}
+    return dict.fromkeys(ev.PAPER_COLUMNS) | {name.replace("_", "-"): value for name, value in known.items()}
 
 
 def minimal_record() -> dict:

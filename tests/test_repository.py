@@ -72,15 +72,27 @@ def test_world_settings_are_flags(name, monkeypatch):
     assert settings[name].keys() <= {action.dest for action in parser_of(name, monkeypatch)._actions}
 
 
-def test_functions_that_stand_in_two_scripts_are_equal():
+def names_of(node: ast.stmt) -> list[str]:
+    """What a statement of a script defines: a function, a class, or constants."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    return [name.id for target in targets if target for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
+def test_what_stands_in_two_scripts_is_equal():
+    """Functions, classes and constants, to the letter."""
     seen: dict[str, dict[str, str]] = {}
     for script, source in SOURCES.items():
+        lines = source.splitlines()
         for node in ast.parse(source).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                seen.setdefault(node.name, {})[script] = ast.get_source_segment(source, node)
+            for name in names_of(node):
+                text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
+                copies = seen.setdefault(name, {})
+                copies[script] = copies.get(script, "") + text
     shared = {name: copies for name, copies in seen.items() if len(copies) > 1}
-    assert "use_embedded_world" in shared
-    own = {"main", "parse_args", "build_parser"}
+    assert {"use_embedded_world", "LIMBS", "WEIGHTS"} <= shared.keys()
+    own = {"main", "parse_args", "build_parser", "PAGE", "CSS"}
     assert [name for name, copies in shared.items() if name not in own and len(set(copies.values())) > 1] == []
 
 
