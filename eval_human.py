@@ -4412,15 +4412,16 @@ def plan_images(prompts: int, num_images_per_prompt: int, diversity_prompts: int
     return [(p, k) for p, count in enumerate(counts) for k in range(count)]
 
 
-def try_measures(args: argparse.Namespace, device: Device, prompt: str) -> None:
+def try_measures(args: argparse.Namespace, state: PartialState, prompt: str) -> None:
     """Loads every measure and lets it look at a grey image: what cannot work is told before hours of drawing.
 
     Scores in a file know no such image.
     """
     image = Image.new("RGB", (64, 64), (128, 128, 128))
     measures = [measure for measure in all_measures(args, image.size) if ".jsonl" not in measure.source]
-    for measure in tqdm(measures, desc="trying what measures", unit="measure", leave=False):
-        found = measure.load(device)([image], [prompt])
+    hidden = not state.is_main_process
+    for measure in tqdm(measures, desc="trying what measures", unit="measure", leave=False, disable=hidden):
+        found = measure.load(state.device)([image], [prompt])
         if len(found) != 1:
             raise UserError(f"{measure.label} gave {len(found)} results for one image")
 
@@ -4765,7 +4766,7 @@ def main(args: argparse.Namespace) -> None:
 
     drawn = [model for model in args.models if model.drawn]
     if not all(image_file(output, model, p, k).is_file() for model in drawn for p, k in plan):
-        try_measures(args, state.device, prompts[0])
+        try_measures(args, state, prompts[0])
     generate(args, state, prompts, plan)
     files = {
         model.name: elsewhere.get(model.name) or [image_file(output, model, p, k) for p, k in plan]
