@@ -1595,6 +1595,7 @@ class Tools(NamedTuple):
     scorers: Callable[[], dict[Scorer, Score]]
     pipe: Callable[[], DiffusionPipeline]
     vae_hash: Callable[[], str]
+    model_hash: Callable[[], str]  # of all its weights
     photos: dict[str, Callable[[], Image.Image]]
     winners: dict[str, Winner]
     winners_latents: dict[str, Any] | None  # their shape, type and VAE
@@ -1809,6 +1810,8 @@ def complete_shard(
         jobs.append(beside.submit(score_kept, batch, scorers))
         wait(jobs[-2:-1])
         bar.update(len(batch))
+    if missing:
+        tools.model_hash()  # refuses a model that did not draw the others
     embeds = encode_prompts(tools.pipe(), prompts, args.negative_prompt) if missing else {}
     for batch in batches(missing, args.batch_size, how_drawn):
         try:
@@ -1866,6 +1869,7 @@ def complete_shards(
     tools.scorers()  # what is loaded here is not counted as drawing
     if not all(path.exists() for _, path in todo):
         tools.vae_hash()
+        tools.model_hash()
     what, start = todo[0][1].stem.partition("-")[0], time.perf_counter()
     executor = Inline() if state.device.type == "cpu" else ThreadPoolExecutor(1)
     with progress(sum(lacking.values()), state, what, "img") as bar, executor as beside:
@@ -1893,10 +1897,12 @@ def count_lacking(path: Path, rows: list[Row], scorers: list[Scorer]) -> int:
 
 
 def describe_images(image: Image.Image, latents: torch.Tensor, tools: Tools, args: argparse.Namespace) -> Row:
-    """What holds for all images of a shard: their size, and the shape, scale and VAE of the latents."""
-    scale, shape = tools.pipe().vae.config.scaling_factor, list(latents.shape[1:])
+    """What holds for all images of a shard: size, model and device, and the shape, scale and VAE of the latents."""
+    unet, scale, shape = tools.pipe().unet, tools.pipe().vae.config.scaling_factor, list(latents.shape[1:])
     vae = {"vae": args.pretrained_model_name_or_path, "scaling_factor": scale, "vae_hash": tools.vae_hash()}
-    return {"image_size": image.size, "latents": {"shape": shape, "dtype": "float16"} | vae}
+    device = torch.cuda.get_device_name(unet.device) if unet.device.type == "cuda" else unet.device.type
+    drawn = {"model_hash": tools.model_hash(), "device": device, "precision": str(unet.dtype).removeprefix("torch.")}
+    return {"image_size": image.size, "latents": {"shape": shape, "dtype": "float16"} | vae} | drawn
 
 
 def process_share(shards: Iterable[Path], state: PartialState) -> list[Path]:
@@ -3224,10 +3230,24 @@ def prepare_tools(args: argparse.Namespace, device: torch.device, wanted: list[S
         scorers=lru_cache(lambda: {scorer: scorer.load(device) for scorer in wanted}),
         pipe=pipe,
         vae_hash=lru_cache(lambda: weights_hash(pipe().vae)),
+        model_hash=lru_cache(lambda: same_model(pipe(), Path(args.output_dir))),
         photos=inputs.photos,
         winners=inputs.winners,
         winners_latents=inputs.winners_latents,
     )
+
+
+def same_model(pipe: DiffusionPipeline, folder: Path) -> str:
+    """The weights_hash of what draws; UserError if the images that the folder has were drawn by other weights."""
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    ours = weights_hash(*filter(None, (pipe.components.get(name) for name in parts)))
+    shard = next(folder.glob("pool/*.parquet"), None)
+    if shard and read_facts(shard).get("model_hash", ours) != ours:
+        raise UserError(
+            f"the model's weights are not those that drew the images in {folder / 'pool'}: "
+            "choose another --output_dir or --overwrite it"
+        )
+    return ours
 
 
 def make_pool(pool: Pool, tools: Tools, args: argparse.Namespace, state: PartialState) -> tuple[dict[str, float], str]:
@@ -3288,6 +3308,7 @@ def finish(
         "unet_evaluations_per_prompt": price,
         "image_size": facts["image_size"],
         "latents": None if args.no_latents else facts["latents"],
+        **{name: facts.get(name) for name in ("model_hash", "device", "precision")},
         **drawn,
     }
     write_record(folder, record)
