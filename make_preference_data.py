@@ -1570,7 +1570,7 @@ PREVIOUS = -1  # the index of the previous stage's winner among a prompt's image
 
 
 class LeftOut(Exception):
-    """A scorer or a photo failed: the shard is tried once more, then left out and counted."""
+    """A scorer failed: the shard is tried once more, then left out and counted."""
 
 
 NO_IMAGE = "no image is finite: try another --mixed_precision, with --overwrite"
@@ -1709,17 +1709,28 @@ def draw_rows(
     if batch[0]["index"] == PREVIOUS:
         return restore_winners([tools.winners[row["caption"]] for row in batch], tools)
     if source.startswith("sdrecon"):
-        try:
-            photos = [ImageOps.fit(tools.photos[row["caption"]](), (args.width, args.height)) for row in batch]
-        except UserError as error:
-            raise LeftOut(str(error)) from error
+        found = [open_or_tell(row, tools.photos) for row in batch]
+        black = Image.new("RGB", (args.width, args.height))
+        photos = [ImageOps.fit(photo or black, black.size) for photo in found]
         t = int(source.rpartition("-")[2])
-        return sd_recon(pipe, embeds, which, seeds, photos, t, steps, args.guidance_scale)
+        images, latents = sd_recon(pipe, embeds, which, seeds, photos, t, steps, args.guidance_scale)
+        lost = torch.tensor([photo is None for photo in found])
+        return images, latents.masked_fill(lost[:, None, None, None], math.nan)  # neither image nor score
     size = (args.guidance_scale, args.height, args.width)
     if source == "draft":
         with drafting(pipe):
             return sample(pipe, embeds, which, seeds, args.draft_steps, *size)
     return sample(pipe, embeds, which, seeds, steps, *size)
+
+
+def open_or_tell(row: Row, photos: dict[str, Callable[[], Image.Image]]) -> Image.Image | None:
+    """A row's photo; None where it cannot be read, which is told at the first of its rows."""
+    try:
+        return photos[row["caption"]]()
+    except UserError as error:
+        if row["index"] == 0:
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+        return None
 
 
 def restore_winners(winners: list[Winner], tools: Tools) -> tuple[list[Image.Image], torch.Tensor]:
@@ -1792,7 +1803,7 @@ def ask(scorer: Scorer, score: Score, images: list[Image.Image], prompts: list[s
 def complete_shard(
     path: Path,
     prompts: list[str],
-    rows: list[Row],
+    plan: Plan,
     tools: Tools,
     args: argparse.Namespace,
     beside: Executor,
@@ -1801,7 +1812,7 @@ def complete_shard(
     """Draws the rows that a shard lacks; on a GPU the thread `beside` scores and writes while the next are drawn."""
     kept = {image_id(row): row for row in read_shard(path)} if path.exists() else {}
     facts, scorers = read_facts(path) if kept else {}, chosen_scorers(tools)
-    rows = list(({image_id(row): row for row in rows} | kept).values())
+    rows = list(({image_id(row): row for row in plan(prompts)} | kept).values())
     rows.sort(key=lambda row: (prompts.index(row["caption"]), row["index"]))
     missing = [row for row in rows if "jpg" not in row]
     unscored = [row for row in kept.values() if any(s.source not in json.loads(row["scores"]) for s in tools.wanted)]
@@ -1823,16 +1834,6 @@ def complete_shard(
         wait(jobs[-2:-1])  # so that no more than two batches are held
         bar.update(len(batch))
     return beside.submit(finish_shard, path, rows, facts, jobs)
-
-
-def start_shard(path: Path, prompts: list[str], plan: Plan, *others: Any) -> Future:
-    """complete_shard; a photo that cannot be read costs its shard."""
-    try:
-        return complete_shard(path, prompts, plan(prompts), *others)
-    except LeftOut as error:
-        failed: Future = Future()
-        failed.set_exception(error)
-        return failed
 
 
 def finish_shard(path: Path, rows: list[Row], facts: dict[str, Any], jobs: list[Future]) -> str:
@@ -1874,7 +1875,7 @@ def complete_shards(
     executor = Inline() if state.device.type == "cpu" else ThreadPoolExecutor(1)
     with progress(sum(lacking.values()), state, what, "img") as bar, executor as beside:
         for attempt in (1, 2):  # what a scorer fails on is tried once more
-            jobs = ((*one, start_shard(one[1], shards[one[1]], plan, tools, args, beside, bar)) for one in todo)
+            jobs = ((*one, complete_shard(one[1], shards[one[1]], plan, tools, args, beside, bar)) for one in todo)
             failed = []
             for (number, path, job), _ in pairwise(chain(jobs, [None])):  # each is looked at when the next is drawn
                 trouble[number] = trouble_with(job)
@@ -3320,7 +3321,9 @@ def finish(
     print(f"pairs      {len(kept)} of {len(verdicts)} prompts: {splits}")
     print(f"dropped    {count_words(dropped)}")
     if unscored:
-        print(f"unscored   {unscored} images, not finite or given nan by a scorer: used for neither side")
+        print(
+            f"unscored   {unscored} images, not finite, without photo or given nan by a scorer: used for neither side"
+        )
     print(f"score gap  median {median:.2f}, 10-90 % {low:.2f} to {high:.2f}, by {' + '.join(args.scorer)}")
     share = f", {price / full_price:.0%} of {args.num_images_per_prompt} full images" if args.draft_steps else ""
     print(f"price      {price} U-Net evaluations a prompt{share}")
