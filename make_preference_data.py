@@ -3504,12 +3504,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args = parser.parse_args(argv)
     args.height, args.width = args.height or args.resolution, args.width or args.resolution
     if args.draft_steps is None:
-        few = args.num_inference_steps < 10 or args.num_images_per_prompt <= 2 * args.finalists
-        args.draft_steps = 0 if few or args.stage != "easy" else 5
+        args.draft_steps = 5 if args.stage == "easy" and drafts_spare_much(args) else 0
     if args.sdrecon_timesteps is None:
         args.sdrecon_timesteps = {"easy": [], "normal": [400, 500, 600, 700], "hard": [100]}[args.stage]
     check_args(parser, args)
     return args
+
+
+def drafts_spare_much(args: argparse.Namespace) -> bool:
+    """Whether drafts of 5 steps and their finalists cost at most 70 % of the full pool."""
+    count, steps = args.num_images_per_prompt, args.num_inference_steps
+    spared = 5 * count + 2 * args.finalists * steps <= 0.7 * count * steps
+    return spared and steps >= 10  # 5 of 8 steps spare much of a large pool too, but are no longer a draft
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
