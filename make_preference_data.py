@@ -1609,7 +1609,7 @@ PREVIOUS = -1  # the index of the previous stage's winner among a prompt's image
 
 
 class LeftOut(Exception):
-    """A scorer or a photo failed: the shard is tried once more, then left out and counted."""
+    """A scorer failed: the shard is tried once more, then left out and counted."""
 
 
 NO_IMAGE = "no image is finite: try another --mixed_precision, with --overwrite"
@@ -1634,6 +1634,7 @@ class Tools(NamedTuple):
     scorers: Callable[[], dict[Scorer, Score]]
     pipe: Callable[[], DiffusionPipeline]
     vae_hash: Callable[[], str]
+    model_hash: Callable[[], str]  # of all its weights
     photos: dict[str, Callable[[], Image.Image]]
     winners: dict[str, Winner]
     winners_latents: dict[str, Any] | None  # their shape, type and VAE
@@ -1747,17 +1748,28 @@ def draw_rows(
     if batch[0]["index"] == PREVIOUS:
         return restore_winners([tools.winners[row["caption"]] for row in batch], tools)
     if source.startswith("sdrecon"):
-        try:
-            photos = [ImageOps.fit(tools.photos[row["caption"]](), (args.width, args.height)) for row in batch]
-        except UserError as error:
-            raise LeftOut(str(error)) from error
+        found = [open_or_tell(row, tools.photos) for row in batch]
+        black = Image.new("RGB", (args.width, args.height))
+        photos = [ImageOps.fit(photo or black, black.size) for photo in found]
         t = int(source.rpartition("-")[2])
-        return sd_recon(pipe, embeds, which, seeds, photos, t, steps, args.guidance_scale)
+        images, latents = sd_recon(pipe, embeds, which, seeds, photos, t, steps, args.guidance_scale)
+        lost = torch.tensor([photo is None for photo in found])
+        return images, latents.masked_fill(lost[:, None, None, None], math.nan)  # neither image nor score
     size = (args.guidance_scale, args.height, args.width)
     if source == "draft":
         with drafting(pipe):
             return sample(pipe, embeds, which, seeds, args.draft_steps, *size)
     return sample(pipe, embeds, which, seeds, steps, *size)
+
+
+def open_or_tell(row: Row, photos: dict[str, Callable[[], Image.Image]]) -> Image.Image | None:
+    """A row's photo; None where it cannot be read, which is told at the first of its rows."""
+    try:
+        return photos[row["caption"]]()
+    except UserError as error:
+        if row["index"] == 0:
+            tqdm.write(f"left out: {error}", file=sys.stderr)
+        return None
 
 
 def restore_winners(winners: list[Winner], tools: Tools) -> tuple[list[Image.Image], torch.Tensor]:
@@ -1830,7 +1842,7 @@ def ask(scorer: Scorer, score: Score, images: list[Image.Image], prompts: list[s
 def complete_shard(
     path: Path,
     prompts: list[str],
-    rows: list[Row],
+    plan: Plan,
     tools: Tools,
     args: argparse.Namespace,
     beside: Executor,
@@ -1839,7 +1851,7 @@ def complete_shard(
     """Draws the rows that a shard lacks; on a GPU the thread `beside` scores and writes while the next are drawn."""
     kept = {image_id(row): row for row in read_shard(path)} if path.exists() else {}
     facts, scorers = read_facts(path) if kept else {}, chosen_scorers(tools)
-    rows = list(({image_id(row): row for row in rows} | kept).values())
+    rows = list(({image_id(row): row for row in plan(prompts)} | kept).values())
     rows.sort(key=lambda row: (prompts.index(row["caption"]), row["index"]))
     missing = [row for row in rows if "jpg" not in row]
     unscored = [row for row in kept.values() if any(s.source not in json.loads(row["scores"]) for s in tools.wanted)]
@@ -1848,6 +1860,8 @@ def complete_shard(
         jobs.append(beside.submit(score_kept, batch, scorers))
         wait(jobs[-2:-1])
         bar.update(len(batch))
+    if missing:
+        tools.model_hash()  # refuses a model that did not draw the others
     embeds = encode_prompts(tools.pipe(), prompts, args.negative_prompt) if missing else {}
     for batch in batches(missing, args.batch_size, how_drawn):
         try:
@@ -1859,16 +1873,6 @@ def complete_shard(
         wait(jobs[-2:-1])  # so that no more than two batches are held
         bar.update(len(batch))
     return beside.submit(finish_shard, path, rows, facts, jobs)
-
-
-def start_shard(path: Path, prompts: list[str], plan: Plan, *others: Any) -> Future:
-    """complete_shard; a photo that cannot be read costs its shard."""
-    try:
-        return complete_shard(path, prompts, plan(prompts), *others)
-    except LeftOut as error:
-        failed: Future = Future()
-        failed.set_exception(error)
-        return failed
 
 
 def finish_shard(path: Path, rows: list[Row], facts: dict[str, Any], jobs: list[Future]) -> str:
@@ -1905,11 +1909,12 @@ def complete_shards(
     tools.scorers()  # what is loaded here is not counted as drawing
     if not all(path.exists() for _, path in todo):
         tools.vae_hash()
+        tools.model_hash()
     what, start = todo[0][1].stem.partition("-")[0], time.perf_counter()
     executor = Inline() if state.device.type == "cpu" else ThreadPoolExecutor(1)
     with progress(sum(lacking.values()), state, what, "img") as bar, executor as beside:
         for attempt in (1, 2):  # what a scorer fails on is tried once more
-            jobs = ((*one, start_shard(one[1], shards[one[1]], plan, tools, args, beside, bar)) for one in todo)
+            jobs = ((*one, complete_shard(one[1], shards[one[1]], plan, tools, args, beside, bar)) for one in todo)
             failed = []
             for (number, path, job), _ in pairwise(chain(jobs, [None])):  # each is looked at when the next is drawn
                 trouble[number] = trouble_with(job)
@@ -1932,10 +1937,12 @@ def count_lacking(path: Path, rows: list[Row], scorers: list[Scorer]) -> int:
 
 
 def describe_images(image: Image.Image, latents: torch.Tensor, tools: Tools, args: argparse.Namespace) -> Row:
-    """What holds for all images of a shard: their size, and the shape, scale and VAE of the latents."""
-    scale, shape = tools.pipe().vae.config.scaling_factor, list(latents.shape[1:])
+    """What holds for all images of a shard: size, model and device, and the shape, scale and VAE of the latents."""
+    unet, scale, shape = tools.pipe().unet, tools.pipe().vae.config.scaling_factor, list(latents.shape[1:])
     vae = {"vae": args.pretrained_model_name_or_path, "scaling_factor": scale, "vae_hash": tools.vae_hash()}
-    return {"image_size": image.size, "latents": {"shape": shape, "dtype": "float16"} | vae}
+    device = torch.cuda.get_device_name(unet.device) if unet.device.type == "cuda" else unet.device.type
+    drawn = {"model_hash": tools.model_hash(), "device": device, "precision": str(unet.dtype).removeprefix("torch.")}
+    return {"image_size": image.size, "latents": {"shape": shape, "dtype": "float16"} | vae} | drawn
 
 
 def process_share(shards: Iterable[Path], state: PartialState) -> list[Path]:
@@ -3263,10 +3270,24 @@ def prepare_tools(args: argparse.Namespace, device: torch.device, wanted: list[S
         scorers=lru_cache(lambda: {scorer: scorer.load(device) for scorer in wanted}),
         pipe=pipe,
         vae_hash=lru_cache(lambda: weights_hash(pipe().vae)),
+        model_hash=lru_cache(lambda: same_model(pipe(), Path(args.output_dir))),
         photos=inputs.photos,
         winners=inputs.winners,
         winners_latents=inputs.winners_latents,
     )
+
+
+def same_model(pipe: DiffusionPipeline, folder: Path) -> str:
+    """The weights_hash of what draws; UserError if the images that the folder has were drawn by other weights."""
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    ours = weights_hash(*filter(None, (pipe.components.get(name) for name in parts)))
+    shard = next(folder.glob("pool/*.parquet"), None)
+    if shard and read_facts(shard).get("model_hash", ours) != ours:
+        raise UserError(
+            f"the model's weights are not those that drew the images in {folder / 'pool'}: "
+            "choose another --output_dir or --overwrite it"
+        )
+    return ours
 
 
 def make_pool(pool: Pool, tools: Tools, args: argparse.Namespace, state: PartialState) -> tuple[dict[str, float], str]:
@@ -3327,6 +3348,7 @@ def finish(
         "unet_evaluations_per_prompt": price,
         "image_size": facts["image_size"],
         "latents": None if args.no_latents else facts["latents"],
+        **{name: facts.get(name) for name in ("model_hash", "device", "precision")},
         **drawn,
     }
     write_record(folder, record)
@@ -3338,7 +3360,9 @@ def finish(
     print(f"pairs      {len(kept)} of {len(verdicts)} prompts: {splits}")
     print(f"dropped    {count_words(dropped)}")
     if unscored:
-        print(f"unscored   {unscored} images, not finite or given nan by a scorer: used for neither side")
+        print(
+            f"unscored   {unscored} images, not finite, without photo or given nan by a scorer: used for neither side"
+        )
     print(f"score gap  median {median:.2f}, 10-90 % {low:.2f} to {high:.2f}, by {' + '.join(args.scorer)}")
     share = f", {price / full_price:.0%} of {args.num_images_per_prompt} full images" if args.draft_steps else ""
     print(f"price      {price} U-Net evaluations a prompt{share}")
@@ -3519,12 +3543,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         args = parser.parse_args(argv)
     args.height, args.width = args.height or args.resolution, args.width or args.resolution
     if args.draft_steps is None:
-        few = args.num_inference_steps < 10 or args.num_images_per_prompt <= 2 * args.finalists
-        args.draft_steps = 0 if few or args.stage != "easy" else 5
+        args.draft_steps = 5 if args.stage == "easy" and drafts_spare_much(args) else 0
     if args.sdrecon_timesteps is None:
         args.sdrecon_timesteps = {"easy": [], "normal": [400, 500, 600, 700], "hard": [100]}[args.stage]
     check_args(parser, args)
     return args
+
+
+def drafts_spare_much(args: argparse.Namespace) -> bool:
+    """Whether drafts of 5 steps and their finalists cost at most 70 % of the full pool."""
+    count, steps = args.num_images_per_prompt, args.num_inference_steps
+    spared = 5 * count + 2 * args.finalists * steps <= 0.7 * count * steps
+    return spared and steps >= 10  # 5 of 8 steps spare much of a large pool too, but are no longer a draft
 
 
 def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

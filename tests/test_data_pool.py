@@ -116,6 +116,21 @@ def test_the_default_number_of_draft_steps(inputs):
     assert steps("--num_inference_steps", 8, "--num_images_per_prompt", 20) == 0
     assert steps("--num_inference_steps", 50, "--num_images_per_prompt", 2) == 0
     assert steps("--num_inference_steps", 50, "--num_images_per_prompt", 20, "--draft_steps", 0) == 0
+    assert steps("--num_inference_steps", 8, "--num_images_per_prompt", 100) == 0
+    assert data.parse_args([]).draft_steps == 0  # the embedded world
+
+
+@pytest.mark.parametrize(
+    ("count", "steps", "finalists", "drafted"),
+    [(24, 20, 2, 5), (9, 20, 2, 5), (8, 20, 2, 0), (5, 20, 2, 0), (6, 50, 2, 0), (7, 50, 2, 5), (24, 20, 6, 0)],
+)
+def test_drafts_are_the_default_where_they_spare_three_tenths(count, steps, finalists, drafted, inputs):
+    flag = ["--num_images_per_prompt", count, "--num_inference_steps", steps, "--finalists", finalists]
+    args = data.parse_args(flags(inputs, *flag))
+    assert args.draft_steps == drafted
+    args.draft_steps = 5
+    price, full = data.evaluations(args)
+    assert (price <= 0.7 * full) == bool(drafted)
 
 
 @pytest.mark.parametrize(

@@ -260,18 +260,19 @@ def test_photos_of_another_shape_are_cut_to_the_size(curriculum, tmp_path):
         assert read_image(winner(row, "jpg")).size == (64, 64)
 
 
-def test_a_photo_that_cannot_be_read_costs_its_shard(curriculum, tmp_path, capsys, monkeypatch):
+def test_a_photo_that_cannot_be_read_costs_its_own_pair_alone(curriculum, tmp_path, capsys):
     folder = write_inputs(tmp_path)
     photos = draw_photos(folder / "photos")
-    (photos / "0.png").write_bytes(b"no picture")
-    monkeypatch.setattr(data, "SHARD_IMAGES", 4)  # two prompts
+    whole = (photos / "0.png").read_bytes()
+    (photos / "0.png").write_bytes(whole[: len(whole) // 2])
     later = ["--stage", "hard", "--real_data_dir", photos, "--previous_pairs", curriculum / "easy"]
-    out = make(folder, *EASY, *later)
+    out = make(folder, *EASY, *later, "--sdrecon_timesteps", 100, 200)
     told = capsys.readouterr()
-    assert "left out: images-0000" in told.err
-    assert "cannot read the photo" in told.err
+    assert told.err.count(f"left out: cannot read the photo {photos / '0.png'}") == 1
     assert "note: they are of the stage easy" in told.out
-    assert len(data_of(out)) == 4
+    assert "dropped    1 no image with a finite score" in told.out
+    assert "unscored   2 images" in told.out
+    assert len(data_of(out)) == 5
 
 
 def test_a_later_stage_is_scored_again_without_photos(curriculum, tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -471,6 +472,29 @@ def test_other_folders_are_refused(finished, inputs):
     with pytest.raises(data.UserError, match=r"min_margin was None, now 0\.5.*--rescore"):
         make(inputs, *ours, "--min_margin", 0.5)
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == content
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_model_trained_anew_is_not_mixed_with_the_old_one(part, inputs):
+    model = shutil.copytree(WORLD / "pipeline", inputs / "model")
+    small = ["--pretrained_model_name_or_path", model, "--num_inference_steps", 1, "--resolution", 64]
+    small += ["--scorer", SCORER]
+    out = make(inputs, *small)
+    record = json.loads((out / "preference_data.json").read_text())
+    assert len(record["model_hash"]) == 64
+    assert (record["device"], record["precision"]) == ("cpu", "float32")
+    weights = next((model / part).glob("*.safetensors"))
+    tensors = load_file(weights)
+    name = next(name for name, value in tensors.items() if value.is_floating_point())
+    tensors[name] += 1
+    save_file(tensors, weights)
+    make(inputs, *small)  # nothing is drawn
+    (out / "pool" / "images-00001.parquet").unlink()
+    with pytest.raises(data.UserError, match="weights are not those that drew the images") as error:
+        make(inputs, *small)
+    assert "\n" not in str(error.value)
+    make(inputs, *small, "--overwrite")
+    assert json.loads((out / "preference_data.json").read_text())["model_hash"] != record["model_hash"]
 
 
 def test_overwrite(inputs):
