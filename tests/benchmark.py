@@ -393,7 +393,7 @@ def print_ratios(rounds: list[dict[str, dict[str, float]]], on_gpu: bool) -> dic
         ratios[label] = [figures[of][figure] / figures[to][figure] for figures in rounds]
         median, bar = statistics.median(ratios[label]), gpu_bar if on_gpu else cpu_bar
         met = median >= bar if sign == ">=" else median <= bar
-        told = f", asked {sign} {bar}: {'met' if met else 'NOT met'}" if sign else ""
+        told = f", goal {sign} {bar}: {'met' if met else 'NOT met'}" if sign else ""
         print(f"{label:42}" + "".join(f"{ratio:8.3f}" for ratio in ratios[label]) + f"   median {median:.3f}{told}")
     return ratios
 
@@ -602,7 +602,7 @@ def data(args: argparse.Namespace) -> None:
         median = statistics.median(ratios)
         met = "met" if (median >= bar if sign == ">=" else median <= bar) else "NOT met"
         each = "".join(f"{ratio:8.3f}" for ratio in ratios)
-        print(f"images/s, {of} / {to:8}{each}   median {median:.3f}, asked {sign} {bar}: {met}")
+        print(f"images/s, {of} / {to:8}{each}   median {median:.3f}, goal {sign} {bar}: {met}")
 
 
 # ---- Data: the price of a pair --------------------------------------------------------------------------------------
@@ -896,7 +896,7 @@ def print_eval(rows: dict[int, list[dict[str, float]]]) -> None:
             ratios = [row[f"ours{unit}"] / (row[f"floor{unit}"] + loading * row["loading"]) for row in found]
             median, each = statistics.median(ratios), "".join(f"{ratio:8.3f}" for ratio in ratios)
             label = f"{n} prompts, ours / floor{' and its loading' * loading}{unit}"
-            bar = "" if unit or loading else f", asked <= 1.1: {'met' if median <= 1.1 else 'NOT met'}"
+            bar = "" if unit or loading else f", goal <= 1.1: {'met' if median <= 1.1 else 'NOT met'}"
             print(f"{label:48}{each}   median {median:.3f}{bar}")
     if len(medians) > 1:
         for name in ("floor", "statistics", "report", "ours"):
