@@ -1589,7 +1589,10 @@ def write_prompts(path: Path, count: int, seed: int) -> list[str]:
     if path.exists():
         raise UserError(f"{path} is there already: choose another file for --write_prompts, or delete it")
     prompts = human_prompts(count, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path.parent}: {error.strerror}") from error
     replace_file(path, lambda part: part.write_text("\n".join(prompts) + "\n", encoding="utf-8"))
     return prompts
 
@@ -1612,7 +1615,7 @@ class LeftOut(Exception):
     """A scorer failed: the shard is tried once more, then left out and counted."""
 
 
-NO_IMAGE = "no image is finite: try another --mixed_precision, with --overwrite"
+NO_IMAGE = "no image is finite (another --mixed_precision, with --overwrite, may help)"
 
 
 class Winner(NamedTuple):
@@ -1899,7 +1902,7 @@ def complete_shards(
     """Draws and scores what this process's shards lack; what failed twice is left out.
 
     A folder that another process fills is asked once, at the start: each process has every K-th shard to itself.
-    UserError for trouble with three shards one after another: so it would go on.
+    UserError for trouble with three shards in a row: so it would go on.
     """
     lacking = {path: count_lacking(path, plan(shards[path]), tools.wanted) for path in process_share(shards, state)}
     todo = [(number, path) for number, (path, count) in enumerate(lacking.items()) if count]
@@ -1921,8 +1924,8 @@ def complete_shards(
                 if job.exception():
                     failed.append((number, path))
                 if attempt == 1 and number >= 2 and all(trouble[number - 2 : number + 1]):
-                    words = "three shards one after another; what is finished is kept, the same command goes on"
-                    raise UserError(f"{trouble[number]} ({words})")
+                    words = "three shards in a row, so the run ends; what is finished is kept for the next start"
+                    raise UserError(f"{trouble[number]}: {words}")
             todo = failed
     left_out = {path: trouble[number] for number, path in todo}
     return Done(sum(lacking.values()), time.perf_counter() - start, shards_lacking, left_out)
@@ -1981,6 +1984,18 @@ def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
         raise UserError(f"cannot write {path}: {reason}; what is finished is kept, start again to go on") from error
 
 
+@contextlib.contextmanager
+def reading(path: Path, remedy: str = "") -> Iterator[None]:
+    """UserError with the file's name where parquet cannot be read within the block, say because its end is missing."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"cannot read {path}: {str(error).partition(chr(10))[0]}{remedy}") from error
+
+
+MAKE_ANEW = "; delete it, and the same command makes it anew"
+
+
 def write_shard(path: Path, rows: list[Row], facts: Row) -> None:
     """Writes a shard of the pool, a row per image, prompt by prompt; `facts` about all of them go to its metadata."""
     schema = pa.schema(POOL_COLUMNS.items(), metadata={"facts": json.dumps(facts)})
@@ -1989,12 +2004,14 @@ def write_shard(path: Path, rows: list[Row], facts: Row) -> None:
 
 def read_shard(path: Path, columns: list[str] | None = None) -> list[Row]:
     """The rows of a shard, all columns or some."""
-    return pq.read_table(path, columns=columns).to_pylist()
+    with reading(path, MAKE_ANEW):
+        return pq.read_table(path, columns=columns).to_pylist()
 
 
 def read_facts(path: Path) -> Row:
     """What write_shard noted about all rows."""
-    return json.loads(pq.read_schema(path).metadata[b"facts"])
+    with reading(path, MAKE_ANEW):
+        return json.loads(pq.read_schema(path).metadata[b"facts"])
 
 
 def read_pools(shards: Iterable[Path], columns: list[str] | None = None) -> Iterator[tuple[str, list[Row]]]:
@@ -2042,26 +2059,36 @@ def find_winners(folder: str) -> dict[str, Winner]:
     if not files:
         raise UserError(f"--previous_pairs {folder}: no data/*.parquet; give the output folder of the stage before")
     for file in files:
-        parquet, split = pq.ParquetFile(file), file.name.partition("-")[0]
-        columns = ["caption", "label_0", "label_1", "source_0", "source_1", "seed_0", "seed_1"]
-        missing = set(columns) - set(parquet.schema_arrow.names)
-        if missing:
-            raise UserError(f"--previous_pairs: {file} has no column {min(missing)}; it is not a stage's output")
-        for group in range(parquet.num_row_groups):
-            for number, row in enumerate(parquet.read_row_group(group, columns).to_pylist()):
-                side = int(row["label_1"] > row["label_0"])
-                place = Winner(file, group, number, side, row[f"source_{side}"], row[f"seed_{side}"], split)
-                if row["label_0"] != row["label_1"]:
-                    winners.setdefault(row["caption"], place)
+        with reading(file):
+            for place, caption in winners_of(file):
+                winners.setdefault(caption, place)
     return winners
+
+
+def winners_of(file: Path) -> Iterator[tuple[Winner, str]]:
+    """Where the winners in a file of pairs are, with their captions."""
+    parquet, split = pq.ParquetFile(file), file.name.partition("-")[0]
+    columns = ["caption", "label_0", "label_1", "source_0", "source_1", "seed_0", "seed_1"]
+    missing = set(columns) - set(parquet.schema_arrow.names)
+    if missing:
+        raise UserError(f"--previous_pairs: {file} has no column {min(missing)}; it is not a stage's output")
+    for group in range(parquet.num_row_groups):
+        for number, row in enumerate(parquet.read_row_group(group, columns).to_pylist()):
+            side = int(row["label_1"] > row["label_0"])
+            if row["label_0"] != row["label_1"]:
+                yield (
+                    Winner(file, group, number, side, row[f"source_{side}"], row[f"seed_{side}"], split),
+                    row["caption"],
+                )
 
 
 @lru_cache(maxsize=2)
 def read_row_group(file: Path, row_group: int) -> list[Row]:
     """The images and latents of some pairs."""
-    parquet = pq.ParquetFile(file)
-    columns = [name for name in parquet.schema_arrow.names if name.startswith(("jpg_", "latents_"))]
-    return parquet.read_row_group(row_group, columns).to_pylist()
+    with reading(file):
+        parquet = pq.ParquetFile(file)
+        columns = [name for name in parquet.schema_arrow.names if name.startswith(("jpg_", "latents_"))]
+        return parquet.read_row_group(row_group, columns).to_pylist()
 
 
 def read_winner(winner: Winner) -> Row:
@@ -2580,6 +2607,13 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> s
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def summarise_margins(margins: np.ndarray) -> dict[str, float | None]:
+    """Some percentiles of the finite margins, (P,); None where there are none."""
+    ranks = {"least": 0, "10 %": 10, "25 %": 25, "median": 50, "75 %": 75, "90 %": 90, "most": 100}
+    finite = margins[np.isfinite(margins)]
+    return {name: float(np.percentile(finite, rank)) if len(finite) else None for name, rank in ranks.items()}
+
+
 def summarise_pairs(folder: Path) -> tuple[dict[str, tuple[float, float, float, int]], dict[str, Counter[str]]]:
     """Means of every scorer, and where the winners and the losers come from.
 
@@ -2636,11 +2670,9 @@ def what_a_pair_is(settings: dict[str, Any]) -> str:
 
 def data_card(folder: Path, record: dict[str, Any]) -> str:
     """README.md of the finished pairs and their record; its yaml is what datasets.load_dataset and the Hub read."""
-    settings, counts, scores = record["settings"], count_pairs(folder), scores_of_pairs(folder)
+    settings, counts = record["settings"], count_pairs(folder)
     kinds = {pa.float64(): "float64", pa.int64(): "int64"}
-    margins, (means, sources) = scores["margins"][np.isfinite(scores["margins"])], summarise_pairs(folder)
-    ranks = {"least": 0, "10 %": 10, "25 %": 25, "median": 50, "75 %": 75, "90 %": 90, "most": 100}
-    gaps = np.percentile(margins, list(ranks.values())).tolist() if len(margins) else [math.nan] * len(ranks)
+    gaps, (means, sources) = summarise_margins(scores_of_pairs(folder)["margins"]), summarise_pairs(folder)
     numbers = [("prompts", f"{record['prompts']:,}")]
     numbers += [(f"pairs in {split}", f"{count:,}") for split, count in counts.items()]
     numbers += [(f"no pair: {reason}", f"{count:,}") for reason, count in record["dropped"].items()]
@@ -2661,7 +2693,7 @@ def data_card(folder: Path, record: dict[str, Any]) -> str:
             ("scorer", "winners, mean", "losers, mean", "winner higher", "pairs"),
             [(name, win, loss, f"{100 * share:.0f} %", pairs) for name, (win, loss, share, pairs) in means.items()],
         ),
-        gaps=markdown_table(("", *ranks), [("margin", *gaps)]),
+        gaps=markdown_table(("", *gaps), [("margin", *map(show, gaps.values()))]),
         examples=example_lines(folder),
         command=plain_text(next_command(argparse.Namespace(**{**settings, "output_dir": "FOLDER"}))),
         settings=markdown_table(
@@ -3071,15 +3103,22 @@ def export_pairs(folder: Path, kind: str) -> Path:
 
 def read_record(folder: Path) -> dict[str, Any]:
     """preference_data.json of a folder of ours: its settings, and the outcome once it is finished."""
+    path = folder / "preference_data.json"
     try:
-        return json.loads((folder / "preference_data.json").read_text())
-    except (OSError, ValueError) as error:
+        record = json.loads(path.read_text())
+    except OSError as error:
         raise UserError(f"{folder} is not ours (no preference_data.json): choose another --output_dir") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
+        raise UserError(f"{path} is damaged: it has no settings")
+    return record
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Writes preference_data.json."""
-    replace_file(folder / "preference_data.json", lambda part: part.write_text(json.dumps(record, indent=2) + "\n"))
+    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+    replace_file(folder / "preference_data.json", lambda part: part.write_text(text))
 
 
 def check_folder(folder: Path, settings: dict[str, Any], fixed: Sequence[str], overwrite: bool) -> None:
@@ -3182,9 +3221,9 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         raise UserError(f"{args.previous_pairs} holds images of {size[0]}x{size[1]}: both sides must be of one size")
     args.width, args.height = size
     told = f"prompts: {len(prompts)} of the {len(winners)} pairs in {args.previous_pairs} have a photo"
-    record = Path(args.previous_pairs, "preference_data.json")
-    before = json.loads(record.read_text()) if record.is_file() else {}
-    stage, expected = before.get("settings", {}).get("stage"), {"normal": "easy", "hard": "normal"}[args.stage]
+    folder = Path(args.previous_pairs)
+    before = read_record(folder) if (folder / "preference_data.json").is_file() else {"settings": {}}
+    stage, expected = before["settings"].get("stage"), {"normal": "easy", "hard": "normal"}[args.stage]
     if stage not in (None, expected):
         told += f"; note: they are of the stage {stage}, the paper's {args.stage} takes those of {expected}"
     held_out = {caption for caption in prompts if winners[caption].split == "validation"}  # out of training it stays
@@ -3203,7 +3242,7 @@ def tell_long_prompts(args: argparse.Namespace, prompts: list[str]) -> int:
     found = too_long(prompts, tokenizer)
     if found:
         first = textwrap.shorten(prompts[found[0]], 60)
-        print(f"too long: {len(found)} prompts have more tokens than the model reads, their end is lost: {first!r}")
+        tell(f"too long: {len(found)} prompts have more tokens than the model reads, their end is lost: {first!r}")
     return len(found)
 
 
@@ -3311,10 +3350,8 @@ def make_pool(pool: Pool, tools: Tools, args: argparse.Namespace, state: Partial
     return speeds, complaint
 
 
-def finish(
-    args: argparse.Namespace, pool: Pool, inputs: Inputs, settings: Row, long_prompts: int, speeds: dict[str, float]
-) -> None:
-    """Keeps best against worst, writes the data set with all that describes it, and says what came out."""
+def finish(args: argparse.Namespace, pool: Pool, inputs: Inputs, settings: Row, long_prompts: int) -> Row:
+    """Keeps best against worst, writes the data set with all that describes it, and returns its record."""
     folder = Path(args.output_dir)
     plan, votes = pool.plan_images()
     verdicts = [(one.margin if one.pair else None, one.reason) for one in choose_all(args, pool.images, plan, votes)]
@@ -3326,54 +3363,71 @@ def finish(
     if not kept:
         raise UserError(f"no pairs from {len(verdicts)} prompts: {count_words(dropped)}")
     counts = write_pairs(args, pool.images, plan, votes, floor, inputs.held_out)
-    unscored = count_unscored([*pool.drafts, *pool.images], votes.scorers)
     draw_pool(args, pool, votes)
     facts = next(read_facts(shard) for shard in pool.images if shard.exists())
-    low, median, high = np.percentile(kept, [10, 50, 90], method="nearest").tolist()
-    price, full_price = evaluations(args)
-    versions = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
-    sources = {name: getattr(args, name) for name in ("prompts", "prompt_column", "max_prompts")}
-    drawn = {"prompts_from": sources, "versions": versions}
-    if args.rescore:
-        old = read_record(folder)
-        drawn = {name: old.get(name, now) for name, now in drawn.items()} | {"rescored_with": versions}
     record = {
         "settings": settings,
         "prompts": len(verdicts),
         "long_prompts": long_prompts,
-        "images_without_score": unscored,
+        "images_without_score": count_unscored([*pool.drafts, *pool.images], votes.scorers),
         "pairs": counts,
         "dropped": dropped,
-        "gap": {"p10": low, "median": median, "p90": high},
-        "unet_evaluations_per_prompt": price,
+        "gap": summarise_margins(np.array(kept)),
+        "unet_evaluations_per_prompt": evaluations(args)[0],
         "image_size": facts["image_size"],
         "latents": None if args.no_latents else facts["latents"],
         **{name: facts.get(name) for name in ("model_hash", "device", "precision")},
-        **drawn,
+        **describe_origin(args),
     }
     write_record(folder, record)
     describe_pairs(folder, record)
-    kinds = [kind for kind in EXPORTS if kind in args.export or (folder / f"export-{kind}").exists()]  # none is stale
-    exported = [export_pairs(folder, kind) for kind in kinds]
+    for kind in EXPORTS:
+        if kind in args.export or (folder / f"export-{kind}").exists():  # none is stale
+            export_pairs(folder, kind)
+    return record
 
-    splits = " and ".join(f"{count} {split}" for split, count in counts.items())
-    print(f"pairs      {len(kept)} of {len(verdicts)} prompts: {splits}")
-    print(f"dropped    {count_words(dropped)}")
+
+def describe_origin(args: argparse.Namespace) -> Row:
+    """Where the prompts came from, and the versions of the libraries; --rescore keeps what was noted before."""
+    versions = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
+    sources = {name: getattr(args, name) for name in ("prompts", "prompt_column", "max_prompts")}
+    origin = {"prompts_from": sources, "versions": versions}
+    if args.rescore:
+        old = read_record(Path(args.output_dir))
+        origin = {name: old.get(name, now) for name, now in origin.items()} | {"rescored_with": versions}
+    return origin
+
+
+def report(args: argparse.Namespace, record: Row, speeds: dict[str, float]) -> list[str]:
+    """What came out, in lines."""
+    folder, unscored, gap = Path(args.output_dir), record["images_without_score"], record["gap"]
+    splits = " and ".join(f"{count} {split}" for split, count in record["pairs"].items())
+    lines = [f"pairs      {sum(record['pairs'].values())} of {record['prompts']} prompts: {splits}"]
+    lines += [f"dropped    {count_words(record['dropped'])}"]
     if unscored:
-        print(
-            f"unscored   {unscored} images, not finite, without photo or given nan by a scorer: used for neither side"
-        )
-    print(f"score gap  median {median:.2f}, 10-90 % {low:.2f} to {high:.2f}, by {' + '.join(args.scorer)}")
+        why = "not finite, without photo or given nan by a scorer: used for neither side"
+        lines += [f"unscored   {unscored} images, {why}"]
+    told = f"median {show(gap['median'])}, 10-90 % {show(gap['10 %'])} to {show(gap['90 %'])}"
+    lines += [f"score gap  {told}, by {' + '.join(args.scorer)}"]
+    price, full_price = evaluations(args)
     share = f", {price / full_price:.0%} of {args.num_images_per_prompt} full images" if args.draft_steps else ""
-    print(f"price      {price} U-Net evaluations a prompt{share}")
+    lines += [f"price      {price} U-Net evaluations a prompt{share}"]
     if speeds:
         told = ", ".join(f"{speed:.1f} {kind}/s" for kind, speed in speeds.items())
-        print(f"speed      {told}, with scoring and writing")
-    print(f"memory     {peak_memory()}")
-    print(f"look at    {folder / 'pairs.html'}, pairs.png, scores.png and pool.png")
-    for path in exported:
-        print(f"exported   {path}")
-    print(f"next       {next_command(args)}")
+        lines += [f"speed      {told}, with scoring and writing"]
+    lines += [f"memory     {peak_memory()}"]
+    lines += [f"look at    {folder / 'pairs.html'}, pairs.png, scores.png and pool.png"]
+    exports = [folder / f"export-{kind}" for kind in EXPORTS]
+    lines += [f"exported   {path}" for path in exports if path.exists()]
+    return [*lines, f"next       {next_command(args)}"]
+
+
+def tell(*lines: str) -> None:
+    """Prints; a reader that has left, as in `| head`, is no error."""
+    try:
+        print(*lines, sep="\n", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def count_unscored(shards: Iterable[Path], scorers: list[Scorer]) -> int:
@@ -3395,6 +3449,9 @@ def next_command(args: argparse.Namespace) -> str:
 def load_sampler(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
     """load_pipeline, with a sampler that can do what this stage asks of it."""
     pipe = load_pipeline(args, device)
+    most = pipe.scheduler.config.num_train_timesteps
+    if args.num_inference_steps > most:
+        raise UserError(f"--num_inference_steps {args.num_inference_steps}: the model has {most} timesteps")
     if args.draft_steps and draws_fresh_noise(pipe.scheduler):
         raise UserError(
             f"{type(pipe.scheduler).__name__} draws fresh noise at its steps, so that a draft does not foretell the "
@@ -3406,15 +3463,20 @@ def load_sampler(args: argparse.Namespace, device: torch.device) -> DiffusionPip
     return pipe
 
 
-def collect_settings(args: argparse.Namespace, inputs: Inputs) -> Row:
-    """What the images and pairs depend on; --rescore keeps the prompts, without --refine also who chose the drafts."""
+def describe_inputs(args: argparse.Namespace, inputs: Inputs) -> Row:
+    """The settings that are known once the inputs are read: the prompts and winners as a digest, and the size."""
     before = [
         (inputs.winners[prompt].source, inputs.winners[prompt].seed) for prompt in inputs.prompts if inputs.winners
     ]
     digest = hashlib.sha256(f"{inputs.prompts}{before or ''}".encode()).hexdigest()[:12]
+    prompts = f"{len(inputs.prompts)} prompts, sha256 {digest}"
+    return {"prompts": prompts, "height": args.height, "width": args.width}
+
+
+def collect_settings(args: argparse.Namespace) -> Row:
+    """What the images and pairs depend on; --rescore keeps the prompts, without --refine also who chose the drafts."""
     settings = {name: getattr(args, name) for name in (*POOL_SETTINGS, *PAIR_SETTINGS)}
-    settings["prompts"] = f"{len(inputs.prompts)} prompts, sha256 {digest}"
-    settings["drafts_chosen_by"] = args.scorer if args.draft_steps else None
+    settings |= {"prompts": None, "drafts_chosen_by": args.scorer if args.draft_steps else None}
     if args.rescore:
         old = read_record(Path(args.output_dir))["settings"]
         kept = ["prompts"] if args.refine else ["prompts", "drafts_chosen_by"]
@@ -3428,23 +3490,26 @@ def main(args: argparse.Namespace) -> None:
         if os.environ.get("RANK", "0") != "0":
             return
         prompts = write_prompts(Path(args.prompts), args.write_prompts, args.seed)
-        print("\n    ".join([f"{len(prompts)} prompts in {args.prompts}, such as", *prompts[:3]]))
+        tell("\n    ".join([f"{len(prompts)} prompts in {args.prompts}, such as", *prompts[:3]]))
         return
     wanted = parse_scorers([*args.scorer, *args.agree])
     if not any(scorer.weight for scorer in wanted[: len(args.scorer)]):
         raise UserError("every --scorer has weight 0: one at least has to vote")
+    folder, settings = Path(args.output_dir), collect_settings(args)
+    fixed = [name for name in settings if not (args.rescore and name in CHOICE_SETTINGS)]
+    early = [name for name in fixed if name not in ("prompts", "height", "width")]
+    check_folder(folder, settings, early, args.overwrite)
+    check_model(args.pretrained_model_name_or_path, "model_index.json")
     if args.caption_model:
         caption_photos(args)
-    folder, inputs = Path(args.output_dir), read_inputs(args)
-    settings = collect_settings(args, inputs)
-    fixed = [name for name in settings if not (args.rescore and name in CHOICE_SETTINGS)]
+    inputs = read_inputs(args)
+    settings |= {} if args.rescore else describe_inputs(args, inputs)
     check_folder(folder, settings, fixed, args.overwrite)
-    check_model(args.pretrained_model_name_or_path, "model_index.json")
 
     state, long_prompts = start_processes(), 0
     state.wait_for_everyone()  # all have seen the folder as it was
     if state.is_main_process:
-        print(*inputs.remarks, sep="\n")
+        tell(*inputs.remarks)
         long_prompts = tell_long_prompts(args, inputs.prompts)
         prepare_folder(folder, settings, inputs, args.overwrite)
     state.wait_for_everyone()
@@ -3455,9 +3520,10 @@ def main(args: argparse.Namespace) -> None:
     speeds, complaint = make_pool(pool, tools, args, state)
     if state.is_main_process:
         try:
-            finish(args, pool, inputs, settings, long_prompts, speeds)
+            record = finish(args, pool, inputs, settings, long_prompts)
         except OSError as error:
             raise UserError(f"cannot write to {folder}: {error}; the pool is kept, start again to go on") from error
+        tell(*report(args, record, speeds))
     state.wait_for_everyone()
     state.destroy_process_group()
     if complaint:
@@ -3606,6 +3672,8 @@ def check_curriculum(parser: argparse.ArgumentParser, args: argparse.Namespace) 
     for name in ("real_data_dir", "previous_pairs", "sdrecon_timesteps"):
         if getattr(args, name):
             parser.error(f"--{name} belongs to --stage normal and hard")
+    if args.prompts is None and args.write_prompts:
+        parser.error("--write_prompts: set --prompts to the file to write")
     if args.prompts is None:
         parser.error("no prompts: set --prompts to a text file with one prompt per line, or see --help")
 
@@ -3617,6 +3685,8 @@ def check_later_stage(parser: argparse.ArgumentParser, args: argparse.Namespace)
             parser.error(f"--stage {args.stage} needs --{name}")
     if Path(args.previous_pairs).resolve() == Path(args.output_dir).resolve():
         parser.error("--output_dir is --previous_pairs: give this stage a folder of its own")
+    if args.validation_share != parser.get_default("validation_share"):
+        parser.error(f"--validation_share belongs to --stage easy; {args.stage} holds out what the stage before did")
     if args.sampler != "dpmsolver":
         parser.error(f"--stage {args.stage} needs --sampler dpmsolver, whose timesteps can be named")
     if not all(0 < t < 1000 for t in args.sdrecon_timesteps):

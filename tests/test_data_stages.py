@@ -16,7 +16,8 @@ from test_train_models import tiny_sdxl
 from tiny_human import figures
 
 
-EASY = ["--num_images_per_prompt", 4, "--num_inference_steps", 10, "--draft_steps", 0, "--validation_share", 0.3]
+SHORT = ["--num_images_per_prompt", 4, "--num_inference_steps", 10, "--draft_steps", 0]
+EASY = [*SHORT, "--validation_share", 0.3]
 
 
 def draw_photos(folder: Path, count: int = 6, size: tuple[int, int] = (64, 64)) -> Path:
@@ -42,7 +43,7 @@ def curriculum(tmp_path_factory):
             make(folder, *EASY, "--prompts", photos, "--output_dir", folder / "easy")
             for stage, before in (("normal", "easy"), ("hard", "normal")):
                 later = ["--stage", stage, "--real_data_dir", photos, "--previous_pairs", folder / before]
-                make(folder, *EASY, *later, "--output_dir", folder / stage)
+                make(folder, *SHORT, *later, "--output_dir", folder / stage)
     return folder
 
 
@@ -244,7 +245,7 @@ def test_the_previous_pairs_without_latents_are_encoded(curriculum, tmp_path):
         folder / "easy",
     )
     later = ["--stage", "hard", "--real_data_dir", curriculum / "photos", "--previous_pairs", folder / "easy"]
-    row = data_of(make(folder, *EASY, *later))[0]
+    row = data_of(make(folder, *SHORT, *later))[0]
     known = next(one for one in data_of(curriculum / "easy") if one["caption"] == row["caption"])
     ours, theirs = (
         np.frombuffer(one, np.float16).astype(float) for one in (loser(row, "latents"), winner(known, "latents"))
@@ -256,7 +257,7 @@ def test_photos_of_another_shape_are_cut_to_the_size(curriculum, tmp_path):
     folder = write_inputs(tmp_path)
     photos = draw_photos(folder / "wide", size=(160, 96))
     later = ["--stage", "hard", "--real_data_dir", photos, "--previous_pairs", curriculum / "easy"]
-    for row in data_of(make(folder, *EASY, *later)):
+    for row in data_of(make(folder, *SHORT, *later)):
         assert read_image(winner(row, "jpg")).size == (64, 64)
 
 
@@ -266,7 +267,7 @@ def test_a_photo_that_cannot_be_read_costs_its_own_pair_alone(curriculum, tmp_pa
     whole = (photos / "0.png").read_bytes()
     (photos / "0.png").write_bytes(whole[: len(whole) // 2])
     later = ["--stage", "hard", "--real_data_dir", photos, "--previous_pairs", curriculum / "easy"]
-    out = make(folder, *EASY, *later, "--sdrecon_timesteps", 100, 200)
+    out = make(folder, *SHORT, *later, "--sdrecon_timesteps", 100, 200)
     told = capsys.readouterr()
     assert told.err.count(f"left out: cannot read the photo {photos / '0.png'}") == 1
     assert "note: they are of the stage easy" in told.out
@@ -285,6 +286,20 @@ def test_a_later_stage_is_scored_again_without_photos(curriculum, tmp_path, monk
     assert {row["source_0"] for row in data_of(out)} | {row["source_1"] for row in data_of(out)} > {"generated"}
     data.main(data.parse_args(["--output_dir", str(out), "--rescore", "--scorer", SCORER]))
     assert {row["caption"]: row for row in data_of(out)} == before
+
+
+def test_damaged_pairs_of_the_stage_before_are_named(curriculum, tmp_path):
+    folder, easy = write_inputs(tmp_path), shutil.copytree(curriculum / "easy", tmp_path / "easy")
+    later = ["--stage", "normal", "--real_data_dir", curriculum / "photos", "--previous_pairs", easy]
+    whole = (easy / "preference_data.json").read_text()
+    (easy / "preference_data.json").write_text(whole[:100])
+    with pytest.raises(data.UserError, match=r"easy/preference_data\.json is damaged"):
+        make(folder, *SHORT, *later)
+    file = data.split_file(easy, "train")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(data.UserError, match=r"cannot read .*train-00000-of-00001\.parquet") as error:
+        make(folder, *SHORT, *later)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -308,5 +323,5 @@ def test_bad_input_of_the_later_stages(extra, words, curriculum, tmp_path, monke
     filled = [str(one).format(**places) for one in extra]
     size = ["--resolution", "64"] if "--resolution" not in filled else []
     with pytest.raises(data.UserError, match=words) as error:
-        make(folder, *EASY, *size, "--stage", "normal", *filled)
+        make(folder, *SHORT, *size, "--stage", "normal", *filled)
     assert "\n" not in str(error.value)

@@ -5,6 +5,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -36,6 +37,9 @@ def redness(device):
 
 def veto_all(device):
     return lambda images, prompts: [-float("inf")] * len(images)
+
+def veto_half(device):
+    return lambda images, prompts: [-float("inf") if i % 2 else 1.0 for i in range(len(images))]
 
 def constant(device):
     return lambda images, prompts: [1.0] * len(images)
@@ -390,6 +394,7 @@ def data_of(out: Path) -> list[dict]:
         (["--prompts", "{folder}/latin.txt"], 1, "line 2: not utf-8"),
         (["--caption_model", "a/b"], 1, "needs a folder of photos"),
         (["--write_prompts", "5"], 1, "prompts.txt"),
+        (["--write_prompts", "5", "--prompts", "{folder}/plugin.py/new/p.txt"], 1, "cannot make the folder"),
         (["--num_images_per_prompt", "1"], 2, "at least 2"),
         (["--resolution", "60"], 2, "not a multiple of 8"),
         (["--batch_size", "0"], 2, "at least 1"),
@@ -412,6 +417,7 @@ def data_of(out: Path) -> list[dict]:
         (["--real_data_dir", "{folder}"], 2, "belongs to --stage normal and hard"),
         ([*LATER, "--sampler", "pipeline"], 2, "needs --sampler dpmsolver"),
         ([*LATER, "--draft_steps", "1"], 2, "belongs to --stage easy"),
+        ([*LATER, "--validation_share", "0.5"], 2, "belongs to --stage easy"),
         ([*LATER, "--sdrecon_timesteps", "1000"], 2, "between 0 and 1000"),
         ([*LATER, "--sdrecon_timesteps", "400", "400"], 2, "one twice"),
         (["--rescore", "--output_dir", "{folder}"], 1, "preference_data.json"),
@@ -439,6 +445,51 @@ def test_bad_input(extra, status, words, inputs, capsys, monkeypatch):
     assert not (inputs / "out").exists()
 
 
+def test_write_prompts_says_what_it_lacks(capsys):
+    with pytest.raises(SystemExit) as stop:
+        data.parse_args(["--write_prompts", "5"])
+    assert stop.value.code == 2
+    assert "--write_prompts: set --prompts to the file" in capsys.readouterr().err
+
+
+def test_more_steps_than_the_model_has_are_refused_before_anything_is_drawn(inputs):
+    with pytest.raises(data.UserError, match="--num_inference_steps 1001: the model has 1000 timesteps"):
+        make(inputs, "--num_inference_steps", 1001, "--draft_steps", 0)
+
+
+def test_what_is_known_of_the_folder_is_told_before_photos_are_captioned(finished, inputs, monkeypatch):
+    monkeypatch.setattr(data, "caption_photos", lambda args: pytest.fail("captioned"))
+    with pytest.raises(data.UserError, match="seed was 0, now 1"):
+        make(inputs, "--output_dir", finished, "--seed", 1, "--caption_model", "a/b")
+    with pytest.raises(data.UserError, match="no such model folder"):
+        make(inputs, "--pretrained_model_name_or_path", inputs / "none", "--caption_model", "a/b")
+
+
+def test_damaged_files_are_named(finished, inputs):
+    out = shutil.copytree(finished, inputs / "out")
+    shard = out / "pool" / "images-00001.parquet"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(data.UserError, match=r"cannot read .*images-00001\.parquet: .*; delete it, and") as error:
+        make(inputs)
+    assert "\n" not in str(error.value)
+    shard.unlink()
+    make(inputs)
+    assert shard.read_bytes() == whole
+    (out / "preference_data.json").write_text('{"settings": ')
+    with pytest.raises(data.UserError, match=r"preference_data\.json is damaged"):
+        make(inputs)
+
+
+def test_a_reader_that_leaves_is_no_error(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        data.tell("nobody", "reads", "this")
+        data.tell("nor this")
+
+
 def test_no_model_and_no_world(inputs, monkeypatch, capsys):
     monkeypatch.setattr(data, "WORLD", inputs)
     with pytest.raises(SystemExit) as stop:
@@ -455,6 +506,21 @@ def test_no_pairs(function, words, inputs):
     with pytest.raises(data.UserError, match=words):
         make(inputs, "--scorer", f"{inputs}/plugin.py:{function}", "--num_inference_steps", 1, "--max_prompts", 2)
     assert not list(inputs.glob("out/data/*"))
+
+
+def test_a_record_with_infinite_margins_is_json(inputs, capsys):
+    small = ["--num_inference_steps", 1, "--max_prompts", 2, "--batch_size", 4]
+    out = make(inputs, *small, "--scorer", SCORER, f"0*{inputs}/plugin.py:veto_half")
+    assert {row["margin"] for row in data_of(out)} == {INF}
+    text = (out / "preference_data.json").read_text()
+    record = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert set(record["gap"].values()) == {None}
+    assert "score gap  median none" in capsys.readouterr().out
+
+
+def test_the_gap_is_of_the_finite_margins():
+    assert data.summarise_margins(np.array([4.0, INF, 1.0, 2.0, 3.0]))["median"] == 2.5
+    assert data.summarise_margins(np.array([1.0, 2.0]))["most"] == 2.0
 
 
 def test_other_folders_are_refused(finished, inputs):
