@@ -2104,18 +2104,24 @@ def choose(caption: str, rows: list[Row], stage: str, votes: Votes) -> Choice:
     for scorer in votes.agree if pair else []:
         winner, loser = scores_of([rows[i] for i in pair], scorer)
         if not winner > loser:
-            return Choice(caption, rows, None, f"{scorer.label} disagrees", totals)
+            what = "gave no score" if np.isnan([winner, loser]).any() else "disagrees"
+            return Choice(caption, rows, None, f"{scorer.label} {what}", totals)
     return Choice(caption, rows, pair, reason, totals)
 
 
 def choose_all(args: argparse.Namespace, shards: dict[Path, list[str]], plan: Plan, votes: Votes) -> Iterator[Choice]:
     """The verdict on every prompt of the pool, by its planned rows alone: what was drawn for other choices is out."""
     for path, prompts in shards.items():
-        planned = {image_id(row) for row in plan(prompts)} if path.exists() else set()
+        planned = plan(prompts) if path.exists() else []
         pools = dict(read_pools([path]))
         for prompt in prompts:
-            rows = [row for row in pools.get(prompt, []) if image_id(row) in planned]
-            yield choose(prompt, rows, args.stage, votes)
+            yield choose(prompt, only_planned(pools.get(prompt, []), planned), args.stage, votes)
+
+
+def only_planned(rows: list[Row], planned: list[Row]) -> list[Row]:
+    """Those of the rows that are planned, by their image_id."""
+    wanted = {image_id(row) for row in planned}
+    return [row for row in rows if image_id(row) in wanted]
 
 
 def least_margin(spec: str | None, margins: list[float]) -> float:
@@ -2320,8 +2326,8 @@ there, has every image and its scores.
 
 ## Limits
 
-- No person has looked at them: the better image by {scorers} is not always the one that people like better. How often
-  you agree, the blind test in `pairs.html` tells.
+- No person has looked at them: the winner is not always the one that people like better. How often you agree, the
+  blind test in `pairs.html` tells.
 - What the model cannot draw is in no pair, and what is wrong in all images of a prompt is wrong in its winner too.
 - The images show what the model makes of the prompts, its biases included.
 - The model's licence says what its images may be used for.
@@ -2346,16 +2352,20 @@ class Card(NamedTuple):
 
 def contact_sheet(title: str, cards: list[Card], per_row: int, cell: int = 192) -> Image.Image:
     """Cards in rows under a title. Images smaller than a cell are enlarged with hard pixels, larger ones reduced."""
-    gap, line = 16, 20
+    gap, line, heading_line = 16, 20, 26
     body, heading = ImageFont.load_default(size=14), ImageFont.load_default(size=20)
     wrapped = [textwrap.wrap(card.caption, cell // 7, max_lines=5, placeholder=" ...") for card in cards]
     height = max(len(card.images) for card in cards) * (cell + 2 * line) + max(map(len, wrapped)) * line + gap
     rows = math.ceil(len(cards) / per_row)
-    sheet = Image.new("RGB", (gap + min(per_row, len(cards)) * (cell + gap), 3 * line + rows * height), PAPER)
+    width = gap + min(per_row, len(cards)) * (cell + gap)
+    titles = textwrap.wrap(title, (width - 2 * gap) // 11)
+    top = 3 * line + heading_line * (len(titles) - 1)
+    sheet = Image.new("RGB", (width, top + rows * height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, line), title, INK, heading)
+    for number, words in enumerate(titles):
+        draw.text((gap, line + number * heading_line), words, INK, heading)
     for number, (card, caption) in enumerate(zip(cards, wrapped, strict=True)):
-        x, y = gap + number % per_row * (cell + gap), 3 * line + number // per_row * height
+        x, y = gap + number % per_row * (cell + gap), top + number // per_row * height
         for image, label, colour in card.images:
             method = Image.Resampling.NEAREST if max(image.size) <= cell else Image.Resampling.LANCZOS
             image = ImageOps.contain(image, (cell, cell), method)
@@ -2367,21 +2377,26 @@ def contact_sheet(title: str, cards: list[Card], per_row: int, cell: int = 192) 
     return sheet
 
 
-def draw_pool(args: argparse.Namespace, pool: Pool, votes: Votes) -> None:
-    """pool.png: all candidates of the first prompt that has some, best to worst; the finalists are marked."""
-    pools = read_pools([*pool.drafts, *pool.images], list(POOL_COLUMNS))
-    rows = next(rows for _, rows in pools if any(row["jpg"] for row in rows))
-    drafts, totals = rows[0]["source"] == "draft", votes.totals(rows)
-    chosen = finalists(totals, args.finalists if drafts else 1)
-    colours = dict(zip(chosen, [BAD] * len(chosen), strict=True))
-    colours |= dict.fromkeys(sorted(chosen, key=lambda i: -totals[i])[: (len(chosen) + 1) // 2], GOOD)
+def draw_pool(args: argparse.Namespace, pool: Pool, plan: Plan, votes: Votes) -> None:
+    """pool.png: all candidates of the first prompt that has some, best to worst; the finalists or the pair marked."""
+    drafts, images = (read_pools(shards, list(POOL_COLUMNS)) for shards in (pool.drafts, pool.images))
+    pools = chain(drafts, ((caption, only_planned(rows, plan([caption]))) for caption, rows in images))
+    caption, rows = next((caption, rows) for caption, rows in pools if any(row["jpg"] for row in rows))
+    are_drafts = rows[0]["source"] == "draft"
+    if are_drafts:
+        totals = votes.totals(rows)
+        chosen = sorted(finalists(totals, args.finalists), key=lambda i: -totals[i])
+    else:
+        _, _, pair, _, totals = choose(caption, rows, args.stage, votes)
+        chosen = pair or ()
+    colours = dict.fromkeys(chosen, BAD) | dict.fromkeys(chosen[: (len(chosen) + 1) // 2], GOOD)
     cards = [
         Card([(from_jpeg(rows[i]["jpg"]), f"{totals[i]:.2f}", colours.get(i, INK))])
         for i in np.argsort(-totals)  # nan comes last
         if rows[i]["jpg"]
     ]
-    what = f"Drafts in {args.draft_steps} steps, best to worst" if drafts else "Best to worst"
-    title = textwrap.shorten(f"{what}: {rows[0]['caption']}", 110)
+    what = f"Drafts in {args.draft_steps} steps, best to worst" if are_drafts else "Best to worst"
+    title = textwrap.shorten(f"{what}: {caption}", 110)
     save_png(contact_sheet(title, cards, per_row=10, cell=144), Path(args.output_dir) / "pool.png")
 
 
@@ -2424,9 +2439,10 @@ def histogram_steps(series: Sequence[Series], count: int = 40) -> np.ndarray:
     values = np.concatenate([one.values[np.isfinite(one.values)] for one in series])
     if not len(values):
         return values
-    low, quarter, three_quarters, high = np.percentile(values, [0, 25, 75, 100]).tolist()
+    quarter, three_quarters = np.percentile(values, [25, 75]).tolist()
     reach = 4 * (three_quarters - quarter) or math.inf
-    low, high = max(low, quarter - reach), min(high, three_quarters + reach)
+    near = values[(values >= quarter - reach) & (values <= three_quarters + reach)]
+    low, high = float(near.min()), float(near.max())
     return round_steps(low, high, count) if low < high else np.array([low - 0.5, low + 0.5])
 
 
@@ -2484,7 +2500,8 @@ def draw_panel(title: str, unit: str, series: Sequence[Series], width: int = 880
         panel.paste(one.colour, mask=mask)
         draw.line(outline, one.colour, 3)
         draw.rectangle((left, 76, left + 24, 100), one.colour)
-        label = f"{one.name}, median {np.median(one.values[np.isfinite(one.values)]):.2f}"
+        finite = one.values[np.isfinite(one.values)]
+        label = f"{one.name}, median {np.median(finite):.2f}" if len(finite) else f"{one.name}, none finite"
         draw.text((left + 36, 74), label, INK, font)
         left += 80 + round(draw.textlength(label, font))
     draw.line([frame.at(frame.low, 0), frame.at(frame.high, 0)], INK, 3)
@@ -2626,6 +2643,8 @@ def what_a_pair_is(settings: dict[str, Any]) -> str:
         return f"the best and the worst of {count} images of one prompt{how},"
     timesteps, before = settings["sdrecon_timesteps"], {"normal": "Easy", "hard": "Normal"}[settings["stage"]]
     photo = f"a real photo noised to timestep {' or '.join(map(str, timesteps))} and denoised by the model"
+    if settings["stage"] == "hard":
+        return f"{photo}, preferred to the {before} stage's winner of the same prompt whatever their scores, scored"
     return f"{photo}, against the {before} stage's winner of the same prompt, chosen"
 
 
@@ -2645,7 +2664,7 @@ def data_card(folder: Path, record: dict[str, Any]) -> str:
             f"  - {{name: {column.name}, dtype: {kinds.get(column.type, column.type)}}}"
             for column in pq.read_schema(split_file(folder, next(iter(counts))))
         ),
-        pairs=" and ".join(f"{count:,} {split} pairs" for split, count in counts.items()),
+        pairs=" and ".join(f"{count:,} {split} pair{'s' * (count != 1)}" for split, count in counts.items()),
         each=what_a_pair_is(settings),
         scorers=markdown_text(" + ".join(means)),
         model=markdown_text(settings["pretrained_model_name_or_path"]),
@@ -2775,7 +2794,7 @@ kbd{font:inherit;font-size:13px;border:1px solid var(--line);border-radius:4px;p
 <main></main>
 <footer class="soft"><span class="keys"><kbd>←</kbd> <kbd>→</kbd> leaf through, <kbd>B</kbd> blind test,
 <kbd>1</kbd> <kbd>2</kbd> choose. </span>
-No person has looked at these pairs: the blind test measures the scorer against you.</footer>
+No person has looked at these pairs: the blind test measures their choice against yours.</footer>
 <script type="application/json" id="data">@DATA@</script>
 <script>
 const $ = id => document.getElementById(id), main = document.querySelector("main");
@@ -2829,8 +2848,9 @@ function interval(k, n) {  // Wilson's for a share k / n, 95 %
 function verdict(pair) {
   const told = pairs.filter(other => other.choice), n = told.length;
   const k = told.filter(other => other.choice === "winner").length;
-  const now = !pair?.choice ? "Which one would you choose?"
-    : pair.choice === "winner" ? "You agree with the scorer." : "The scorer chose the other one.";
+  const [yes, no] = pair?.stage === "hard" ? ["You agree with the choice.", "The choice is the other one."]
+    : ["You agree with the scorer.", "The scorer chose the other one."];
+  const now = !pair?.choice ? "Which one would you choose?" : pair.choice === "winner" ? yes : no;
   return !n ? now : `${now} So far you agree in ${k} of ${n}: ${Math.round(100 * k / n)} % `
     + `(95 % interval ${interval(k, n).join(" to ")}; a coin: 50).`;
 }
@@ -3324,7 +3344,7 @@ def finish(args: argparse.Namespace, pool: Pool, inputs: Inputs, settings: Row, 
     if not kept:
         raise UserError(f"no pairs from {len(verdicts)} prompts: {count_words(dropped)}")
     counts = write_pairs(args, pool.images, plan, votes, floor, inputs.held_out)
-    draw_pool(args, pool, votes)
+    draw_pool(args, pool, plan, votes)
     facts = next(read_facts(shard) for shard in pool.images if shard.exists())
     record = {
         "settings": settings,
