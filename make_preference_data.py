@@ -1569,6 +1569,7 @@ SCORE_COLUMNS = {"prompt_id": pa.string(), "caption": pa.string(), "index": pa.i
 SCORE_COLUMNS |= {"seed": pa.int64(), "scores": pa.string()}
 POOL_COLUMNS = SCORE_COLUMNS | {"jpg": pa.binary(), "latents": pa.binary()}
 DISCARDED = b""  # in place of the jpg of a draft that was scored and not kept; one that is not finite has none
+FINALISTS = 4  # a prompt's in plan_shards, whatever --finalists is, so that --rescore finds them in the same files
 PREVIOUS = -1  # the index of the previous stage's winner among a prompt's images
 
 
@@ -1655,6 +1656,11 @@ def plan_shards(folder: Path, kind: str, prompts: list[str], images_per_prompt: 
     size = math.ceil(SHARD_IMAGES / images_per_prompt)
     groups = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     return {folder / "pool" / f"{kind}-{number:05d}.parquet": group for number, group in enumerate(groups)}
+
+
+def shard_of_prompts(shards: dict[Path, list[str]]) -> dict[str, Path]:
+    """plan_shards the other way round."""
+    return {prompt: path for path, prompts in shards.items() for prompt in prompts}
 
 
 def plan_candidates(prompts: list[str], count: int, seed: int, source: str) -> list[Row]:
@@ -3254,32 +3260,27 @@ class Pool(NamedTuple):
 
 def plan_pool(args: argparse.Namespace, inputs: Inputs, scorers: list[Scorer], agree: list[Scorer]) -> Pool:
     """Easy: N images of each prompt, or N drafts and its finalists. Normal and Hard: the photos' reconstructions."""
-    folder, count = Path(args.output_dir), args.num_images_per_prompt
+    folder, count, easy = Path(args.output_dir), args.num_images_per_prompt, args.stage == "easy"
+    per_prompt = (FINALISTS if args.draft_steps else count) if easy else len(args.sdrecon_timesteps) + 1
+    images = plan_shards(folder, "images", inputs.prompts, per_prompt)
+    drafts = plan_shards(folder, "drafts", inputs.prompts, count) if args.draft_steps else {}
     plan_drafts = partial(plan_candidates, count=count, seed=args.seed, source="draft")
+    count_all = partial(count_votes, scorers, agree)
     if args.rescore and not args.refine:
-        per_prompt = len(args.sdrecon_timesteps) + 1 if args.stage != "easy" else 4 if args.draft_steps else count
-        images = plan_shards(folder, "images", inputs.prompts, per_prompt)
-        plan = partial(plan_kept, images={prompt: path for path, prompts in images.items() for prompt in prompts})
-        drafts = plan_shards(folder, "drafts", inputs.prompts, count)
-        return Pool({}, images, plan_drafts, lambda: (plan, count_votes(scorers, agree, images, drafts)))
-    if args.stage != "easy":
-        timesteps = args.sdrecon_timesteps
-        plan = partial(plan_reconstructions, timesteps=timesteps, seed=args.seed, winners=inputs.winners)
-        images = plan_shards(folder, "images", inputs.prompts, len(timesteps) + 1)
-        return Pool({}, images, plan_drafts, lambda: (plan, count_votes(scorers, agree, images)))
-    if not args.draft_steps:
+        plan = partial(plan_kept, images=shard_of_prompts(images))
+    elif not easy:
+        plan = partial(plan_reconstructions, timesteps=args.sdrecon_timesteps, seed=args.seed, winners=inputs.winners)
+    elif not args.draft_steps:
         plan = partial(plan_candidates, count=count, seed=args.seed, source="generated")
-        images = plan_shards(folder, "images", inputs.prompts, count)
-        return Pool({}, images, plan_drafts, lambda: (plan, count_votes(scorers, agree, images)))
+    else:
 
-    drafts = plan_shards(folder, "drafts", inputs.prompts, count)
-    shard_of = {prompt: path for path, prompts in drafts.items() for prompt in prompts}
+        def plan_images() -> tuple[Plan, Votes]:
+            votes = count_all(drafts)
+            chosen = {"drafts": shard_of_prompts(drafts), "per_side": args.finalists, "votes": votes}
+            return partial(plan_finalists, **chosen), votes
 
-    def plan_images() -> tuple[Plan, Votes]:
-        votes = count_votes(scorers, agree, drafts)
-        return partial(plan_finalists, drafts=shard_of, per_side=args.finalists, votes=votes), votes
-
-    return Pool(drafts, plan_shards(folder, "images", inputs.prompts, 4), plan_drafts, plan_images)
+        return Pool(drafts, images, plan_drafts, plan_images)
+    return Pool({}, images, plan_drafts, lambda: (plan, count_all(images, drafts)))
 
 
 def prepare_tools(args: argparse.Namespace, device: torch.device, wanted: list[Scorer], inputs: Inputs) -> Tools:
