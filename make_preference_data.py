@@ -1608,6 +1608,7 @@ SCORE_COLUMNS = {"prompt_id": pa.string(), "caption": pa.string(), "index": pa.i
 SCORE_COLUMNS |= {"seed": pa.int64(), "scores": pa.string()}
 POOL_COLUMNS = SCORE_COLUMNS | {"jpg": pa.binary(), "latents": pa.binary()}
 DISCARDED = b""  # in place of the jpg of a draft that was scored and not kept; one that is not finite has none
+FINALISTS = 4  # a prompt's in plan_shards, whatever --finalists is, so that --rescore finds them in the same files
 PREVIOUS = -1  # the index of the previous stage's winner among a prompt's images
 
 
@@ -1694,6 +1695,11 @@ def plan_shards(folder: Path, kind: str, prompts: list[str], images_per_prompt: 
     size = math.ceil(SHARD_IMAGES / images_per_prompt)
     groups = [prompts[start : start + size] for start in range(0, len(prompts), size)]
     return {folder / "pool" / f"{kind}-{number:05d}.parquet": group for number, group in enumerate(groups)}
+
+
+def shard_of_prompts(shards: dict[Path, list[str]]) -> dict[str, Path]:
+    """plan_shards the other way round."""
+    return {prompt: path for path, prompts in shards.items() for prompt in prompts}
 
 
 def plan_candidates(prompts: list[str], count: int, seed: int, source: str) -> list[Row]:
@@ -2143,18 +2149,24 @@ def choose(caption: str, rows: list[Row], stage: str, votes: Votes) -> Choice:
     for scorer in votes.agree if pair else []:
         winner, loser = scores_of([rows[i] for i in pair], scorer)
         if not winner > loser:
-            return Choice(caption, rows, None, f"{scorer.label} disagrees", totals)
+            what = "gave no score" if np.isnan([winner, loser]).any() else "disagrees"
+            return Choice(caption, rows, None, f"{scorer.label} {what}", totals)
     return Choice(caption, rows, pair, reason, totals)
 
 
 def choose_all(args: argparse.Namespace, shards: dict[Path, list[str]], plan: Plan, votes: Votes) -> Iterator[Choice]:
     """The verdict on every prompt of the pool, by its planned rows alone: what was drawn for other choices is out."""
     for path, prompts in shards.items():
-        planned = {image_id(row) for row in plan(prompts)} if path.exists() else set()
+        planned = plan(prompts) if path.exists() else []
         pools = dict(read_pools([path]))
         for prompt in prompts:
-            rows = [row for row in pools.get(prompt, []) if image_id(row) in planned]
-            yield choose(prompt, rows, args.stage, votes)
+            yield choose(prompt, only_planned(pools.get(prompt, []), planned), args.stage, votes)
+
+
+def only_planned(rows: list[Row], planned: list[Row]) -> list[Row]:
+    """Those of the rows that are planned, by their image_id."""
+    wanted = {image_id(row) for row in planned}
+    return [row for row in rows if image_id(row) in wanted]
 
 
 def least_margin(spec: str | None, margins: list[float]) -> float:
@@ -2359,8 +2371,8 @@ there, has every image and its scores.
 
 ## Limits
 
-- No person has looked at them: the better image by {scorers} is not always the one that people like better. How often
-  you agree, the blind test in `pairs.html` tells.
+- No person has looked at them: the winner is not always the one that people like better. How often you agree, the
+  blind test in `pairs.html` tells.
 - What the model cannot draw is in no pair, and what is wrong in all images of a prompt is wrong in its winner too.
 - The images show what the model makes of the prompts, its biases included.
 - The model's licence says what its images may be used for.
@@ -2385,16 +2397,20 @@ class Card(NamedTuple):
 
 def contact_sheet(title: str, cards: list[Card], per_row: int, cell: int = 192) -> Image.Image:
     """Cards in rows under a title. Images smaller than a cell are enlarged with hard pixels, larger ones reduced."""
-    gap, line = 16, 20
+    gap, line, heading_line = 16, 20, 26
     body, heading = ImageFont.load_default(size=14), ImageFont.load_default(size=20)
     wrapped = [textwrap.wrap(card.caption, cell // 7, max_lines=5, placeholder=" ...") for card in cards]
     height = max(len(card.images) for card in cards) * (cell + 2 * line) + max(map(len, wrapped)) * line + gap
     rows = math.ceil(len(cards) / per_row)
-    sheet = Image.new("RGB", (gap + min(per_row, len(cards)) * (cell + gap), 3 * line + rows * height), PAPER)
+    width = gap + min(per_row, len(cards)) * (cell + gap)
+    titles = textwrap.wrap(title, (width - 2 * gap) // 11)
+    top = 3 * line + heading_line * (len(titles) - 1)
+    sheet = Image.new("RGB", (width, top + rows * height), PAPER)
     draw = ImageDraw.Draw(sheet)
-    draw.text((gap, line), title, INK, heading)
+    for number, words in enumerate(titles):
+        draw.text((gap, line + number * heading_line), words, INK, heading)
     for number, (card, caption) in enumerate(zip(cards, wrapped, strict=True)):
-        x, y = gap + number % per_row * (cell + gap), 3 * line + number // per_row * height
+        x, y = gap + number % per_row * (cell + gap), top + number // per_row * height
         for image, label, colour in card.images:
             method = Image.Resampling.NEAREST if max(image.size) <= cell else Image.Resampling.LANCZOS
             image = ImageOps.contain(image, (cell, cell), method)
@@ -2406,21 +2422,26 @@ def contact_sheet(title: str, cards: list[Card], per_row: int, cell: int = 192) 
     return sheet
 
 
-def draw_pool(args: argparse.Namespace, pool: Pool, votes: Votes) -> None:
-    """pool.png: all candidates of the first prompt that has some, best to worst; the finalists are marked."""
-    pools = read_pools([*pool.drafts, *pool.images], list(POOL_COLUMNS))
-    rows = next(rows for _, rows in pools if any(row["jpg"] for row in rows))
-    drafts, totals = rows[0]["source"] == "draft", votes.totals(rows)
-    chosen = finalists(totals, args.finalists if drafts else 1)
-    colours = dict(zip(chosen, [BAD] * len(chosen), strict=True))
-    colours |= dict.fromkeys(sorted(chosen, key=lambda i: -totals[i])[: (len(chosen) + 1) // 2], GOOD)
+def draw_pool(args: argparse.Namespace, pool: Pool, plan: Plan, votes: Votes) -> None:
+    """pool.png: all candidates of the first prompt that has some, best to worst; the finalists or the pair marked."""
+    drafts, images = (read_pools(shards, list(POOL_COLUMNS)) for shards in (pool.drafts, pool.images))
+    pools = chain(drafts, ((caption, only_planned(rows, plan([caption]))) for caption, rows in images))
+    caption, rows = next((caption, rows) for caption, rows in pools if any(row["jpg"] for row in rows))
+    are_drafts = rows[0]["source"] == "draft"
+    if are_drafts:
+        totals = votes.totals(rows)
+        chosen = sorted(finalists(totals, args.finalists), key=lambda i: -totals[i])
+    else:
+        _, _, pair, _, totals = choose(caption, rows, args.stage, votes)
+        chosen = pair or ()
+    colours = dict.fromkeys(chosen, BAD) | dict.fromkeys(chosen[: (len(chosen) + 1) // 2], GOOD)
     cards = [
         Card([(from_jpeg(rows[i]["jpg"]), f"{totals[i]:.2f}", colours.get(i, INK))])
         for i in np.argsort(-totals)  # nan comes last
         if rows[i]["jpg"]
     ]
-    what = f"Drafts in {args.draft_steps} steps, best to worst" if drafts else "Best to worst"
-    title = textwrap.shorten(f"{what}: {rows[0]['caption']}", 110)
+    what = f"Drafts in {args.draft_steps} steps, best to worst" if are_drafts else "Best to worst"
+    title = textwrap.shorten(f"{what}: {caption}", 110)
     save_png(contact_sheet(title, cards, per_row=10, cell=144), Path(args.output_dir) / "pool.png")
 
 
@@ -2463,9 +2484,10 @@ def histogram_steps(series: Sequence[Series], count: int = 40) -> np.ndarray:
     values = np.concatenate([one.values[np.isfinite(one.values)] for one in series])
     if not len(values):
         return values
-    low, quarter, three_quarters, high = np.percentile(values, [0, 25, 75, 100]).tolist()
+    quarter, three_quarters = np.percentile(values, [25, 75]).tolist()
     reach = 4 * (three_quarters - quarter) or math.inf
-    low, high = max(low, quarter - reach), min(high, three_quarters + reach)
+    near = values[(values >= quarter - reach) & (values <= three_quarters + reach)]
+    low, high = float(near.min()), float(near.max())
     return round_steps(low, high, count) if low < high else np.array([low - 0.5, low + 0.5])
 
 
@@ -2523,7 +2545,8 @@ def draw_panel(title: str, unit: str, series: Sequence[Series], width: int = 880
         panel.paste(one.colour, mask=mask)
         draw.line(outline, one.colour, 3)
         draw.rectangle((left, 76, left + 24, 100), one.colour)
-        label = f"{one.name}, median {np.median(one.values[np.isfinite(one.values)]):.2f}"
+        finite = one.values[np.isfinite(one.values)]
+        label = f"{one.name}, median {np.median(finite):.2f}" if len(finite) else f"{one.name}, none finite"
         draw.text((left + 36, 74), label, INK, font)
         left += 80 + round(draw.textlength(label, font))
     draw.line([frame.at(frame.low, 0), frame.at(frame.high, 0)], INK, 3)
@@ -2665,6 +2688,8 @@ def what_a_pair_is(settings: dict[str, Any]) -> str:
         return f"the best and the worst of {count} images of one prompt{how},"
     timesteps, before = settings["sdrecon_timesteps"], {"normal": "Easy", "hard": "Normal"}[settings["stage"]]
     photo = f"a real photo noised to timestep {' or '.join(map(str, timesteps))} and denoised by the model"
+    if settings["stage"] == "hard":
+        return f"{photo}, preferred to the {before} stage's winner of the same prompt whatever their scores, scored"
     return f"{photo}, against the {before} stage's winner of the same prompt, chosen"
 
 
@@ -2684,7 +2709,7 @@ def data_card(folder: Path, record: dict[str, Any]) -> str:
             f"  - {{name: {column.name}, dtype: {kinds.get(column.type, column.type)}}}"
             for column in pq.read_schema(split_file(folder, next(iter(counts))))
         ),
-        pairs=" and ".join(f"{count:,} {split} pairs" for split, count in counts.items()),
+        pairs=" and ".join(f"{count:,} {split} pair{'s' * (count != 1)}" for split, count in counts.items()),
         each=what_a_pair_is(settings),
         scorers=markdown_text(" + ".join(means)),
         model=markdown_text(settings["pretrained_model_name_or_path"]),
@@ -2814,7 +2839,7 @@ kbd{font:inherit;font-size:13px;border:1px solid var(--line);border-radius:4px;p
 <main></main>
 <footer class="soft"><span class="keys"><kbd>←</kbd> <kbd>→</kbd> leaf through, <kbd>B</kbd> blind test,
 <kbd>1</kbd> <kbd>2</kbd> choose. </span>
-No person has looked at these pairs: the blind test measures the scorer against you.</footer>
+No person has looked at these pairs: the blind test measures their choice against yours.</footer>
 <script type="application/json" id="data">@DATA@</script>
 <script>
 const $ = id => document.getElementById(id), main = document.querySelector("main");
@@ -2868,8 +2893,9 @@ function interval(k, n) {  // Wilson's for a share k / n, 95 %
 function verdict(pair) {
   const told = pairs.filter(other => other.choice), n = told.length;
   const k = told.filter(other => other.choice === "winner").length;
-  const now = !pair?.choice ? "Which one would you choose?"
-    : pair.choice === "winner" ? "You agree with the scorer." : "The scorer chose the other one.";
+  const [yes, no] = pair?.stage === "hard" ? ["You agree with the choice.", "The choice is the other one."]
+    : ["You agree with the scorer.", "The scorer chose the other one."];
+  const now = !pair?.choice ? "Which one would you choose?" : pair.choice === "winner" ? yes : no;
   return !n ? now : `${now} So far you agree in ${k} of ${n}: ${Math.round(100 * k / n)} % `
     + `(95 % interval ${interval(k, n).join(" to ")}; a coin: 50).`;
 }
@@ -3273,32 +3299,27 @@ class Pool(NamedTuple):
 
 def plan_pool(args: argparse.Namespace, inputs: Inputs, scorers: list[Scorer], agree: list[Scorer]) -> Pool:
     """Easy: N images of each prompt, or N drafts and its finalists. Normal and Hard: the photos' reconstructions."""
-    folder, count = Path(args.output_dir), args.num_images_per_prompt
+    folder, count, easy = Path(args.output_dir), args.num_images_per_prompt, args.stage == "easy"
+    per_prompt = (FINALISTS if args.draft_steps else count) if easy else len(args.sdrecon_timesteps) + 1
+    images = plan_shards(folder, "images", inputs.prompts, per_prompt)
+    drafts = plan_shards(folder, "drafts", inputs.prompts, count) if args.draft_steps else {}
     plan_drafts = partial(plan_candidates, count=count, seed=args.seed, source="draft")
+    count_all = partial(count_votes, scorers, agree)
     if args.rescore and not args.refine:
-        per_prompt = len(args.sdrecon_timesteps) + 1 if args.stage != "easy" else 4 if args.draft_steps else count
-        images = plan_shards(folder, "images", inputs.prompts, per_prompt)
-        plan = partial(plan_kept, images={prompt: path for path, prompts in images.items() for prompt in prompts})
-        drafts = plan_shards(folder, "drafts", inputs.prompts, count)
-        return Pool({}, images, plan_drafts, lambda: (plan, count_votes(scorers, agree, images, drafts)))
-    if args.stage != "easy":
-        timesteps = args.sdrecon_timesteps
-        plan = partial(plan_reconstructions, timesteps=timesteps, seed=args.seed, winners=inputs.winners)
-        images = plan_shards(folder, "images", inputs.prompts, len(timesteps) + 1)
-        return Pool({}, images, plan_drafts, lambda: (plan, count_votes(scorers, agree, images)))
-    if not args.draft_steps:
+        plan = partial(plan_kept, images=shard_of_prompts(images))
+    elif not easy:
+        plan = partial(plan_reconstructions, timesteps=args.sdrecon_timesteps, seed=args.seed, winners=inputs.winners)
+    elif not args.draft_steps:
         plan = partial(plan_candidates, count=count, seed=args.seed, source="generated")
-        images = plan_shards(folder, "images", inputs.prompts, count)
-        return Pool({}, images, plan_drafts, lambda: (plan, count_votes(scorers, agree, images)))
+    else:
 
-    drafts = plan_shards(folder, "drafts", inputs.prompts, count)
-    shard_of = {prompt: path for path, prompts in drafts.items() for prompt in prompts}
+        def plan_images() -> tuple[Plan, Votes]:
+            votes = count_all(drafts)
+            chosen = {"drafts": shard_of_prompts(drafts), "per_side": args.finalists, "votes": votes}
+            return partial(plan_finalists, **chosen), votes
 
-    def plan_images() -> tuple[Plan, Votes]:
-        votes = count_votes(scorers, agree, drafts)
-        return partial(plan_finalists, drafts=shard_of, per_side=args.finalists, votes=votes), votes
-
-    return Pool(drafts, plan_shards(folder, "images", inputs.prompts, 4), plan_drafts, plan_images)
+        return Pool(drafts, images, plan_drafts, plan_images)
+    return Pool({}, images, plan_drafts, lambda: (plan, count_all(images, drafts)))
 
 
 def prepare_tools(args: argparse.Namespace, device: torch.device, wanted: list[Scorer], inputs: Inputs) -> Tools:
@@ -3363,7 +3384,7 @@ def finish(args: argparse.Namespace, pool: Pool, inputs: Inputs, settings: Row, 
     if not kept:
         raise UserError(f"no pairs from {len(verdicts)} prompts: {count_words(dropped)}")
     counts = write_pairs(args, pool.images, plan, votes, floor, inputs.held_out)
-    draw_pool(args, pool, votes)
+    draw_pool(args, pool, plan, votes)
     facts = next(read_facts(shard) for shard in pool.images if shard.exists())
     record = {
         "settings": settings,

@@ -173,6 +173,30 @@ def test_scores_follow_the_labels_and_what_is_not_finite_is_counted(finished):
     assert data.not_drawn([far]) == {"of the margins beyond the axis": 2}
 
 
+def test_the_axis_ends_where_the_bars_end():
+    far = data.Series("margins", np.array([*np.linspace(0, 1, 50), 400.0, -7.0]), "red")
+    edges = data.histogram_steps([far])
+    assert (edges[0], edges[-1]) == pytest.approx((0, 1), abs=0.05)
+
+
+def test_a_side_without_finite_scores_is_said_to_have_none(recwarn):
+    sides = [
+        data.Series("winners", np.array([1.0, 2.0]), data.GOOD),
+        data.Series("losers", np.full(2, -INF), data.BAD),
+    ]
+    data.draw_panel("Scores", "score", sides)
+    assert [str(warning.message) for warning in recwarn] == []
+
+
+def test_a_long_title_is_wrapped_to_a_narrow_sheet():
+    card = data.Card([(Image.new("RGB", (64, 64)), "1.00", data.GOOD)])
+    long, short = (data.contact_sheet(title, [card], 6) for title in ("Winners above losers, with their scores", "W"))
+    assert long.width == short.width
+    assert long.height > short.height
+    ink = np.asarray(long.convert("L"))[: long.height - short.height + 60, -8:]
+    assert (ink == 255).all()  # nothing runs over the edge
+
+
 @pytest.mark.parametrize("values", [[], [NAN, INF], [3.0], [0.0] * 9, [1e-7, 2e-7], [-5e8, 7e8], [1, 1, 1, 1, 1, 9]])
 def test_histograms_of_odd_scores(values):
     series = [data.Series("winners", np.array(values, float), data.GOOD)]
@@ -306,6 +330,15 @@ def test_page_in_a_browser_leafs_sorts_filters_and_counts_blind_choices(finished
     assert told[7:] == [10, 1]
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")
+def test_page_does_not_call_the_hard_stages_choice_the_scorers(tmp_path):
+    record = write_folder(tmp_path / "out", [make_row(1, stage="hard")])
+    data.write_page(tmp_path / "out", record)
+    script = 'const p = k => document.body.dispatchEvent(new KeyboardEvent("keydown", {key: k, bubbles: true}));'
+    dom = browse(tmp_path / "out" / "pairs.html", script + 'p("b"); p(pairs[0].coin ? "2" : "1");')
+    assert "You agree with the choice. So far you agree in 1 of 1" in dom
+
+
 # ---- The data card --------------------------------------------------------------------------------------------------
 
 
@@ -343,12 +376,15 @@ def test_what_a_pair_is_in_words():
     normal = data.what_a_pair_is(easy | {"stage": "normal", "sdrecon_timesteps": [400, 500]})
     assert "timestep 400 or 500" in normal
     assert "the Easy stage's winner" in normal
-    assert "the Normal stage's winner" in data.what_a_pair_is(easy | {"stage": "hard", "sdrecon_timesteps": [100]})
+    hard = data.what_a_pair_is(easy | {"stage": "hard", "sdrecon_timesteps": [100]})
+    assert "preferred to the Normal stage's winner of the same prompt whatever their scores" in hard
+    assert "chosen" not in hard
 
 
 def test_data_card_escapes_what_users_wrote(tmp_path):
     record = write_folder(tmp_path / "out", [make_row(1, caption=HOSTILE)])
     card = data.data_card(tmp_path / "out", record)
+    assert "\n1 train pair. Each" in card
     assert "<img" not in card
     assert "<!--" not in card
     assert r"\`a\|b\` \*c\*" in card

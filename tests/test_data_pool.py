@@ -301,6 +301,14 @@ def test_agree(drafted, inputs):
     assert json.loads(kept[0]["scores"]).keys() == {"pickscore", "redness"}
 
 
+def test_an_agreeing_scorer_that_gives_nan_does_not_disagree(inputs):
+    (inputs / "silent.py").write_text(
+        "def silent(device):\n    return lambda images, p: [float('nan')] * len(images)\n"
+    )
+    with pytest.raises(data.UserError, match="2 silent gave no score"):
+        make(inputs, "--num_inference_steps", 1, "--max_prompts", 2, "--agree", f"{inputs}/silent.py:silent")
+
+
 def test_min_margin_as_a_share(drafted, inputs):
     make(inputs, *DRAFTS, "--min_margin", "50%")
     margins = sorted(row["margin"] for row in data_of(drafted))

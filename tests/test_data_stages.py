@@ -302,6 +302,23 @@ def test_damaged_pairs_of_the_stage_before_are_named(curriculum, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_pool_png_marks_the_pair_that_was_chosen(curriculum, tmp_path, monkeypatch):
+    """The loser is the stage before's winner, which is seldom the worst of all."""
+    monkeypatch.setattr(data, "SHARD_IMAGES", 10)
+    out, sheets = shutil.copytree(curriculum / "normal", tmp_path / "out"), []
+    sheet = data.contact_sheet
+    monkeypatch.setattr(data, "contact_sheet", lambda *args, **more: sheets.append(args[1]) or sheet(*args, **more))
+    data.main(data.parse_args(["--output_dir", str(out), "--rescore"]))
+    first = (out / "pool" / "prompts.txt").read_text().splitlines()[0]
+    pairs = [row for row in data_of(out) if row["caption"] == first]
+    expected = [
+        (f"{side(row, 'score'):.2f}", mark) for row in pairs for side, mark in ((winner, data.GOOD), (loser, data.BAD))
+    ]
+    cards = next(cards for cards in sheets if len(cards) == 5)
+    marked = [(label, colour) for card in cards for _, label, colour in card.images if colour != data.INK]
+    assert marked == expected
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
