@@ -2613,6 +2613,11 @@ def plain_text(text: str) -> str:
     return " ".join(re.sub(r"[^ -~\u00a0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text).split())
 
 
+def without_folders(text: str) -> str:
+    """Absolute paths cut to their last part: what is pushed to a hub is read on other machines."""
+    return re.sub(r"(?<![\w.:/~-])/(?:[^\s/,'\"]+/)+", "", text)
+
+
 def yaml_text(text: str) -> str:
     """A string of yaml that says just this; json's strings are yaml's."""
     return json.dumps(plain_text(text), ensure_ascii=False)
@@ -2696,14 +2701,16 @@ def what_a_pair_is(settings: dict[str, Any]) -> str:
 def data_card(folder: Path, record: dict[str, Any]) -> str:
     """README.md of the finished pairs and their record; its yaml is what datasets.load_dataset and the Hub read."""
     settings, counts = record["settings"], count_pairs(folder)
+    model = without_folders(settings["pretrained_model_name_or_path"])
     kinds = {pa.float64(): "float64", pa.int64(): "int64"}
     gaps, (means, sources) = summarise_margins(scores_of_pairs(folder)["margins"]), summarise_pairs(folder)
     numbers = [("prompts", f"{record['prompts']:,}")]
     numbers += [(f"pairs in {split}", f"{count:,}") for split, count in counts.items()]
     numbers += [(f"no pair: {reason}", f"{count:,}") for reason, count in record["dropped"].items()]
     numbers += [(side, count_words(source)) for side, source in sources.items()]
+    command = next_command(argparse.Namespace(**{**settings, "output_dir": "FOLDER"}))
     return DATA_CARD.format(
-        name=yaml_text(f"Preference pairs of {settings['pretrained_model_name_or_path']}"),
+        name=yaml_text(f"Preference pairs of {model}"),
         files="\n".join(f"  - {{split: {split}, path: data/{split_file(folder, split).name}}}" for split in counts),
         features="\n".join(
             f"  - {{name: {column.name}, dtype: {kinds.get(column.type, column.type)}}}"
@@ -2712,7 +2719,7 @@ def data_card(folder: Path, record: dict[str, Any]) -> str:
         pairs=" and ".join(f"{count:,} {split} pair{'s' * (count != 1)}" for split, count in counts.items()),
         each=what_a_pair_is(settings),
         scorers=markdown_text(" + ".join(means)),
-        model=markdown_text(settings["pretrained_model_name_or_path"]),
+        model=markdown_text(model),
         counts=markdown_table(("", "number"), numbers),
         scores=markdown_table(
             ("scorer", "winners, mean", "losers, mean", "winner higher", "pairs"),
@@ -2720,11 +2727,11 @@ def data_card(folder: Path, record: dict[str, Any]) -> str:
         ),
         gaps=markdown_table(("", *gaps), [("margin", *map(show, gaps.values()))]),
         examples=example_lines(folder),
-        command=plain_text(next_command(argparse.Namespace(**{**settings, "output_dir": "FOLDER"}))),
+        command=plain_text(without_folders(command)),
         settings=markdown_table(
             ("setting", "value"),
             [
-                (f"--{name}", " ".join(map(str, value)) if isinstance(value, list) else value)
+                (f"--{name}", without_folders(" ".join(map(str, value)) if isinstance(value, list) else str(value)))
                 for name, value in settings.items()
                 if value is not None
             ],
@@ -3006,9 +3013,8 @@ def write_page(folder: Path, record: dict[str, Any], count: int = 100) -> None:
     rows = zip(positions, iterate_pairs(folder, columns, positions=positions), strict=True)
     pairs = [page_pair(split, row, position) for position, (split, row) in rows]
     words = f"{len(pairs)} of {total} pairs" if len(pairs) < total else f"{total} pairs"
-    words += (
-        f", scored by {' + '.join(scorer_names(folder))}, of images by {settings['pretrained_model_name_or_path']}"
-    )
+    model = without_folders(settings["pretrained_model_name_or_path"])
+    words += f", scored by {' + '.join(scorer_names(folder))}, of images by {model}"
     content = {"about": {"words": words, "total": total}, "small": max(record["image_size"]) <= TINY, "pairs": pairs}
     data = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
     page = PAGE.replace("@DATA@", data)
@@ -3048,7 +3054,7 @@ def write_export(
 
 def export_pickapic(folder: Path, part: Path) -> None:
     """Pick-a-Pic v2's columns and no others."""
-    model = read_record(folder)["settings"]["pretrained_model_name_or_path"]
+    model = without_folders(read_record(folder)["settings"]["pretrained_model_name_or_path"])
     numbers = iter(range(sum(count_pairs(folder).values())))
 
     def to_row(pair: dict[str, Any], of_this_prompt: int) -> dict[str, Any]:

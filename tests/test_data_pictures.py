@@ -514,3 +514,11 @@ def test_a_run_shows_and_exports(tmp_path, capsys):
     data.main(data.parse_args(["--output_dir", str(tmp_path / "out"), "--rescore"]))
     assert not stale.exists()
     assert not (tmp_path / "out" / "export-folders").exists()
+
+
+def test_what_is_pushed_names_no_folder_of_this_machine():
+    cut = data.without_folders
+    assert cut("/home/me/models/sd15") == "sd15"
+    assert cut("pickscore=/home/me/scorer,crop=1 clip") == "pickscore=scorer,crop=1 clip"
+    for kept in ("owner/name", "my/model", "https://host/a/b", "C:/models/sd15", "a person / two", "./here/model"):
+        assert cut(kept) == kept
