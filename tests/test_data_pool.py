@@ -210,7 +210,7 @@ def test_rescore_chooses_among_the_images_that_are_there(drafted, inputs, monkey
     assert [row["jpg"] for row in pool_rows(out, "images")] == before
     for pair in data_of(out):
         rows = [row for row in pool_rows(out, "images") if row["caption"] == pair["caption"]]
-        red = {row["seed"]: json.loads(row["scores"])[plugin] for row in rows}
+        red = {row["seed"]: json.loads(row["scores"])[data.parse_scorer(plugin).source] for row in rows}
         assert {red[pair["seed_0"]], red[pair["seed_1"]]} == {max(red.values()), min(red.values())}
 
 
@@ -265,7 +265,11 @@ def test_refine_draws_what_comes_newly_to_the_final_and_forgets_nothing(drafted,
     drafts, images = pool_rows(out, "drafts"), pool_rows(out, "images")
     assert 12 < len(images) <= 24
     for pair in data_of(out):
-        red = {row["seed"]: json.loads(row["scores"])[plugin] for row in drafts if row["caption"] == pair["caption"]}
+        red = {
+            row["seed"]: json.loads(row["scores"])[data.parse_scorer(plugin).source]
+            for row in drafts
+            if row["caption"] == pair["caption"]
+        }
         assert {red[pair["seed_0"]], red[pair["seed_1"]]} == {max(red.values()), min(red.values())}
     rescore(inputs, "--refine", "--scorer", SCORER)
     assert data_of(out) == data_of(drafted)  # what was drawn for the other scorer takes no part

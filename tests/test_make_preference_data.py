@@ -345,7 +345,7 @@ def test_rescore(inputs, finished):
     for path in out.glob("pool/*.parquet"):
         assert pq.read_table(path, columns=["seed", "jpg"]) == pool[path.name]
         row = pq.read_table(path).to_pylist()[0]
-        assert set(json.loads(row["scores"])) == {SCORER, f"{inputs}/plugin.py:redness"}
+        assert set(json.loads(row["scores"])) == {SCORER, data.parse_scorer(f"{inputs}/plugin.py:redness").source}
     for row in rows_of(out, "train"):
         winner = int(row["label_1"])
         red = [np.asarray(read_image(row[f"jpg_{side}"]))[..., 0].mean() for side in (0, 1)]

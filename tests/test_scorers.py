@@ -911,3 +911,21 @@ def test_weights_that_cannot_be_loaded(blip, tmp_path, monkeypatch):
         assert words in str(error.value)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "broken_in").exists()
+
+
+def test_a_plug_in_is_known_by_its_code(tmp_path):
+    """Other code under the old name is another scorer, whose scores are not those that are kept."""
+    code = tmp_path / "mine.py"
+    code.write_text("def one(device):\n    return lambda images, prompts: [1.0] * len(images)\n")
+    before = data.parse_scorer(f"{code}:one,label=x")
+    assert data.parse_scorer(f"0.5*{code}:one,label=x").source == before.source
+    code.write_text(code.read_text().replace("1.0", "2.0"))
+    after = data.parse_scorer(f"{code}:one,label=x")
+    assert (after.label, after.source != before.source) == ("x", True)
+
+
+@pytest.mark.parametrize("code", ["def one():\n    return None\n", "def one(images, prompts):\n    return []\n"])
+def test_a_plug_in_of_another_form_is_told_what_a_scorer_is(tmp_path, code):
+    (tmp_path / "mine.py").write_text(code)
+    with pytest.raises(data.UserError, match=r"function.*device.*score\(images, prompts\)"):
+        data.parse_scorer(f"{tmp_path}/mine.py:one")
