@@ -3268,13 +3268,16 @@ def run_sentence(steps: dict[int, dict[str, dict]]) -> str:
         there = lines[label].get(best[other])
         return there is not None and there["interval"][1] < lines[label][best[label]]["win_rate"]
 
-    never = "" if lines[lead][best[lead]]["win_rate"] > 0.5 else f" ({lead} never above base)"
-    told = ", ".join(f"{label} is highest at step {step}" for label, step in best.items()) + never
+    gained = {label for label, step in best.items() if lines[label][step]["win_rate"] > 0.5}
+    told = ", ".join(
+        f"{label} is {f'highest at step {step}' if label in gained else 'never above base'}"
+        for label, step in best.items()
+    )
     later = [label for label in chose if best[label] > best[lead]]
     hacked = [label for label in later if above(label, lead) and above(lead, label)]
     if hacked:
         told += f". Over-optimised: {in_words(hacked)}, which chose the pairs, goes on rising while {lead} falls"
-    elif later:
+    elif later and gained.issuperset((lead, *later)):
         told += "; within the intervals that is no difference"
     return f"<p>{html.escape(told)}.</p>"
 
@@ -3340,8 +3343,8 @@ def realism_section(found: dict[str, Any], models: dict[str, dict]) -> str:
         moves = (result["realism"][name] for result in models.values())
         cells = (shifted(move["tuned"], move, lower_is_better=True) for move in moves)
         rows.append((html.escape(name), number(distance["floor"]), number(distance["models"]["base"]), *cells))
-    told = f"""{found["images"]} images of each model against {found["photos"]} photos. Below each distance
-of a tuned model: its difference from base, 95 % interval."""
+    told = f"""{counted(found["images"], "image")} of each model against {counted(found["photos"], "photo")}. Below
+each distance of a tuned model: its difference from base, 95 % interval."""
     shown = table(("Lower is better", "photos among themselves", "base", *map(html.escape, models)), rows)
     notes = {name: distance["note"] for name, distance in found["distances"].items() if distance["note"]}
     remarks = "".join(
@@ -3655,7 +3658,7 @@ def compared_sentence(record: dict[str, Any]) -> str:
     words |= {"height": ", height {}", "seed": ", seed {}"}
     told = ("" if settings[key] is None else form.format(public_name(settings[key])) for key, form in words.items())
     base, source, *how = told
-    counts = f"{record['prompts']} prompts{source}, {images_per_model(record)}"
+    counts = f"{counted(record['prompts'], 'prompt')}{source}, {images_per_model(record)}"
     if not record["drawn"]:
         return markdown_text(f"Compared on {counts}, all drawn elsewhere: {', '.join(record['images'])}.")
     here = "" if len(record["drawn"]) == len(record["images"]) else f"; drawn here: {', '.join(record['drawn'])}"
@@ -3743,7 +3746,7 @@ def draw_win_rates(path: Path, record: dict[str, Any]) -> None:
     draw = ImageDraw.Draw(sheet)
     for i, (name, result) in enumerate(models.items()):
         draw_rates(draw, sum(heights[:i]), f"{name} against base", result["metrics"])
-    told = f"Win rate over {record['prompts']} prompts with 95 % intervals. Open dots: the training scorer."
+    told = f"Win rate over {counted(record['prompts'], 'prompt')} with 95 % intervals. Open dots: the training scorer."
     draw.text((128, sheet.height - 100), told, LIGHT["soft"], ImageFont.load_default(52), anchor="ls")
     write_atomically(path, png(sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS)))
 

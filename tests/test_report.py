@@ -309,10 +309,10 @@ def test_cells_name_their_columns_for_phones():
 
 
 def test_a_run_that_never_beats_base_says_so():
-    steps = {step: {"judge": metric("held-out", rate)} for step, rate in ((10, 0.3), (20, 0.4))}
-    assert "judge is highest at step 20 (judge never above base)" in ev.run_sentence(steps)
-    steps[20]["judge"] = metric("held-out", 0.6)
-    assert "never" not in ev.run_sentence(steps)
+    steps = {step: tuned_model(judge, 0.6 + step / 100)["metrics"] for step, judge in ((10, 0.4), (20, 0.38))}
+    assert ev.run_sentence(steps) == "<p>judge is never above base, pickscore is highest at step 20.</p>"
+    steps[10]["judge"] = metric("held-out", 0.6)
+    assert ev.run_sentence(steps).startswith("<p>judge is highest at step 10, pickscore is highest at step 20")
 
 
 def test_groups_are_sorted_worst_first(full):
@@ -628,6 +628,14 @@ def test_p_values_and_shares_that_are_not_known_are_dashes():
     assert [ev.p_value(p) for p in (0.0123, 3e-9, None, NAN)] == ["0.012", "below .0001", "–", "–"]
     assert [ev.percent(share) for share in (0.591, None, NAN)] == ["59.1 %", "–", "–"]
     assert ev.span((None, 1.0)) == ""
+
+
+def test_one_is_said_without_a_plural():
+    record = minimal_record() | {"prompts": 1, "images": {"base": 1, "dpo": 1}}
+    assert "Compared with the base model on 1 prompt of people.txt, 1 image per model:" in ev.compared_sentence(record)
+    assert "1 prompt, 1 image per model" in Page(ev.verdict_lines(record)).text
+    found = {"photos": 1, "images": 1, "distances": {}}
+    assert "1 image of each model against 1 photo." in ev.realism_section(found, {})
 
 
 @pytest.mark.parametrize(
