@@ -3525,23 +3525,23 @@ def side_by_side(prompt: str, tiles: dict[str, str], scores: dict[str, tuple[flo
 
 
 def rows_section(
-    metrics: dict[str, dict],
+    record: dict[str, Any],
+    name: str,
     prompts: list[str],
-    sides: dict[str, dict[str, np.ndarray]],
+    means: dict[str, dict[str, np.ndarray]],
     tile: Callable[[str, int], str],
-    settings: dict[str, Any],
 ) -> str:
-    """Images of base and a tuned model, the two `sides` {model: {measure: (P,)}}; tile(model, prompt) is an image."""
-    lead, (base, tuned) = leading_metric(metrics), sides.values()
+    """Images of base and a tuned model, with their means {model: {measure: (P,)}}; tile(model, prompt) is an image."""
+    settings, metrics, base, tuned = record["settings"], record["models"][name]["metrics"], means["base"], means[name]
+    lead, several = leading_metric(metrics), max(record["images"].values()) > record["prompts"]
     scores = {label: (base[label], tuned[label]) for label, m in metrics.items() if m["role"] != "diversity"}
-    told = (
-        f'<p class="soft">Ordered by {html.escape(lead)}; the higher score is bold: of several images of a prompt, of '
-        "which the first is shown, it is the mean. An image opens in full size.</p>"
-    )
+    means_of = " Scores are means over a prompt's images, of which the first is shown." if several else ""
+    told = f"""<p class="soft">Ordered by {html.escape(lead)}; the higher score is bold.{means_of} An image opens in
+full size.</p>"""
     for heading, chosen in choose_rows(base[lead], tuned[lead], settings["report_rows"], settings["seed"]).items():
         shown = ""
         for p in chosen:
-            tiles = {side: tile(side, p) for side in sides}
+            tiles = {side: tile(side, p) for side in ("base", name)}
             shown += side_by_side(prompts[p], tiles, {label: (a[p], b[p]) for label, (a, b) in scores.items()})
         told += f'<h4>{heading}</h4><div class="rows">{shown}</div>' if shown else ""
     return told
@@ -3601,7 +3601,7 @@ def write_report(
         return colour_section(name, result["colour"], means["base"], means[name])
 
     def rows(name: str, result: dict[str, Any]) -> str:
-        return rows_section(result["metrics"], prompts, {side: means[side] for side in ("base", name)}, tile, settings)
+        return rows_section(record, name, prompts, means, tile)
 
     against_photos = photos_table(record["photos_colour"]) if "photos_colour" in record else ""
     sections = {

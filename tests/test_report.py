@@ -333,6 +333,12 @@ def test_rows_are_worst_losses_best_wins_and_seeded(full):
     assert "<b>33.00</b>" in worst
 
 
+def test_scores_are_called_means_only_where_a_prompt_has_several_images(tmp_path):
+    told = "Scores are means over a prompt's images, of which the first is shown."
+    assert told not in write(tmp_path, minimal_record())
+    assert told in section(write(tmp_path, minimal_record() | {"images": {"base": 14, "dpo": 14}}), "Side by side")
+
+
 def test_images_are_linked_to_their_files_and_small(full):
     folder, page = full
     parsed = Page(page)
