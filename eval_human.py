@@ -2996,13 +2996,14 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 24px;font-size:14p
 @page{size:A4;margin:15mm 14mm}
 @media print{:root{color-scheme:light;@LIGHT}main{padding:0;max-width:none}body{font-size:10pt}
  nav,.links{display:none}section{margin-top:8mm;padding-top:5mm}h2,h3,h4{break-after:avoid}h2+*,h3+*{break-before:avoid}
- tr,figure,.fact,.row,.said{break-inside:avoid}.scroll{overflow:visible}table,dl,.said{font-size:9pt}
+ tr,figure,.fact,.row,.said,.soft{break-inside:avoid}.scroll{overflow:visible}table,dl,.said{font-size:9pt}
  .one .head{font-size:20pt}.head{font-size:14pt}th,td{padding-left:10px}th,td small{font-size:8pt;white-space:normal}
  .whisker,.axis{min-width:40px}.axis{margin-left:0}td:has(.whisker){width:28%}td:first-child{min-width:20mm}
  .scroll{break-inside:avoid}.scroll+.soft{break-before:avoid}.soft{font-size:9pt}
- .plots{grid-template-columns:repeat(3,1fr);gap:6mm}.rows{grid-template-columns:repeat(2,1fr);gap:7mm}
+ .facts,.plots,.soft:has(+.scroll,+h4){break-after:avoid}
+ .plots,.rows{grid-template-columns:repeat(3,1fr);gap:6mm}
  .facts{grid-template-columns:repeat(5,1fr);gap:5mm}
- .rows>:nth-child(n+5){display:none}.runs{max-width:140mm}a{color:inherit;text-decoration:none}}
+ .rows>:nth-child(n+4){display:none}.runs{max-width:140mm}a{color:inherit;text-decoration:none}}
 """
 CSS = CSS.replace("@LIGHT", ";".join(f"--{name}:{colour}" for name, colour in LIGHT.items()))
 CSS = CSS.replace("@DARK", ";".join(f"--{name}:{colour}" for name, colour in DARK.items()))

@@ -527,6 +527,10 @@ def test_it_can_be_printed(full, tmp_path):
     boxes = re.findall(rb"/MediaBox \[0 0 ([\d.]+) ([\d.]+)\]", written)
     assert len(boxes) > 3
     assert {(round(float(w)), round(float(h))) for w, h in boxes} == {(595, 842)}  # A4 in points
+    if shutil.which("pdftotext"):
+        line = ["pdftotext", str(tmp_path / "a.pdf"), "-"]
+        shown = subprocess.run(line, capture_output=True, text=True, timeout=60, check=True).stdout
+        assert shown.count("waves") == 3 * (2 + 3 + 3)  # of three models at most three rows of each kind
 
 
 # ---- The card and the picture --------------------------------------------------------------------------------------
