@@ -2941,7 +2941,7 @@ section{margin-top:56px;padding-top:30px;border-top:1px solid var(--line)}
 p{margin:0 0 12px;max-width:70ch}
 a{color:var(--tuned);text-underline-offset:3px;text-decoration-thickness:1px}
 small,.soft,th,figcaption,dt{color:var(--soft)}.soft,figcaption{font-size:14px}
-td small{display:block;font-size:12.5px}
+td small{display:block;font-size:12.5px;white-space:normal}
 nav{display:flex;flex-wrap:wrap;gap:4px 20px;margin:26px 0 0;font-size:14px}nav a{text-decoration:none}
 .said{padding-left:18px;border-left:4px solid var(--line);max-width:64ch}.one .said{font-size:18px}
 .head{font-size:22px;line-height:1.35;font-weight:650;letter-spacing:-.01em;margin-top:26px;text-wrap:balance}
@@ -2997,7 +2997,7 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 24px;font-size:14p
 @media print{:root{color-scheme:light;@LIGHT}main{padding:0;max-width:none}body{font-size:10pt}
  nav,.links{display:none}section{margin-top:8mm;padding-top:5mm}h2,h3,h4{break-after:avoid}h2+*,h3+*{break-before:avoid}
  tr,figure,.fact,.row,.said,.soft{break-inside:avoid}.scroll{overflow:visible}table,dl,.said{font-size:9pt}
- .one .head{font-size:20pt}.head{font-size:14pt}th,td{padding-left:10px}th,td small{font-size:8pt;white-space:normal}
+ .one .head{font-size:20pt}.head{font-size:14pt}th,td{padding-left:10px}th,td small{font-size:8pt}
  .whisker,.axis{min-width:40px}.axis{margin-left:0}td:has(.whisker){width:28%}td:first-child{min-width:20mm}
  .scroll{break-inside:avoid}.scroll+.soft{break-before:avoid}.soft{font-size:9pt}
  .facts,.plots,.soft:has(+.scroll,+h4){break-after:avoid}
