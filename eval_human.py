@@ -2967,8 +2967,9 @@ th:first-child,td:first-child{text-align:left;padding-left:0}
 td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:110px}
 .what{color:var(--soft);font-size:13px;margin-left:8px}
 .tag{display:inline-block;white-space:nowrap;font-size:12px;line-height:1.5;font-weight:400;color:var(--soft);
- border:1px solid var(--line);border-radius:9px;padding:0 8px;margin-left:8px}
+ border:1px solid var(--line);border-radius:9px;padding:0 8px}
 td:has(.whisker){width:34%;padding-left:16px}.whisker{display:block;width:100%;min-width:120px;height:24px}
+.whisker+small{display:block;margin:0;text-align:center}
 .axis{display:flex;justify-content:space-between;min-width:120px;margin-left:-8px}
 .win{color:var(--tuned)}.lose{color:var(--bad)}.even{color:var(--base)}
 .win *,.lose *,.even *{stroke:currentColor}.band{fill:currentColor;stroke:none;opacity:.22}.tie{opacity:.1}
@@ -2982,7 +2983,7 @@ svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
 .runs .training{stroke:var(--ink);fill:var(--paper)}.runs .training path{stroke-dasharray:6 4}
 .runs .training text{fill:var(--ink)}.runs .diversity path{stroke-dasharray:1 4}
 .runs line{stroke-width:1;opacity:.35}.lead line,.training line{opacity:1}
-figure+.soft{margin-top:10px}
+figure+.soft{margin-top:10px}.paper{display:none}
 .facts,.plots,.rows{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:14px 32px;margin:18px 0}
 .fact{font-size:13px;color:var(--soft);border-top:2px solid var(--line);padding-top:8px}
 .fact b{display:block;font-size:26px;font-weight:600;line-height:1.35;color:var(--ink)}
@@ -2996,22 +2997,24 @@ figure{margin:0}.plots figcaption{margin-bottom:12px}.plots svg{display:block;wi
 .row table{font-size:13px}.row .scroll{margin:0}.row th,.row td{padding-block:2px;border:0}.row b{font-weight:650}
 dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 24px;font-size:14px}dd{margin:0}
 @media(max-width:600px){thead{display:none}tr{display:flex;flex-wrap:wrap;gap:2px 16px;padding:8px 0;
- border-bottom:1px solid var(--line)}td,td:has(.whisker){padding:0;border:0;width:auto}td:empty{display:none}
+ border-bottom:1px solid var(--line)}td:empty{display:none}
+ td,td:has(.whisker){padding:0;border:0;width:auto;white-space:normal;text-align:left}
  td:first-child,td:has(.whisker){flex:1 0 100%}td[data-head]::before{content:attr(data-head) " ";color:var(--soft);
  font-size:13px}td small{display:inline;margin-left:6px}.row tr{padding:2px 0}
  main{padding:28px 18px 48px}.one .head{font-size:25px}.head{font-size:20px}
  section{margin-top:40px;padding-top:24px}.runs text{font-size:15px}
- th,td{padding-left:16px}.tag{margin-left:0}dl{display:block}dd{margin-bottom:8px}}
+ dl{display:block}dd{margin-bottom:8px}}
 @page{size:A4;margin:15mm 14mm}
 @media print{:root{color-scheme:light;@LIGHT}main{padding:0;max-width:none}body{font-size:10pt}
  nav,.links{display:none}section{margin-top:8mm;padding-top:5mm}h2,h3,h4{break-after:avoid}h2+*,h3+*{break-before:avoid}
- tr,figure,.fact,.row,.said{break-inside:avoid}.scroll{overflow:visible}table,dl,.said{font-size:9pt}
+ tr,figure,.fact,.row,.said,.soft{break-inside:avoid}.scroll{overflow:visible}table,dl,.said{font-size:9pt}
  .one .head{font-size:20pt}.head{font-size:14pt}th,td{padding-left:10px}th,td small{font-size:8pt;white-space:normal}
- .whisker,.axis{min-width:40px}.axis,.tag{margin-left:0}td:has(.whisker){width:28%}td:first-child{min-width:20mm}
+ .whisker,.axis{min-width:40px}.axis{margin-left:0}td:has(.whisker){width:28%}td:first-child{min-width:20mm}
  .scroll{break-inside:avoid}.scroll+.soft{break-before:avoid}.soft{font-size:9pt}
- .plots{grid-template-columns:repeat(3,1fr);gap:6mm}.rows{grid-template-columns:repeat(2,1fr);gap:7mm}
+ .facts,.plots,.soft:has(+.scroll,+h4){break-after:avoid}
+ .plots,.rows{grid-template-columns:repeat(3,1fr);gap:6mm}
  .facts{grid-template-columns:repeat(6,1fr);gap:4mm}
- .rows>:nth-child(n+5){display:none}.runs{max-width:140mm}a{color:inherit;text-decoration:none}}
+ .paper{display:inline}.rows>:nth-child(n+4){display:none}.runs{max-width:140mm}a{color:inherit;text-decoration:none}}
 """
 CSS = CSS.replace("@LIGHT", ";".join(f"--{name}:{colour}" for name, colour in LIGHT.items()))
 CSS = CSS.replace("@DARK", ";".join(f"--{name}:{colour}" for name, colour in DARK.items()))
@@ -3080,19 +3083,19 @@ def change(difference: float | None, interval: Sequence[float | None]) -> str:
 
 
 def tone(interval: Sequence[float | None], even: float = 0.5, p: float | None = None) -> str:
-    """win where the interval lies above `even`, lose where below it; even otherwise, or where p is known and large."""
-    if not all_finite(*interval) or (p is not None and p >= 0.05):
+    """win where the interval lies above `even`, lose where below it; even otherwise, or where p is not below .05."""
+    if not all_finite(*interval) or (p is not None and not p < 0.05):
         return "even"
     return "win" if interval[0] > even else "lose" if interval[1] < even else "even"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of HTML cells, the first column text, the others numbers or plots; "" where there are no rows."""
+    """A table of HTML cells, the first column text, the others numbers or plots; "" where there are no rows.
+
+    The heads of numbers are escaped text: on phones they stand before each number.
+    """
     top = "".join(f"<th>{cell}</th>" for cell in head)
-    names = [
-        "",
-        *("" if "<span" in cell else f' data-head="{re.sub("<small>.*|<.*?>", "", cell)}"' for cell in head[1:]),
-    ]
+    names = ["", *("" if cell == AXIS else f' data-head="{cell}"' for cell in head[1:])]
     body = "".join(
         f"<tr>{''.join(f'<td{name}>{cell}</td>' for name, cell in zip(names, row, strict=True))}</tr>" for row in rows
     )
@@ -3123,24 +3126,31 @@ def by_model(models: dict[str, dict], show: Callable[[str, dict], str]) -> str:
 
 
 def win_tie_lose(metric: dict[str, Any]) -> str:
-    """The prompts that are won, tied and lost, as "68 / 4 / 28 %"."""
-    return " / ".join(f"{100 * metric[word]:.0f}" for word in ("win", "tie", "lose")) + " %"
+    """The prompts that are won, tied and lost, as "won 68 / tied 4 / lost 28 %"."""
+    won, tied, lost = (f"{100 * metric[word]:.0f}" for word in ("win", "tie", "lose"))
+    return f"won {won} / tied {tied} / lost {lost} %"
+
+
+def rate_cells(metric: dict[str, Any]) -> tuple[str, str, str, str, str]:
+    """A win rate, its interval, the means of base and the tuned model, and p."""
+    means = number(metric["base"]), number(metric["tuned"])
+    return percent(metric["win_rate"]), span(metric["interval"], 100), *means, p_value(metric["holm"])
 
 
 def whisker(metric: dict[str, Any], role: str = "held-out") -> str:
-    """A win rate with its interval on an axis from 0 to 100 %, above a band of what is won and tied."""
+    """A win rate with its interval on an axis from 0 to 100 %, above a band of what is won and tied, also in words."""
     rate, (low, high) = metric["win_rate"], metric["interval"]
     if not all_finite(rate, low, high):
         return ""
     x, low, high, won, tied = (96 * share for share in (rate, low, high, metric.get("win", 0), metric.get("tie", 0)))
-    told = f"<title>win / tie / lose: {win_tie_lose(metric)}</title>" if "lose" in metric else ""
-    return f"""<svg class="whisker {tone(metric["interval"], p=metric.get("holm"))} {role}">{told}
+    told = f"<small>{win_tie_lose(metric)}</small>" if "lose" in metric else ""
+    return f"""<svg class="whisker {tone(metric["interval"], p=metric.get("holm"))} {role}">
 <line class="rule" x1="2%" x2="98%" y1="12" y2="12"/>
 <rect class="band" x="2%" y="7" width="{won:.2f}%" height="10"/>
 <rect class="band tie" x="{2 + won:.2f}%" y="7" width="{tied:.2f}%" height="10"/>
 <line class="half" x1="50%" x2="50%" y1="1" y2="23"/>
 <line x1="{2 + low:.2f}%" x2="{2 + high:.2f}%" y1="12" y2="12" stroke-width="2"/>
-<circle class="dot" cx="{2 + x:.2f}%" cy="12" r="4.5" stroke-width="2"/></svg>"""
+<circle class="dot" cx="{2 + x:.2f}%" cy="12" r="4.5" stroke-width="2"/></svg>{told}"""
 
 
 def win_rates(name: str, result: dict[str, Any]) -> str:
@@ -3149,25 +3159,13 @@ def win_rates(name: str, result: dict[str, Any]) -> str:
     lead = leading_metric(metrics)
     for label, m in metrics.items():
         title = f"<b>{html.escape(label)}</b>" if label == lead else html.escape(label)
-        tag = f'<span class="tag">{ROLES[m["role"]]}</span>' if ROLES[m["role"]] not in ("", label) else ""
+        tag = f' <span class="tag">{ROLES[m["role"]]}</span>' if ROLES[m["role"]] not in ("", label) else ""
         if any(m["vetoed"]):
             base, tuned = map(percent, m["vetoed"])
             tag += f"<small>vetoed: base {base}, {html.escape(name)} {tuned}</small>"
-        rate = f"{percent(m['win_rate'])}<small>{win_tie_lose(m)}</small>" if all_finite(m["win"]) else NONE
-        figures = rate, span(m["interval"], 100), number(m["base"]), number(m["tuned"])
-        tests = p_value(m["holm"]), p_value(m["wilcoxon"])
-        rows.append((title + tag, whisker(m, m["role"]), *figures, *tests))
-    head = (
-        "Metric",
-        AXIS,
-        "Win rate<small>win / tie / lose</small>",
-        "95 % interval",
-        "base",
-        html.escape(name),
-        "p (Holm)",
-        "p (Wilcoxon)",
-    )
-    return table(head, rows)
+        rows.append((title + tag, whisker(m, m["role"]), *rate_cells(m), p_value(m["wilcoxon"])))
+    figures = "Win rate", "95 % interval", "base", html.escape(name), "p (Holm)", "p (Wilcoxon)"
+    return table(("Metric", AXIS, *figures), rows)
 
 
 def verdict_words(sentences: Sequence[tuple[str, str]]) -> str:
@@ -3284,13 +3282,16 @@ def run_sentence(steps: dict[int, dict[str, dict]]) -> str:
         there = lines[label].get(best[other])
         return there is not None and there["interval"][1] < lines[label][best[label]]["win_rate"]
 
-    never = "" if lines[lead][best[lead]]["win_rate"] > 0.5 else f" ({lead} never above base)"
-    told = ", ".join(f"{label} is highest at step {step}" for label, step in best.items()) + never
+    gained = {label for label, step in best.items() if lines[label][step]["win_rate"] > 0.5}
+    told = ", ".join(
+        f"{label} is {f'highest at step {step}' if label in gained else 'never above base'}"
+        for label, step in best.items()
+    )
     later = [label for label in chose if best[label] > best[lead]]
     hacked = [label for label in later if above(label, lead) and above(lead, label)]
     if hacked:
         told += f". Over-optimised: {in_words(hacked)}, which chose the pairs, goes on rising while {lead} falls"
-    elif later:
+    elif later and gained.issuperset((lead, *later)):
         told += "; within the intervals that is no difference"
     return f"<p>{html.escape(told)}.</p>"
 
@@ -3356,8 +3357,8 @@ def realism_section(found: dict[str, Any], models: dict[str, dict]) -> str:
         moves = (result["realism"][name] for result in models.values())
         cells = (shifted(move["tuned"], move, lower_is_better=True) for move in moves)
         rows.append((html.escape(name), number(distance["floor"]), number(distance["models"]["base"]), *cells))
-    told = f"""{found["images"]} images of each model against {found["photos"]} photos. Below each distance
-of a tuned model: its difference from base, 95 % interval."""
+    told = f"""{counted(found["images"], "image")} of each model against {counted(found["photos"], "photo")}. Below
+each distance of a tuned model: its difference from base, 95 % interval."""
     shown = table(("Lower is better", "photos among themselves", "base", *map(html.escape, models)), rows)
     notes = {name: distance["note"] for name, distance in found["distances"].items() if distance["note"]}
     remarks = "".join(
@@ -3538,23 +3539,23 @@ def side_by_side(prompt: str, tiles: dict[str, str], scores: dict[str, tuple[flo
 
 
 def rows_section(
-    metrics: dict[str, dict],
+    record: dict[str, Any],
+    name: str,
     prompts: list[str],
-    sides: dict[str, dict[str, np.ndarray]],
+    means: dict[str, dict[str, np.ndarray]],
     tile: Callable[[str, int], str],
-    settings: dict[str, Any],
 ) -> str:
-    """Images of base and a tuned model, the two `sides` {model: {measure: (P,)}}; tile(model, prompt) is an image."""
-    lead, (base, tuned) = leading_metric(metrics), sides.values()
+    """Images of base and a tuned model, with their means {model: {measure: (P,)}}; tile(model, prompt) is an image."""
+    settings, metrics, base, tuned = record["settings"], record["models"][name]["metrics"], means["base"], means[name]
+    lead, several = leading_metric(metrics), max(record["images"].values()) > record["prompts"]
     scores = {label: (base[label], tuned[label]) for label, m in metrics.items() if m["role"] != "diversity"}
-    told = (
-        f'<p class="soft">Ordered by {html.escape(lead)}; the higher score is bold: of several images of a prompt, of '
-        "which the first is shown, it is the mean. An image opens in full size.</p>"
-    )
+    means_of = " Scores are means over a prompt's images, of which the first is shown." if several else ""
+    told = f"""<p class="soft">Ordered by {html.escape(lead)}; the higher score is bold.{means_of} An image opens in
+full size.<span class="paper"> On paper: the first three of a kind.</span></p>"""
     for heading, chosen in choose_rows(base[lead], tuned[lead], settings["report_rows"], settings["seed"]).items():
         shown = ""
         for p in chosen:
-            tiles = {side: tile(side, p) for side in sides}
+            tiles = {side: tile(side, p) for side in ("base", name)}
             shown += side_by_side(prompts[p], tiles, {label: (a[p], b[p]) for label, (a, b) in scores.items()})
         told += f'<h4>{heading}</h4><div class="rows">{shown}</div>' if shown else ""
     return told
@@ -3614,7 +3615,7 @@ def write_report(
         return colour_section(name, result["colour"], means["base"], means[name])
 
     def rows(name: str, result: dict[str, Any]) -> str:
-        return rows_section(result["metrics"], prompts, {side: means[side] for side in ("base", name)}, tile, settings)
+        return rows_section(record, name, prompts, means, tile)
 
     against_photos = photos_table(record["photos_colour"]) if "photos_colour" in record else ""
     sections = {
@@ -3671,7 +3672,7 @@ def compared_sentence(record: dict[str, Any]) -> str:
     words |= {"height": ", height {}", "seed": ", seed {}"}
     told = ("" if settings[key] is None else form.format(public_name(settings[key])) for key, form in words.items())
     base, source, *how = told
-    counts = f"{record['prompts']} prompts{source}, {images_per_model(record)}"
+    counts = f"{counted(record['prompts'], 'prompt')}{source}, {images_per_model(record)}"
     if not record["drawn"]:
         return markdown_text(f"Compared on {counts}, all drawn elsewhere: {', '.join(record['images'])}.")
     here = "" if len(record["drawn"]) == len(record["images"]) else f"; drawn here: {', '.join(record['drawn'])}"
@@ -3681,12 +3682,8 @@ def compared_sentence(record: dict[str, Any]) -> str:
 
 def card_rates(metrics: dict[str, dict]) -> str:
     """The win rates in Markdown."""
-    rows = []
-    for label, m in metrics.items():
-        rate = percent(m["win_rate"]), span(m["interval"], 100), win_tie_lose(m)
-        means = number(m["base"]), number(m["tuned"]), p_value(m["holm"])
-        rows.append((label, ROLES[m["role"]] or m["role"], *rate, *means))
-    head = "metric", "role", "win rate", "95 % interval", "win / tie / lose", "base", "tuned", "p (Holm)"
+    rows = ((label, ROLES[m["role"]] or m["role"], *rate_cells(m), win_tie_lose(m)) for label, m in metrics.items())
+    head = "metric", "role", "win rate", "95 % interval", "base", "tuned", "p (Holm)", "prompts"
     return markdown_table(head, rows)
 
 
@@ -3749,8 +3746,7 @@ def draw_rates(draw: ImageDraw.ImageDraw, top: int, title: str, metrics: dict[st
         x, start, end = (left + (right - left) * share for share in (m["win_rate"], *m["interval"]))
         draw.line((start, y, end, y), colour, 12)
         draw.ellipse((x - 26, y - 26, x + 26, y + 26), LIGHT["paper"] if training else colour, colour, 12)
-        told = f"{percent(m['win_rate'])}  {span(m['interval'], 100)}"
-        draw.text((right + 96, y), told, LIGHT["ink"], font, anchor="lm")
+        draw.text((right + 96, y), "  ".join(rate_cells(m)[:2]), LIGHT["ink"], font, anchor="lm")
 
 
 def draw_win_rates(path: Path, record: dict[str, Any]) -> None:
@@ -3764,7 +3760,7 @@ def draw_win_rates(path: Path, record: dict[str, Any]) -> None:
     draw = ImageDraw.Draw(sheet)
     for i, (name, result) in enumerate(models.items()):
         draw_rates(draw, sum(heights[:i]), f"{name} against base", result["metrics"])
-    told = f"Win rate over {record['prompts']} prompts with 95 % intervals. Open dots: the training scorer."
+    told = f"Win rate over {counted(record['prompts'], 'prompt')} with 95 % intervals. Open dots: the training scorer."
     draw.text((128, sheet.height - 100), told, LIGHT["soft"], ImageFont.load_default(52), anchor="ls")
     write_atomically(path, png(sheet.resize((sheet.width // 2, sheet.height // 2), Image.Resampling.LANCZOS)))
 
