@@ -375,7 +375,13 @@ def hue_turn(base_hues: np.ndarray, tuned_hues: np.ndarray) -> float:
 
 
 def hue_turn_interval(base_hues: np.ndarray, tuned_hues: np.ndarray) -> tuple[float, float]:
-    """95 % interval of hue_turn, around it: where it is near 180 the ends lie beyond, for an angle has no edge."""
+    """95 % interval of hue_turn, around it: where it is near 180 the ends lie beyond, for an angle has no edge.
+
+    nan where the hues turn no common way (p > .01 by Rayleigh's test): a mean direction of chance has no interval.
+    """
+    directions = np.exp(1j * np.deg2rad(tuned_hues - base_hues))
+    if abs(directions.sum()) ** 2 < len(directions) * math.log(100):
+        return math.nan, math.nan
     turn = hue_turn(base_hues, tuned_hues)
     low, high = bootstrap_interval(lambda a, b: hue_turn(a, (b - turn) % 360), base_hues, tuned_hues)
     return turn + low, turn + high
@@ -815,7 +821,8 @@ def open_image_folder(folder: Path, settings: dict[str, object], prompts: list[s
 
 def other_images(folder: Path, prompts: list[str]) -> list[Path]:
     """The images drawn here, PROMPT_INDEX.png, that carry another prompt than that of their number."""
-    number = {file: int(file.stem.partition("_")[0]) for file in sorted(folder.glob("*_*.png"))}
+    files = [file for file in sorted(folder.glob("*.png")) if re.fullmatch(r"\d+_\d+", file.stem)]
+    number = {file: int(file.stem.partition("_")[0]) for file in files}
     told = {file: image_text(file).get("prompt") for file, p in number.items() if p < len(prompts)}
     return [file for file, prompt in told.items() if prompt not in (None, prompts[number[file]])]
 
@@ -1582,7 +1589,7 @@ def check_model(name: str, needs: str) -> None:
     if Path(name).is_dir():
         if not (Path(name) / needs).is_file():
             raise UserError(f"{name} holds no {needs}: it is not a model folder")
-    elif Path(name).suffix in {".safetensors", ".ckpt"}:
+    elif Path(name).is_file():
         raise UserError(
             f"{name} is a single file: make a folder of it by from_single_file(...).save_pretrained(FOLDER)"
         )
@@ -2505,8 +2512,12 @@ def load_identity(
     known = unit_rows(known[~np.isnan(known).any(axis=1)])
     if not len(known):
         raise UserError(f"no face found in any image of --reference_faces {references}")
-    cosines = lambda images, prompts: (unit_rows(np.asarray(embed(images), dtype=np.float64)) @ known.T).mean(axis=1)  # noqa: E731
-    return one_line(f"--face_embedder {embedder}")(cosines)
+
+    @one_line(f"--face_embedder {embedder}")
+    def cosines(images: list[Image.Image], prompts: list[str]) -> np.ndarray:
+        return (unit_rows(np.asarray(embed(images), dtype=np.float64)) @ known.T).mean(axis=1)
+
+    return cosines
 
 
 def unit_rows(features: np.ndarray) -> np.ndarray:
@@ -2805,7 +2816,7 @@ def verdict(
     held_out = [label for label, m in metrics.items() if m["role"] == "held-out"]
     also = [f"{label} ({rated(metrics[label])})" for label in gained if label in held_out and label != lead]
     if also:
-        sentences.append(("good", f"Better, too: {in_words(also)}."))
+        sentences.append(("good", f"Better{', too' if lead in gained else ', however'}: {in_words(also)}."))
     risen = [label for label in gained if metrics[label]["role"] == "training"]
     costs = what_got_worse(metrics, worse, colour, realism)
     others = what_got_worse(metrics, [label for label in worse if label != lead], colour, realism)
@@ -2972,7 +2983,7 @@ svg text{font:12px system-ui,sans-serif;fill:var(--soft)}
 .runs .training{stroke:var(--ink);fill:var(--paper)}.runs .training path{stroke-dasharray:6 4}
 .runs .training text{fill:var(--ink)}.runs .diversity path{stroke-dasharray:1 4}
 .runs line{stroke-width:1;opacity:.35}.lead line,.training line{opacity:1}
-figure+.soft{margin-top:10px}
+figure+.soft{margin-top:10px}.paper{display:none}
 .facts,.plots,.rows{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:14px 32px;margin:18px 0}
 .fact{font-size:13px;color:var(--soft);border-top:2px solid var(--line);padding-top:8px}
 .fact b{display:block;font-size:26px;font-weight:600;line-height:1.35;color:var(--ink)}
@@ -3002,8 +3013,8 @@ dl{display:grid;grid-template-columns:max-content 1fr;gap:4px 24px;font-size:14p
  .scroll{break-inside:avoid}.scroll+.soft{break-before:avoid}.soft{font-size:9pt}
  .facts,.plots,.soft:has(+.scroll,+h4){break-after:avoid}
  .plots,.rows{grid-template-columns:repeat(3,1fr);gap:6mm}
- .facts{grid-template-columns:repeat(5,1fr);gap:5mm}
- .rows>:nth-child(n+4){display:none}.runs{max-width:140mm}a{color:inherit;text-decoration:none}}
+ .facts{grid-template-columns:repeat(6,1fr);gap:4mm}
+ .paper{display:inline}.rows>:nth-child(n+4){display:none}.runs{max-width:140mm}a{color:inherit;text-decoration:none}}
 """
 CSS = CSS.replace("@LIGHT", ";".join(f"--{name}:{colour}" for name, colour in LIGHT.items()))
 CSS = CSS.replace("@DARK", ";".join(f"--{name}:{colour}" for name, colour in DARK.items()))
@@ -3023,10 +3034,12 @@ SHIFTS = {  # the figures of the colour shift: words, unit, decimals
     "delta_e_prompts": ("Delta E, prompt by prompt", "", 2),
     "hue_distance": ("Hue, image by image", "°", 1),
     "hue_shift": ("Hue, all images together", "°", 1),
+    "hue_turn": ("Hue, turn of all prompts", "°", 1),
     "latent_shift": ("Latent means, in std of base", "", 3),
 }
-SHIFT_NOTE = """Distances are never negative: those image by image, prompt by prompt and of the latents stand above 0
-for two equal models too, by the luck of the draw. What moved, and which way, the differences in the table tell."""
+SHIFT_NOTE = """A turn has a direction, and no interval where the prompts' hues turn no common way. Distances are never
+negative: those image by image, prompt by prompt and of the latents stand above 0 for two equal models too, by the luck
+of the draw. What moved, and which way, the differences in the table tell."""
 AXIS = '<span class="axis"><span>0</span><span>50 %</span><span>100</span></span>'
 NONE = "–"  # a value that is not known
 UNKNOWN = {"value": None, "win_rate": None, "interval": (None, None)}  # a measure that is not there
@@ -3538,7 +3551,7 @@ def rows_section(
     scores = {label: (base[label], tuned[label]) for label, m in metrics.items() if m["role"] != "diversity"}
     means_of = " Scores are means over a prompt's images, of which the first is shown." if several else ""
     told = f"""<p class="soft">Ordered by {html.escape(lead)}; the higher score is bold.{means_of} An image opens in
-full size.</p>"""
+full size.<span class="paper"> On paper: the first three of a kind.</span></p>"""
     for heading, chosen in choose_rows(base[lead], tuned[lead], settings["report_rows"], settings["seed"]).items():
         shown = ""
         for p in chosen:
@@ -4415,6 +4428,8 @@ def try_measures(args: argparse.Namespace, state: PartialState, prompt: str) -> 
     """
     image = Image.new("RGB", (64, 64), (128, 128, 128))
     measures = [measure for measure in all_measures(args, image.size) if ".jsonl" not in measure.source]
+    if not (args.diversity_prompts or args.num_images_per_prompt > 1 or args.real_data_dir):
+        measures = [measure for measure in measures if measure.label != "features"]  # nothing needs them
     hidden = not state.is_main_process
     for measure in tqdm(measures, desc="trying what measures", unit="measure", leave=False, disable=hidden):
         found = measure.load(state.device)([image], [prompt])
@@ -4761,7 +4776,7 @@ def main(args: argparse.Namespace) -> None:
         print("\n".join([remark, *notes]), flush=True)
 
     drawn = [model for model in args.models if model.drawn]
-    if not all(image_file(output, model, p, k).is_file() for model in drawn for p, k in plan):
+    if args.overwrite or not all(image_file(output, model, p, k).is_file() for model in drawn for p, k in plan):
         try_measures(args, state, prompts[0])
     generate(args, state, prompts, plan)
     files = {
@@ -4996,7 +5011,8 @@ def check_inputs(args: argparse.Namespace) -> None:
         check_model(args.pretrained_model_name_or_path, "model_index.json")
     chose = set().union(recorded_training_scorers(args.models), *(names_of_scorer(s.source) for s in args.scorers))
     for name in given_training_scorers(args):
-        if not {name} & {*chose, *BUILT_IN_SCORERS, *(scorer.label for scorer in args.scorers)}:
+        known = names_of_scorer(name) & {*chose, *BUILT_IN_SCORERS, *(scorer.label for scorer in args.scorers)}
+        if not known and ":" not in name:  # a plug-in of elsewhere may have chosen
             raise UserError(f"--training_scorer {name}: neither among --scorers nor recorded beside the weights")
     args.prompts = args.prompts or recorded_validation_prompts(args.models)
     prompts, _ = read_prompts(args.prompts, args.prompt_column, args.max_prompts)

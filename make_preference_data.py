@@ -1019,7 +1019,7 @@ def check_model(name: str, needs: str) -> None:
     if Path(name).is_dir():
         if not (Path(name) / needs).is_file():
             raise UserError(f"{name} holds no {needs}: it is not a model folder")
-    elif Path(name).suffix in {".safetensors", ".ckpt"}:
+    elif Path(name).is_file():
         raise UserError(
             f"{name} is a single file: make a folder of it by from_single_file(...).save_pretrained(FOLDER)"
         )
@@ -1776,8 +1776,9 @@ def open_or_tell(row: Row, photos: dict[str, Callable[[], Image.Image]]) -> Imag
     try:
         return photos[row["caption"]]()
     except UserError as error:
+        row["unread"] = True  # it is not written, so that the next start tries again
         if row["index"] == 0:
-            tqdm.write(f"left out: {error}", file=sys.stderr)
+            tqdm.write(f"left out: {error}; the same command tries it again", file=sys.stderr)
         return None
 
 
@@ -1888,8 +1889,11 @@ def finish_shard(path: Path, rows: list[Row], facts: dict[str, Any], jobs: list[
     """Writes a shard once all of its images are scored, or raises what went wrong with one; what is odd about it."""
     for job in jobs:
         job.result()
-    write_shard(path, rows, facts)
-    return "" if any(row["jpg"] is not None for row in rows if row["index"] != PREVIOUS) else NO_IMAGE
+    read = [row for row in rows if "unread" not in row]
+    write_shard(path, read, facts)
+    if any(row["jpg"] is not None for row in read if row["index"] != PREVIOUS):
+        return ""
+    return NO_IMAGE if len(read) == len(rows) else "no photo can be read"
 
 
 def trouble_with(job: Future) -> str:
@@ -2038,13 +2042,14 @@ def count_votes(
 ) -> Votes:
     """The scorers with their spreads; one that votes alone, or not at all, needs none.
 
-    The spread is that of the drafts, if there are any and the scorer has seen them all, else that of the images.
+    The spread is that of the drafts, if there are any and all that vote have seen them, else that of the images: the
+    finalists are extremes, and the two cannot be mixed.
     """
     voting = [scorer for scorer in scorers if scorer.weight != 0]
     spreads = {s.label: 0.0 for s in scorers}
     if len(voting) > 1:
+        shards = drafts if all(has_seen(s, drafts) for s in voting) else images
         for s in voting:
-            shards = drafts if has_seen(s, drafts) else images
             spreads[s.label] = pooled_spread(scores_of(pool, s) for _, pool in read_pools(shards))
     return Votes(scorers, spreads, agree)
 

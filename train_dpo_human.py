@@ -1113,7 +1113,7 @@ def check_model(name: str, needs: str) -> None:
     if Path(name).is_dir():
         if not (Path(name) / needs).is_file():
             raise UserError(f"{name} holds no {needs}: it is not a model folder")
-    elif Path(name).suffix in {".safetensors", ".ckpt"}:
+    elif Path(name).is_file():
         raise UserError(
             f"{name} is a single file: make a folder of it by from_single_file(...).save_pretrained(FOLDER)"
         )

@@ -2,6 +2,7 @@
 """eval_human.py: known answers of its statistics and measures, and whole runs on the embedded world with few steps."""
 
 import argparse
+import contextlib
 import csv
 import importlib.util
 import itertools
@@ -287,6 +288,11 @@ def test_hues_that_turn_together_are_seen_though_their_mean_colour_stays(turn):
     low, high = ev.hue_turn_interval(base, (base + noise) % 360)
     assert low < 0 < high
     assert min(-low, high) < ev.TURN
+    chance = [rng.uniform(0, 360, (2, 100)) for _ in range(100)]
+    alarms = [
+        not -ev.TURN <= low <= ev.TURN for low, _ in (ev.hue_turn_interval(*hues) for hues in chance) if low == low
+    ]
+    assert len(alarms) <= 5  # without a common way there is no interval
     assert ev.hue_turn(np.array([350.0, 10.0]), np.array([5.0, 25.0])) == pytest.approx(15)
 
 
@@ -1148,6 +1154,26 @@ def test_other_prompts_do_not_take_the_place_of_images_unasked(inputs, tmp_path)
     assert before == {file: file.read_bytes() for file in (tmp_path / "out" / "images").rglob("*.png")}
     run([*line, "--overwrite"])
     assert ev.image_text(next(iter(sorted(before)))).get("prompt") == "another person"
+
+
+@pytest.mark.parametrize(("name", "known"), [("pikscore", False), ("2*pickscore=my/model", True), ("a.py:b", True)])
+def test_a_training_scorer_that_nobody_knows_is_refused(inputs, tmp_path, name, known):
+    line = flags(inputs, tmp_path / "out", training_scorer=name)
+    with contextlib.nullcontext() if known else pytest.raises(SystemExit):
+        ev.parse_args(line)
+
+
+def test_pictures_of_others_in_an_image_folder_are_left_alone(inputs, tmp_path):
+    run(line := flags(inputs, tmp_path / "out", max_prompts=1, diversity_prompts=0))
+    for name in ("grid_all.png", "._00000_0.png"):
+        (tmp_path / "out" / "images" / "base" / name).write_bytes(b"")
+    run(line)
+
+
+def test_nothing_is_loaded_that_nothing_needs(inputs, tmp_path):
+    """Features serve diversity and photos."""
+    line = flags(inputs, tmp_path / "out", max_prompts=1, diversity_prompts=0, feature_model="nobody/nothing")
+    run(line)
 
 
 def test_more_steps_than_the_model_has_are_refused_before_drawing(inputs, tmp_path):
