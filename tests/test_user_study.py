@@ -477,7 +477,17 @@ def browse(folder: Path, script: str) -> tuple[list, str]:
     script = PRESS.replace("@SCRIPT@", script)
     copy.write_text((folder / "user_study.html").read_text().replace("</body>", f"<script>{script}</script></body>"))
     command = [CHROMIUM, *CHROMIUM_FLAGS, f"--user-data-dir={profile}", "--dump-dom", copy.as_uri()]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
+    before = shutil.copytree(profile, folder / "before", dirs_exist_ok=True)
+    there = set(folder.iterdir())
+    try:
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except subprocess.TimeoutExpired:  # headless Chromium hangs now and then: once more, as if it had not begun
+        shutil.rmtree(profile)
+        shutil.copytree(before, profile)
+        for file in set(folder.iterdir()) - there:
+            file.unlink()
+        dom = subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
+    shutil.rmtree(before)
     return json.loads(html.unescape(re.search("<title>(.*?)</title>", dom, re.DOTALL).group(1))), dom
 
 
