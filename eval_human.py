@@ -2008,7 +2008,7 @@ def drawing(
         undo.callback(unload_loras, pipe)
         scales = dict.fromkeys(adapters_of(pipe), 1.0)  # FaceID brings a LoRA of its own
         for adapter, (path, scale) in loras_of(model, identity).items():
-            load_lora(pipe, weight_files(path)[0], adapter)
+            load_lora_file(pipe, weight_files(path)[0], adapter)
             scales[adapter] = scale
         if scales:
             pipe.set_adapters(list(scales), list(scales.values()))
@@ -2128,7 +2128,7 @@ def inner_embeds(embeds: dict[str, torch.Tensor], guided: bool) -> dict[str, tor
     return joined
 
 
-def load_lora(pipe: DiffusionPipeline, file: Path, adapter: str) -> None:
+def load_lora_file(pipe: DiffusionPipeline, file: Path, adapter: str) -> None:
     """Loads a LoRA of any format that diffusers reads; UserError where it does not fit this base model."""
     try:
         pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=adapter)
@@ -4615,16 +4615,18 @@ def training_data(models: list[Model]) -> list[Path]:
     weights = [
         path for model in models if model.kind in {"lora", "folder"} for path in (model.path, model.text_encoder)
     ]
-    todo, folders = [path for path in weights if path], []
+    todo, folders, seen = [path for path in weights if path], [], set()
     while todo:
         path = todo.pop(0)
         places = (path, *path.parents[:2])  # of a folder; a file or a checkpoint in it; a file in a checkpoint
         records = [place / "training_settings.json" for place in places]
         record = next(filter(Path.is_file, records), records[0])
         settings = read_settings(record)
-        data = Path(settings.get("train_data_dir") or path)
+        data = Path(settings.get("dataset_name") or settings.get("train_data_dir") or path)
         folders.append(data if data.is_dir() else record.parent.parent / data.name)  # trained in another folder
-        todo += [Path(settings[name]) for name in ("initial_lora", "initial_unet") if settings.get(name)]
+        earlier = [settings[name] for name in ("initial_lora", "initial_unet") if settings.get(name)]
+        todo += [Path(name) for name in earlier if record not in seen]  # a run may start from its own folder
+        seen.add(record)
     return list(dict.fromkeys(folders))
 
 
@@ -4856,7 +4858,7 @@ def use_embedded_world(parser: argparse.ArgumentParser, script: str) -> None:
     settings = WORLD / "settings.json"
     if not settings.is_file():
         parser.error("no model: set --pretrained_model_name_or_path (the embedded world tests/tiny_human is not here)")
-    defaults = json.loads(settings.read_text().replace("{world}", WORLD.as_posix()))[script]
+    defaults = json.loads(settings.read_text(encoding="utf-8").replace("{world}", WORLD.as_posix()))[script]
     parser.set_defaults(**defaults)
     if os.environ.get("RANK", "0") == "0":
         print(f"{script}.py: the embedded world is used; --pretrained_model_name_or_path names your own model")

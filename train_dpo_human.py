@@ -11,7 +11,12 @@
 #     "xformers>=0.0.29,<0.0.36; sys_platform == 'linux'",
 #     "safetensors>=0.5,<0.9",
 #     "datasets>=4,<5.3",
+#     "huggingface_hub>=0.34,<3",
+#     "filelock>=3.12,<4",
+#     "pandas>=2,<4",
+#     "matplotlib>=3.8,<4",
 #     "pillow>=10.1,<14",
+#     "pyarrow>=16,<27",
 #     "numpy>=1.26,<3",
 #     "tqdm>=4.66,<5",
 # ]
@@ -21,32 +26,38 @@
 HG-DPO (https://arxiv.org/abs/2405.20216). A pair is a winner x_w and a loser x_l, latents for one caption. Timestep
 and noise are drawn once per pair, shared by both sides and by the policy and its frozen reference:
 
-    x_t    = sqrt(alpha_bar) x_0 + sqrt(1 - alpha_bar) noise                 add_noise
-    err    = mean over (C, H, W) of (unet(x_t, t, caption) - target)^2       image_error, in fp32
-    margin = (err_ref_w - err_w) - (err_ref_l - err_l)                       dpo_loss
-    L_dpo  = -log sigmoid(beta * margin)
-    L_stat = || c_t (mu(x0_w) - mu(x0_ref_w)) ||^2,  mu: mean over (H, W)    predict_x0, statistics_matching_loss
-    L      = L_dpo + lambda_stat * L_stat                                    training_loss calls them in this order
+    x_t    = a x_0 + s noise                                                 add_noise
+    err    = mean over (C, H, W) of (model(x_t, t, caption) - target)^2      image_error, in fp32
+    logit  = beta ((err_ref_w - err_w) - (err_ref_l - err_l))                dpo_loss
+    L_dpo  = -log sigmoid(logit)
+    L_stat = || c (mu(x0_w) - mu(x0_ref_w)) ||^2,  mu: mean over (H, W)      predict_x0, statistics_matching_loss
+    L      = L_dpo + lambda_stat L_stat                                      pair_losses calls them in this order
 
-c_t turns a difference in the predicted x0 into the difference of one reverse DDPM step, so that L_stat, which keeps
-the colours of the reference, costs no forward pass. Of the reference the loss needs err_ref and mu(x0_ref_w) alone:
-`Measured`, 2 + C numbers a pair, which --precompute_reference makes once instead of at every step.
+a, s and c belong to the noise path of the model's family, DDPM (SD 1.x, 2.x, SDXL) or flow matching (SD 3, SD 3.5).
+c turns a difference in the predicted x_0 into that of one reverse step, so that L_stat, which keeps the colours of the
+reference, costs no forward pass. The reference is the same model with its LoRA switched off, the frozen
+--initial_lora, or a copy for --full_unet.
 
 Without arguments it trains on human-preferences/ in the embedded world (tests/tiny_human). The usual command:
 
-    accelerate launch train_dpo_human.py --pretrained_model_name_or_path YOUR_MODEL --resolution 512 \\
+    accelerate launch train_dpo_human.py --pretrained_model_name_or_path YOUR_MODEL \\
         --train_data_dir human-preferences --output_dir dpo-human-lora --mixed_precision bf16 --use_8bit_adam
 
-`pipeline.load_lora_weights("dpo-human-lora")` loads the result. SD 1.x, SD 2.x and SDXL: the pipeline's class decides.
-The reference is the same model with its LoRA switched off, the frozen --initial_lora, or a copy for --full_unet.
+`pipeline.load_lora_weights("dpo-human-lora")` loads the result.
+
+To change the loss, edit `dpo_loss`; its weight follows from it.
+To change the timesteps, `draw_timesteps`; the held-out pairs follow it.
+To read other columns, add a line to LAYOUTS.
+To train another kind of model, write a class like `UNet` and name its pipeline in FAMILIES.
+To log something new, give it a name in the dict that `pair_losses` returns, one value a pair.
 
 Differences from the paper:
 1. beta multiplies the margin itself, as in diffusers' SD script; code with 0.5 * beta * margin means the same by 5000.
 2. Where the paper is silent: LoRA alpha = rank, a constant learning rate without warm-up, gradients clipped at norm 1.
 3. 2,000 steps by default instead of 300,000: most people have thousands of pairs, not 300,000.
 4. Latents and captions are encoded once; draws are functions of (seed, pair, epoch), whatever the number of processes.
-5. Ties are left out, or soft labels of 0.5. Hinge and IPO losses, label smoothing, soft labels, the winner's safeguard
-   of Diffusion-SDPO and training the whole U-Net are there to compare with.
+5. Ties are left out, or soft labels of 0.5. Hinge and IPO, soft labels, the winner's safeguard of Diffusion-SDPO,
+   SD 3's flow matching, LoRAs on all layers and training the whole model are there to compare with.
 """
 
 from __future__ import annotations
@@ -55,11 +66,9 @@ import argparse
 import contextlib
 import copy
 import datetime
-import glob
 import hashlib
-import importlib
-import importlib.metadata
 import io
+import itertools
 import json
 import logging
 import math
@@ -68,74 +77,41 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import textwrap
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on shared CPU cores
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps
 from torch import Tensor
 from tqdm.auto import tqdm
 
 
 if TYPE_CHECKING:  # imported where they are used, so that a typing error is told at once
     from accelerate import Accelerator
-    from datasets import Dataset
+    from datasets import Dataset, IterableDataset
     from diffusers import DiffusionPipeline
     from diffusers.training_utils import EMAModel
+    from filelock import FileLock
 
 WORLD = Path(__file__).resolve().parent / "tests" / "tiny_human"
-UNET_LAYERS = ["to_q", "to_k", "to_v", "to_out.0"]
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
-METRICS = {
-    "loss": "loss/dpo + loss/statistics",
-    "loss/dpo": "log 2 = 0.693 at the start; below it the policy prefers the winners",
-    "loss/statistics": "lambda_stat * L_stat: how far colours move from the reference's",
-    "error/winner": "denoising error of the policy on winners",
-    "error/loser": "denoising error of the policy on losers",
-    "error/winner_over_reference": "the same less the reference's; below 0 the winners became likelier",
-    "error/loser_over_reference": "the same less the reference's; above 0 the losers became less likely",
-    "rewards/margins": "beta * margin, what the loss's sigmoid sees",
-    "rewards/accuracies": "share of pairs with a margin above 0",
-    "dpo_weight": "sigmoid(-beta * margin), the pair's weight in the gradient; near 0 it has nothing left to teach",
-    "loser_scale": "what --winner_safeguard leaves of the loser's gradient; 1 without it",
-}
-OPTIMIZERS = {
-    "adamw": "torch.optim.AdamW",
-    "adamw8bit": "bitsandbytes.optim.AdamW8bit",
-    "paged_adamw8bit": "bitsandbytes.optim.PagedAdamW8bit",
-    "lion8bit": "bitsandbytes.optim.Lion8bit",
-    "ademamix8bit": "bitsandbytes.optim.AdEMAMix8bit",
-    "adafactor": "torch.optim.Adafactor",
-}
-LR_SCHEDULERS = ["constant", "linear", "cosine", "cosine_with_restarts", "polynomial", "constant_with_warmup"]
-# fmt: off
-FREE_SETTINGS = {  # a run that is carried on may change these
-    "output_dir", "overwrite", "resume_from_checkpoint", "checkpointing_steps", "checkpoints_total_limit", "cache_dir",
-    "logging_steps", "report_to", "validation_steps", "validation_prompts", "num_validation_images",
-    "validation_inference_steps", "validation_guidance_scale", "validation_draws", "max_train_steps",
-    "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "encoded_dir", "export_kohya",
-    "early_stopping_patience",
-}
-NOT_OF_THE_REFERENCE = {  # settings that change the training, but not what the reference predicts
-    "beta_dpo", "loss_type", "label_smoothing", "soft_labels", "ties", "winner_safeguard", "lambda_stat", "optimizer",
-    "learning_rate", "lr_scheduler", "lr_warmup_steps", "use_8bit_adam", "adam_beta1", "adam_beta2", "ema",
-    "adam_weight_decay", "adam_epsilon", "max_grad_norm", "rank", "lora_alpha", "text_encoder_rank", "compile",
-    "precompute_reference", "max_train_steps",
-}
-# fmt: on
+PART = 64  # pairs or captions in a file of what is encoded
+HELD_OUT_DRAWS = 4  # timesteps at which each held-out pair is measured
+MAX_BAD_SHARE = 0.05  # of rows that cannot be used: more end the run
 
 
 class UserError(Exception):
@@ -145,31 +121,28 @@ class UserError(Exception):
 # ---- The method -----------------------------------------------------------------------------------------------------
 
 
-class Measured(NamedTuple):
-    """All that the loss asks of a model: errors of winner and loser (B,), channel means of the winner's x0 (B, C)."""
+class NoisePath(NamedTuple):
+    """x_t = a x_0 + s noise at each of the T points of a model's schedule; (T,) each."""
 
-    err_w: Tensor
-    err_l: Tensor
-    mu_w: Tensor
-
-
-def per_image(value: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, 1)"""
-    return value.view(-1, 1, 1, 1)
+    t: Tensor  # what the model is told
+    a: Tensor
+    s: Tensor
+    c: Tensor  # one reverse step turns a difference in the predicted x_0 into c times it
+    kind: str  # what the model predicts: epsilon, v_prediction, sample or flow
 
 
-def add_noise(x_0: Tensor, noise: Tensor, alpha_bar: Tensor) -> Tensor:
-    """x_t of the forward process; x_0 and noise (B, C, H, W), alpha_bar (B,)."""
-    return per_image(alpha_bar.sqrt()) * x_0 + per_image((1 - alpha_bar).sqrt()) * noise
+def add_noise(x_0: Tensor, noise: Tensor, a: Tensor, s: Tensor) -> Tensor:
+    """x_t of the forward process; x_0 and noise (B, C, H, W), a and s (B, 1, 1, 1)."""
+    return a * x_0 + s * noise
 
 
-def training_target(x_0: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """What the U-Net should predict: noise (epsilon), v = sqrt(abar) noise - sqrt(1 - abar) x_0, or x_0 (sample)."""
-    if prediction_type == "epsilon":
-        return noise
-    if prediction_type == "v_prediction":
-        return per_image(alpha_bar.sqrt()) * noise - per_image((1 - alpha_bar).sqrt()) * x_0
-    return x_0
+def training_target(x_0: Tensor, noise: Tensor, a: Tensor, s: Tensor, kind: str) -> Tensor:
+    """What the model should predict, (B, C, H, W): the noise, v = a noise - s x_0, x_0, or the flow noise - x_0."""
+    if kind == "flow":
+        return noise - x_0
+    if kind == "v_prediction":
+        return a * noise - s * x_0
+    return noise if kind == "epsilon" else x_0
 
 
 def image_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -185,23 +158,38 @@ def dpo_loss(
     beta: float,
     loss_type: str = "sigmoid",
     label: Tensor | float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Diffusion-DPO (arXiv 2311.12908, eq. 14) on per-image errors: (B,) each -> loss (), margin (B,).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Diffusion-DPO (arXiv 2311.12908, eq. 14) on per-image errors, (B,) each -> loss, logit and weight, (B,) each.
 
-    The margin is positive where the policy improved on the winner, against the reference, more than on the loser.
-    `beta` multiplies it as it is; public code with `0.5 * beta * margin` means the same loss by twice the beta.
-    `label` (B,) is the probability that the winner is the better one: 1, less with smoothing, 0.5 for a tie. "ipo" is
-    IPO's loss times beta^2: the same minimum, margin = 1 / (2 beta), with gradients of the size of the others'.
+    The logit is positive where the policy improved on the winner, against the reference, more than on the loser.
+    `beta` multiplies that improvement as it is; public code with a factor 0.5 means the same loss by twice the beta.
+    `label` (B,) is the probability that the winner is the better one: 1, or 0.5 for a tie. "ipo" is IPO's loss times
+    beta^2: the same minimum, logit = 1 / 2, with gradients of the size of the others'. The weight, -dloss/dlogit, is
+    the pair's in the gradient: near 0 it has nothing left to teach.
     """
-    margin = (ref_err_w - err_w) - (ref_err_l - err_l)
 
     def loss_if_better(logit: Tensor) -> Tensor:
         if loss_type == "hinge":
             return F.relu(1 - logit)
         return (logit - 0.5).square() if loss_type == "ipo" else -F.logsigmoid(logit)
 
-    loss = label * loss_if_better(beta * margin) + (1 - label) * loss_if_better(-beta * margin)
-    return loss.mean(), margin
+    def loss_of(logit: Tensor) -> Tensor:
+        return label * loss_if_better(logit) + (1 - label) * loss_if_better(-logit)
+
+    logit = beta * ((ref_err_w - err_w) - (ref_err_l - err_l))
+    with torch.enable_grad():
+        point = logit.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss_of(point).sum(), point)
+    return loss_of(logit), logit, -slope
+
+
+def predict_x0(prediction: Tensor, x_t: Tensor, a: Tensor, s: Tensor, kind: str) -> Tensor:
+    """The clean latents that a prediction stands for, fp32; prediction and x_t (B, C, H, W), a and s (B, 1, 1, 1)."""
+    if kind == "epsilon":
+        return (x_t - s * prediction.float()) / a
+    if kind == "v_prediction":
+        return a * x_t - s * prediction.float()
+    return x_t - s * prediction.float() if kind == "flow" else prediction.float()
 
 
 def safeguard_scale(residual_w: Tensor, residual_l: Tensor, mu: float) -> Tensor:
@@ -218,73 +206,48 @@ def safeguard_scale(residual_w: Tensor, residual_l: Tensor, mu: float) -> Tensor
     return torch.where(aligned > 0, bound.clamp(max=1), torch.ones_like(bound))
 
 
-def scale_gradient(value: Tensor, scale: Tensor) -> Tensor:
-    """`value` with `scale` times its gradient."""
-    return value.detach() + scale * (value - value.detach())
+def statistics_matching_loss(mu_w: Tensor, ref_mu_w: Tensor, c: Tensor) -> Tensor:
+    """How far one reverse step by the policy moves the winner's channel means off the reference's (HG-DPO, L_stat).
 
-
-def predict_x0(prediction: Tensor, x_t: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
-    """The clean latents that a prediction stands for, fp32; prediction and x_t (B, C, H, W), alpha_bar (B,)."""
-    signal, sigma = per_image(alpha_bar.sqrt()), per_image((1 - alpha_bar).sqrt())
-    if prediction_type == "epsilon":
-        return (x_t - sigma * prediction.float()) / signal
-    if prediction_type == "v_prediction":
-        return signal * x_t - sigma * prediction.float()
-    return prediction.float()
-
-
-def statistics_matching_loss(mu_w: Tensor, ref_mu_w: Tensor, alpha_bar: Tensor, alpha_bar_prev: Tensor) -> Tensor:
-    """How far a reverse DDPM step by the policy moves the winner's channel means off the reference's (HG-DPO, L_stat).
-
-    mu_w and ref_mu_w (B, C): the means over (H, W) of the predicted x0. With the step's noise shared, the steps differ
-    by c_t (x0 - ref_x0), c_t = sqrt(abar_{t-1}) beta_t / (1 - abar_t), for every prediction type and schedule. Squared
-    L2 norm over channels, mean over the batch: ()
+    mu_w and ref_mu_w (B, C): the means over (H, W) of the predicted x_0. With the step's noise shared, the steps
+    differ by c (x0 - ref_x0), c (B,), for every prediction type and schedule. Squared L2 norm over channels: (B,)
     """
-    beta_t = 1 - alpha_bar / alpha_bar_prev
-    c_t = alpha_bar_prev.sqrt() * beta_t / (1 - alpha_bar)
-    return (c_t[:, None] * (mu_w - ref_mu_w)).square().sum(dim=1).mean()
+    return (c[:, None] * (mu_w - ref_mu_w)).square().sum(dim=1)
+
+
+def default_lambda_stat(path: NoisePath) -> float:
+    """The paper's 10,000 for DDPM; for flow the factor with the same mean weight over the schedule.
+
+    A difference in the prediction makes one of c s in a reverse step. On SD 1.5's schedule, epsilon, 10,000 times its
+    square is 0.515 on average; a flow's steps are so small that it takes about 360,000 (shift 3, 1,000 steps).
+    """
+    return 0.515 / (path.c * path.s).square().mean().item() if path.kind == "flow" else 10_000.0
 
 
 # ---- Draws: what a step sees is a function of (seed, position) ------------------------------------------------------
 
 
-def positions(step: int, micro_step: int, rank: int, args: argparse.Namespace, num_processes: int) -> range:
-    """Where this process's micro-batch lies in the endless sequence of pairs; ranks never share a position."""
-    start = (step * args.gradient_accumulation_steps + micro_step) * num_processes + rank
-    return range(start * args.train_batch_size, (start + 1) * args.train_batch_size)
+def draw_timesteps(quantile: Tensor, low: int, high: int, scheme: str = "none") -> Tensor:
+    """Points of the schedule in [low, high) at quantiles (B,) in (0, 1): uniform, or SD 3's logit-normal; (B,) long.
 
-
-@lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, pairs: Pairs) -> np.ndarray:
-    """The order of the pairs in one epoch, which the seed decides. With several buckets every step's pairs come from
-    one of them: what is left over waits for another epoch's order, and a bucket of less than a step is repeated."""
-    generator = np.random.default_rng((seed, epoch))
-    if len(pairs.latents) == 1:
-        return generator.permutation(len(pairs.bucket))
-    steps = []
-    for bucket in range(len(pairs.latents)):
-        rows = generator.permutation(np.flatnonzero(pairs.bucket == bucket))
-        steps += list(np.resize(rows, (max(1, len(rows) // pairs.per_step), pairs.per_step)))
-    return np.concatenate([steps[i] for i in generator.permutation(len(steps))])
-
-
-def visits_at(seed: int, positions: range, pairs: Pairs) -> list[tuple[int, int]]:
-    """(pair, epoch) at each position: every epoch has its own order."""
-    length = len(epoch_order(seed, 0, pairs))
-    return [(int(epoch_order(seed, p // length, pairs)[p % length]), p // length) for p in positions]
+    Training draws the quantiles; held-out pairs are measured at evenly spaced ones.
+    """
+    if scheme == "logit_normal":
+        quantile = torch.special.ndtri(quantile).sigmoid()
+    return low + (quantile * (high - low)).long()
 
 
 def draw_noise(
-    seed: int, stream: str, visits: list[tuple[int, int]], shape: tuple[int, ...], timesteps: tuple[int, int]
+    seed: int, stream: str, visits: list[tuple[int, int]], shape: Sequence[int], points: int
 ) -> tuple[Tensor, Tensor]:
-    """The noise (B, *shape) and the timesteps (B,), uniform in [low, high), of each (pair, visit); on the CPU."""
-    noise, t = torch.empty(len(visits), *shape), torch.empty(len(visits), dtype=torch.long)
+    """The noise (B, *shape) and the quantile (B,), one of `points`, of each (pair, visit); on the CPU."""
+    noise, quantile = torch.empty(len(visits), *shape), torch.empty(len(visits), dtype=torch.float64)
     for i, (row, visit) in enumerate(visits):
         digest = hashlib.sha256(f"{seed}|{stream}|{row}|{visit}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        t[i] = torch.randint(*timesteps, (), generator=generator)
+        quantile[i] = (torch.randint(points, (), generator=generator) + 0.5) / points
         noise[i].normal_(generator=generator)
-    return noise, t
+    return noise, quantile
 
 
 def image_seed(seed: int, prompt: str, index: int) -> int:
@@ -292,184 +255,132 @@ def image_seed(seed: int, prompt: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}|{prompt}|{index}".encode()).digest()[:6], "big")
 
 
-# ---- Training step --------------------------------------------------------------------------------------------------
+def endless_batches(seed: int, buckets: list[np.ndarray], size: int) -> Iterator[list[tuple[int, int]]]:
+    """(pair, epoch) of the pairs of each batch of a run, which share a bucket.
 
-
-def measure_errors(run: Run, model: torch.nn.Module, batch: Batch) -> tuple[Measured, Tensor]:
-    """A model on a batch: what the loss asks of it, and its residual prediction - target (2B, C, h, w)."""
-    schedule, noise, t = run.schedule, batch.noise.repeat(2, 1, 1, 1), batch.t.repeat(2)
-    alpha_bar = schedule.alpha_bar[t]
-    x_t = add_noise(batch.x_0, noise, alpha_bar)
-    if run.args.channels_last:
-        x_t = x_t.contiguous(memory_format=torch.channels_last)
-    prediction = model(x_t, t, batch.text, batch.time_ids)
-    target = training_target(batch.x_0, noise, alpha_bar, schedule.prediction_type)
-    err_w, err_l = image_error(prediction, target).chunk(2)
-    halves = (value.chunk(2)[0] for value in (prediction, x_t, alpha_bar))
-    mu_w = predict_x0(*halves, schedule.prediction_type).mean(dim=(2, 3))
-    return Measured(err_w, err_l, mu_w), prediction - target
-
-
-def training_loss(run: Run, batch: Batch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """The docstring's formula on one batch: loss (), METRICS, () each, and the margins (B,)."""
-    args, schedule = run.args, run.schedule
-    ref = batch.reference
-    if ref is None:
-        with torch.no_grad(), reference(run) as model:
-            ref, _ = measure_errors(run, model, batch)
-    (err_w, err_l, mu_w), residual = measure_errors(run, run.policy, batch)
-
-    scale = torch.ones_like(err_l)
-    if args.winner_safeguard is not None:
-        scale = safeguard_scale(*residual.chunk(2), args.winner_safeguard)
-    dpo, margin = dpo_loss(
-        err_w, scale_gradient(err_l, scale), ref.err_w, ref.err_l, args.beta_dpo, args.loss_type, batch.label
-    )
-    stat = statistics_matching_loss(mu_w, ref.mu_w, schedule.alpha_bar[batch.t], schedule.alpha_bar_prev[batch.t])
-    loss = dpo + args.lambda_stat * stat
-    metrics = {
-        "loss": loss,
-        "loss/dpo": dpo,
-        "loss/statistics": args.lambda_stat * stat,
-        "error/winner": err_w.mean(),
-        "error/loser": err_l.mean(),
-        "error/winner_over_reference": (err_w - ref.err_w).mean(),
-        "error/loser_over_reference": (err_l - ref.err_l).mean(),
-        "rewards/margins": args.beta_dpo * margin.mean(),
-        "rewards/accuracies": (margin > 0).float().mean(),
-        "dpo_weight": torch.sigmoid(-args.beta_dpo * margin).mean(),
-        "loser_scale": scale.mean(),
-    }
-    return loss, {name: value.detach() for name, value in metrics.items()}, margin.detach()
-
-
-def any_process(accelerator: Accelerator, flag: bool | Tensor) -> bool:
-    """Whether it is true on one process at least."""
-    if accelerator.num_processes == 1:
-        return bool(flag)
-    return bool(accelerator.reduce(torch.as_tensor(flag, device=accelerator.device).float()) > 0)
-
-
-def optimisation_step(run: Run, step: int) -> Tensor:
-    """Updates the weights from --gradient_accumulation_steps micro-batches; METRICS and the gradient's norm.
-
-    Waits for the device once an update, to see that loss and gradient are finite before they reach the weights.
+    Each bucket's pairs, every epoch in a new order, are cut into batches of `size`, of all its pairs if it has fewer,
+    and what is left over begins the next epoch's: every pair comes once an epoch, none again for want of others.
     """
-    args, accelerator, pairs = run.args, run.accelerator, run.pairs["train"]
-    total, seen, margins = torch.zeros(len(METRICS), device=accelerator.device), [], []
-    for micro_step in range(args.gradient_accumulation_steps):
-        where = positions(step, micro_step, accelerator.process_index, args, accelerator.num_processes)
-        visits = visits_at(args.seed, where, pairs)
-        batch = draw_batch(run, pairs, visits)
-        with accelerator.accumulate(run.policy):
-            with accelerator.autocast():
-                loss, metrics, margin = training_loss(run, batch)
-            total, seen, margins = total + torch.stack(list(metrics.values())), seen + visits, [*margins, margin]
-            accelerator.backward(loss)
-            if accelerator.sync_gradients:
-                norm = clip_gradients(run)
-                # fp16 has a scaler, which mends overflow in the gradient by itself
-                trusted = total[0] if accelerator.mixed_precision == "fp16" else total[0] + norm
-                if any_process(accelerator, ~torch.isfinite(trusted)):
-                    rows = [int(pairs.index[row]) for row, _ in seen]
-                    raise UserError(not_finite(step, rows, torch.cat(margins), deepspeed(accelerator)))
-            run.optimizer.step()
-            run.optimizer.zero_grad()
-    run.lr_scheduler.step()
-    if run.ema:
-        run.ema.step(trained_weights(run))
-    return torch.cat([total / args.gradient_accumulation_steps, norm.reshape(1)])
+    waiting: list[list[tuple[int, int]]] = [[] for _ in buckets]
+    for epoch in itertools.count():
+        ready = []
+        for number, pairs in enumerate(buckets):
+            order = np.random.default_rng((seed, epoch, number)).permutation(len(pairs))
+            rows, full = waiting[number] + [(int(pairs[i]), epoch) for i in order], min(size, len(pairs))
+            end = len(rows) // full * full
+            ready += [(number, rows[start : start + full]) for start in range(0, end, full)]
+            waiting[number] = rows[end:]
+        turns = np.random.default_rng((seed, epoch)).permutation([number for number, _ in ready])  # the buckets mixed
+        queues = [iter([batch for own, batch in ready if own == number]) for number in range(len(buckets))]
+        yield from (next(queues[number]) for number in turns)
 
 
-def not_finite(step: int, rows: list[int], margins: Tensor, touched: bool) -> str:
-    """What to tell of a step whose loss or gradient is no number: the rows (N) whose margin is none, or all."""
-    guilty = [row for row, finite in zip(rows, margins.isfinite().tolist(), strict=True) if not finite]
-    told = ", ".join(map(str, sorted(set(guilty or rows))))
-    weights = "DeepSpeed has stepped already" if touched else "the weights were not touched"
-    return (
-        f"loss or gradient not finite in step {step + 1}, rows {told} of the data; {weights}: "
-        "carry on from the last checkpoint with a lower --learning_rate, with bf16, or without these rows"
-    )
+# ---- Model families: everything that depends on the kind of model ---------------------------------------------------
 
 
-def clip_gradients(run: Run) -> Tensor:
-    """Clips the gradient to --max_grad_norm; returns its norm () before that."""
-    norm = run.accelerator.clip_grad_norm_(trained_weights(run), run.args.max_grad_norm)
-    if hasattr(norm, "full_tensor"):  # FSDP
-        norm = norm.full_tensor()
-    # DeepSpeed clips by itself, and may not know
-    return torch.as_tensor(0.0 if norm is None else norm, device=run.accelerator.device)
+class UNet:
+    """SD 1.x, SD 2.x and SDXL: a U-Net on a DDPM schedule, predicting epsilon, v or x_0."""
+
+    model, attention, multiple = "unet", ("to_q", "to_k", "to_v", "to_out.0"), 8
+    guidance = ("guidance_scale", 5.0)  # the argument of the pipeline's call, and the paper's value
+
+    def path(self, pipe: DiffusionPipeline, tokens: int) -> NoisePath:
+        """The model's own schedule, (T,) each; UserError for one that is no DDPM schedule, such as EDM, LCM or TCD."""
+        from diffusers import DDPMScheduler
+
+        config, name = pipe.scheduler.config, type(pipe.scheduler).__name__
+        if "beta_schedule" not in config or re.search("EDM|LCM|TCD|FlowMatch", name) or config.get("use_flow_sigmas"):
+            raise UserError(f"the model's scheduler, {name}, has no DDPM schedule, which {type(pipe).__name__} needs")
+        if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise UserError(f"the scheduler's prediction_type {config.prediction_type!r} is no DDPM prediction")
+        alpha_bar = DDPMScheduler.from_config(config).alphas_cumprod
+        before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        c = before.sqrt() * (1 - alpha_bar / before) / (1 - alpha_bar)
+        t, a, s = torch.arange(len(alpha_bar)), alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+        return NoisePath(t, a, s, c, config.prediction_type)
+
+    def sampler(self, pipe: DiffusionPipeline) -> Any:
+        """DPM-Solver++ multistep with the model's schedule, as the paper samples."""
+        from diffusers import DPMSolverMultistepScheduler
+
+        options = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True}
+        return DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **options)
+
+    def encode_text(self, pipe: DiffusionPipeline, prompts: list[str], **options: Any) -> dict[str, Tensor]:
+        """The prompts' embeddings (B, ...) by the pipeline's own encoders, under the names that its call takes."""
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        options |= {"device": pipe.text_encoder.device, "num_images_per_prompt": 1}
+        values = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **options)
+        return {name: value for name, value in zip(names, values, strict=False) if value is not None}
+
+    def predict(self, model: Callable, x_t: Tensor, t: Tensor, text: dict[str, Tensor], sizes: Tensor) -> Tensor:
+        """The bare model call, x_t (B, C, h, w), t (B,), text (B, ...); sizes (B, 6), SDXL: original height and
+        width, top and left of the crop, height and width, in pixels -> (B, C, h, w)."""
+        added = None
+        if "pooled_prompt_embeds" in text:  # SDXL
+            added = {"text_embeds": text["pooled_prompt_embeds"], "time_ids": sizes}
+        embeds = text["prompt_embeds"]
+        return model(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+    def latent_scale(self, vae: torch.nn.Module) -> tuple[Tensor, Tensor]:
+        """Mean and factor, (1, C or 1, 1, 1), of latents = (the VAE's - mean) * factor."""
+        mean, std = (vae.config.get(key) for key in ("latents_mean", "latents_std"))
+        mean = torch.tensor(mean or vae.config.get("shift_factor") or 0.0).view(1, -1, 1, 1)
+        factor = vae.config.scaling_factor / torch.tensor(std or 1.0).view(1, -1, 1, 1)
+        return mean.to(vae.device), factor.to(vae.device)
+
+    def to_latents(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w), the means of the VAE's posterior, of pixels (B, 3, H, W) in [-1, 1]."""
+        mean, factor = self.latent_scale(pipe.vae)
+        return (pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype)).latent_dist.mode() - mean) * factor
+
+    def to_pixels(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] of scaled latents."""
+        mean, factor = self.latent_scale(pipe.vae)
+        return pipe.vae.decode(latents.to(pipe.vae.device, pipe.vae.dtype) / factor + mean).sample
 
 
-def trained_weights(run: Run) -> list[Tensor]:
-    """The tensors that the optimiser updates: with FSDP this process's shards."""
-    return [weight for group in run.optimizer.param_groups for weight in group["params"]]
+class SD3(UNet):
+    """SD 3 and SD 3.5: a transformer on the path of flow matching, predicting noise - x_0."""
+
+    model, multiple = "transformer", 16
+    attention = (*UNet.attention, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    guidance = ("guidance_scale", 4.5)
+
+    def path(self, pipe: DiffusionPipeline, tokens: int) -> NoisePath:
+        """The sampler's own shifted sigmas, least noise first, (T,) each; `tokens`: those of an image, on which a
+        dynamic shift depends. UserError for a sampler that is no FlowMatchEulerDiscreteScheduler."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+        config, name = pipe.scheduler.config, type(pipe.scheduler).__name__
+        if name != "FlowMatchEulerDiscreteScheduler":
+            raise UserError(f"the model's scheduler, {name}, is no FlowMatchEulerDiscreteScheduler, which SD 3 needs")
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        sigma = scheduler.sigmas
+        if config.use_dynamic_shifting:
+            lengths = config.base_image_seq_len, config.max_image_seq_len
+            mu = calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
+            sigma = scheduler.time_shift(mu, 1.0, sigma)
+        sigma = sigma.flip(0)
+        c = (sigma - torch.cat([sigma.new_zeros(1), sigma[:-1]])) / sigma
+        return NoisePath(sigma * config.num_train_timesteps, 1 - sigma, sigma, c, "flow")
+
+    def sampler(self, pipe: DiffusionPipeline) -> Any:
+        """The model's own, Euler steps of the flow."""
+        return pipe.scheduler
+
+    def encode_text(self, pipe: DiffusionPipeline, prompts: list[str], **options: Any) -> dict[str, Tensor]:
+        """As U-Nets' pipelines; the second and third encoder read the same prompts."""
+        return super().encode_text(pipe, prompts, prompt_2=None, prompt_3=None, **options)
+
+    def predict(self, model: Callable, x_t: Tensor, t: Tensor, text: dict[str, Tensor], sizes: Tensor) -> Tensor:
+        """The bare model call; sizes are not read."""
+        text = {"encoder_hidden_states": text["prompt_embeds"], "pooled_projections": text["pooled_prompt_embeds"]}
+        return model(hidden_states=x_t, timestep=t, **text, return_dict=False)[0]
 
 
-def draw_batch(run: Run, pairs: Pairs, visits: list[tuple[int, int]]) -> Batch:
-    """The pairs of the visits with their draws: fresh ones in each epoch, or one of --precompute_reference's."""
-    args, num_timesteps = run.args, len(run.schedule.alpha_bar)
-    if args.precompute_reference:
-        visits = [(row, epoch % args.precompute_reference) for row, epoch in visits]
-    timesteps = args.timestep_range or (0, num_timesteps)
-    shape = pairs.latents[pairs.bucket[visits[0][0]]].shape[2:]
-    noise, t = draw_noise(args.seed, "train", visits, shape, timesteps)
-    return make_batch(pairs, visits, noise, t, run.accelerator.device)
-
-
-def held_out_batch(run: Run, visits: list[tuple[int, int]]) -> Batch:
-    """Held-out pairs at evenly spaced timesteps and with the same noise every time: (pair, draw)."""
-    args, pairs = run.args, run.pairs["validation"]
-    low, high = args.timestep_range or (0, len(run.schedule.alpha_bar))
-    shape = pairs.latents[pairs.bucket[visits[0][0]]].shape[2:]
-    noise, _ = draw_noise(args.seed, "validation", visits, shape, (low, high))
-    t = torch.tensor([low + (2 * i + 1) * (high - low) // (2 * args.validation_draws) for _, i in visits])
-    return make_batch(pairs, visits, noise, t, run.accelerator.device)
-
-
-def all_visits(pairs: Pairs, draws: int, size: int) -> list[list[tuple[int, int]]]:
-    """Every (pair, draw), in batches of up to `size` from one bucket each."""
-    batches = []
-    for bucket in range(len(pairs.latents)):
-        rows = np.flatnonzero(pairs.bucket == bucket).tolist()
-        visits = [(row, i) for row in rows for i in range(draws)]
-        batches += [visits[start : start + size] for start in range(0, len(visits), size)]
-    return batches
-
-
-@torch.no_grad()
-def measure_reference(run: Run, name: str) -> Tensor:
-    """The reference's `Measured` (draws, N, 2 + C) of a split, kept in a cache: on training draws for
-    --precompute_reference, and without buckets in the micro-batches of training's first K epochs, so that not a bit
-    differs there."""
-    args, accelerator, pairs = run.args, run.accelerator, run.pairs[name]
-    size = args.train_batch_size
-    draws = args.validation_draws if name == "validation" else args.precompute_reference
-    make = held_out_batch if name == "validation" else partial(draw_batch, pairs=pairs)
-    if name == "validation" or len(pairs.latents) > 1:
-        batches = all_visits(pairs, draws, size)
-        num_items, visits_of = len(batches), batches.__getitem__
-    else:
-        length = draws * len(epoch_order(args.seed, 0, pairs))
-        num_items = -(-length // size)
-
-        def visits_of(item: int) -> list[tuple[int, int]]:
-            return visits_at(args.seed, range(item * size, min((item + 1) * size, length)), pairs)
-
-    def fill(values: Tensor, item: int) -> None:
-        with accelerator.autocast(), reference(run) as model:
-            visits = visits_of(item)
-            measured, _ = measure_errors(run, model, make(run, visits=visits))
-        rows, index = [row for row, _ in visits], [visit for _, visit in visits]
-        values[index, rows] = torch.cat([measured.err_w[:, None], measured.err_l[:, None], measured.mu_w], 1).cpu()
-
-    key = hash_of(
-        {part: value for part, value in run.identity.items() if part not in NOT_OF_THE_REFERENCE}, draws, size
-    )
-    shape = (draws, len(pairs.bucket), 2 + run.pipe.vae.config.latent_channels)
-    path = Path(args.encoded_dir, f"reference-{name}-{key}.bin")
-    title = f"measuring the reference on {name}"
-    return cached_tensor(accelerator, path, shape, torch.float32, num_items, fill, title)
+FAMILIES = {"StableDiffusionPipeline": UNet, "StableDiffusionXLPipeline": UNet, "StableDiffusion3Pipeline": SD3}
 
 
 # ---- Data: where pairs come from ------------------------------------------------------------------------------------
@@ -492,218 +403,168 @@ LAYOUTS = (
 )
 
 
-class Split(NamedTuple):
-    """The pairs of one split that are kept: `winner[i]` is 0 or 1, the side of row i that was preferred, `label[i]`
-    the probability that it is the better one, `index[i]` its row in the data set; `sides` are its two image columns
-    alone, `dropped` counts the other rows by reason; paths start at `folder`."""
-
-    name: str
-    rows: Dataset
-    sides: Dataset
-    index: np.ndarray
-    layout: Layout
-    winner: np.ndarray
-    label: np.ndarray
-    dropped: dict[str, int]
-    folder: Path
-
-    def images(self, row: int) -> tuple[bytes, bytes]:
-        """The encoded images of a row, winner first."""
-        pair = self.sides[row]
-        sides = (pair[self.layout.image_0], pair[self.layout.image_1])
-        return tuple(image_bytes(sides[side], self.folder) for side in (self.winner[row], 1 - self.winner[row]))
-
-    def where(self, row: int) -> str:
-        """The row's name in messages."""
-        return f"split {self.name!r}, row {self.index[row]}"
-
-    @property
-    def captions(self) -> list[str]:
-        return self.rows[self.layout.caption][:]
-
-
-def image_bytes(value: Any, folder: Path) -> bytes:
-    """The file that a cell holds: bytes, {"bytes", "path"} of a `datasets.Image` column, or a path."""
-    if isinstance(value, dict):
-        value = value["bytes"] or value["path"]
-    return (folder / value).read_bytes() if isinstance(value, str) else value
+def read_caption(image: Path) -> str:
+    """The caption in the .txt or .caption file beside an image, "" without one; of several lines, which are
+    alternatives, the first. UserError for one that a generator's UI wrote, with settings in it."""
+    for file in (image.with_suffix(".txt"), image.with_suffix(".caption")):
+        text = file.read_text(encoding="utf-8-sig").strip() if file.is_file() else ""
+        if re.search(r"^(Negative prompt:|Steps: \d+, )", text, re.MULTILINE):
+            raise UserError(f"{file} holds a generator's settings, not only a caption")
+        if text:
+            return text.splitlines()[0].strip()
+    return ""
 
 
 def rows_of_folders(folder: Path) -> list[dict[str, str]]:
-    """Pairs written as NAME/w/1.png, NAME/l/1.png and a caption in NAME/1.caption or .txt (beside w, or in it)."""
+    """Pairs written as w/NAME.jpg and l/NAME.jpg, at any depth, with the caption in w/NAME.txt or .caption, or in such
+    a file beside w; UserError where it is not clear what belongs to what."""
+
+    def images_of(place: Path) -> dict[str, Path]:
+        files = [file for file in sorted(place.glob("[!.]*")) if file.suffix.lower() in suffixes and file.is_file()]
+        stems = [file.stem for file in files]
+        if twins := [stem for stem in stems if stems.count(stem) > 1]:
+            raise UserError(f"{place} has several images named {twins[0]}: which one is meant?")
+        return dict(zip(stems, files, strict=True))
+
     rows, suffixes = [], Image.registered_extensions()
-    for winner in sorted(path for path in folder.glob("**/w/*") if path.suffix.lower() in suffixes):
-        losers = winner.parent.with_name("l").glob(f"{glob.escape(winner.stem)}.*")
-        losers = sorted(path for path in losers if path.stem == winner.stem and path.suffix.lower() in suffixes)
-        loser = next(iter(losers), None)
-        texts = [place / f"{winner.stem}{end}" for place in winner.parents[:2] for end in (".caption", ".txt")]
-        text = next((path for path in texts if path.is_file()), None)
-        if loser is None or text is None:
-            raise UserError(f"{winner} has no {'loser in ../l' if loser is None else 'caption beside w'}")
-        pair = {"chosen": str(winner.absolute()), "rejected": str(loser.absolute())}
-        rows.append({**pair, "prompt": text.read_text().strip()})
+    places = [Path(place) for place, *_ in os.walk(folder.absolute(), followlinks=True)]
+    for place in sorted(place for place in places if place.name == "w" and "__MACOSX" not in place.parts):
+        winners, losers = images_of(place), images_of(place.with_name("l"))
+        if unpaired := sorted(winners.keys() ^ losers.keys()):
+            raise UserError(f"{place.parent} has no {unpaired[0]} in {'w' if unpaired[0] in losers else 'l'}")
+        for stem, winner in winners.items():
+            caption = read_caption(winner) or read_caption(place.parent / winner.name)
+            if not caption:
+                raise UserError(f"{winner} has no caption in {stem}.txt or {stem}.caption beside it")
+            rows.append({"chosen": str(winner), "rejected": str(losers[stem]), "prompt": caption})
     return rows
 
 
-def read_folder(folder: Path, cache_dir: str | None) -> dict[str, Dataset]:
-    """A folder's splits. The parquet files are named one by one, because a folder that was made again under its old
-    name (--rescore) would come out of the cache of `datasets` as it was."""
+def first_rows(stream: IterableDataset, count: int, cache_dir: str | None) -> Dataset:
+    """The first rows of a streamed data set, which reads no more of it; kept by `datasets` for the next start."""
     import datasets
 
-    files = {name: sorted(map(str, folder.glob(f"data/{name}-*.parquet"))) for name in ("train", "validation")}
-    files = {name: paths for name, paths in files.items() if paths}
-    if files:
-        return datasets.load_dataset("parquet", data_files=files, cache_dir=cache_dir)
-    if rows := rows_of_folders(folder):
-        return {"train": datasets.Dataset.from_list(rows)}
-    return datasets.load_dataset(str(folder), cache_dir=cache_dir, download_mode="force_redownload")
+    rows = stream.take(count)
+    return datasets.Dataset.from_generator(lambda: iter(rows), features=stream.features, cache_dir=cache_dir)
 
 
-def read_source(args: argparse.Namespace) -> dict[str, Dataset]:
-    """The splits that --dataset_name or --train_data_dir names, whatever their columns are called."""
+def read_source(args: argparse.Namespace) -> tuple[dict[str, Dataset], Path]:
+    """The splits, "train" and perhaps "validation", of --dataset_name or --train_data_dir, whatever their columns are
+    called, and the folder that paths in them start at.
+
+    A folder's parquet files are named one by one, because a folder that was made again under its old name would come
+    out of the cache of `datasets` as it was.
+    """
     import datasets
 
-    path = Path(args.train_data_dir or "")
-    if args.train_data_dir and not path.exists():
-        raise UserError(f"no folder {path}: make pairs with make_preference_data.py, or set --train_data_dir")
     datasets.disable_progress_bars()
-    try:
-        if args.dataset_name:
-            name, split = args.dataset_name, args.dataset_split_name
-            return {
-                "train": datasets.load_dataset(name, args.dataset_config_name, split=split, cache_dir=args.cache_dir)
-            }
-        if path.is_dir():
-            return read_folder(path, args.cache_dir)
-        kind = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
-        if kind is None:
-            raise UserError(f"{path} is no json, jsonl or parquet file")
-        return datasets.load_dataset(kind, data_files={"train": str(path)}, cache_dir=args.cache_dir)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        told = first_line(error.__cause__ or error)
-        raise UserError(f"{args.dataset_name or path} holds no data set of pairs: {told}") from error
+    source, split = Path(args.dataset_name or args.train_data_dir), args.dataset_split_name
+    count = args.max_train_samples
+    place, cache = (args.dataset_name, args.dataset_config_name), {"cache_dir": args.cache_dir}
+    if args.dataset_name and not source.exists():  # on the hub
+        names = datasets.get_dataset_split_names(*place)
+        split = split or next((name for name in ("train", "validation") if name in names), names[0])
+        rows = datasets.load_dataset(*place, split=split, streaming=count is not None, **cache)
+        splits = {split: rows if count is None else first_rows(rows.decode(False), count, args.cache_dir)}
+    elif not source.exists():
+        raise UserError(f"no folder {source}: make pairs with make_preference_data.py, or set --train_data_dir")
+    elif source.is_file():
+        kind = "parquet" if source.suffix == ".parquet" else "json"
+        splits = datasets.load_dataset(kind, data_files={"train": str(source)}, **cache)
+    else:
+        files = {name: sorted(map(str, source.glob(f"data/{name}-*.parquet"))) for name in ("train", "validation")}
+        if files := {name: paths for name, paths in files.items() if paths}:
+            splits = datasets.load_dataset("parquet", data_files=files, **cache)
+        elif rows := rows_of_folders(source):
+            splits = {"train": datasets.Dataset.from_list(rows)}
+        else:
+            again = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
+            splits = datasets.load_dataset(str(source), place[1], **again, **cache)
+    if split or "train" not in splits:
+        name = split or next(iter(splits))
+        if name not in splits:
+            raise UserError(f"{source} has no split {name!r}, only {', '.join(splits)}")
+        splits = {"train": splits[name]}
+    if count is not None:
+        splits["train"] = splits["train"].select(range(min(count, len(splits["train"]))))
+    return dict(splits), source.parent if source.is_file() else source
 
 
-def find_layout(name: str, rows: Dataset, args: argparse.Namespace) -> Layout:
+def find_layout(columns: list[str], args: argparse.Namespace) -> Layout:
     """The first of LAYOUTS, with the columns that flags name, which the rows have."""
-    asked = {
-        "image_0": args.image_0_column,
-        "image_1": args.image_1_column,
-        "label_0": args.label_0_column,
-        "caption": args.caption_column,
-    }
-    asked = {field: column for field, column in asked.items() if column}
-    for layout in (layout._replace(**asked) for layout in LAYOUTS):
-        if all(column in rows.column_names for column in layout if column):
+    named = (args.image_0_column, args.image_1_column, args.label_0_column, args.caption_column)
+    known = [Layout(*(own or usual for own, usual in zip(named, layout, strict=True))) for layout in LAYOUTS]
+    for layout in known:
+        if all(column in columns for column in layout if column):
             return layout
-    missing = [column for column in LAYOUTS[0]._replace(**asked) if column not in rows.column_names]
-    raise UserError(f"split {name!r} has no column {', '.join(missing)} (it has {', '.join(rows.column_names)})")
+    missing = [column for column in known[0] if column not in columns]
+    raise UserError(f"the data has no column {', '.join(missing)} (it has {', '.join(columns)})")
 
 
-def load_splits(args: argparse.Namespace) -> dict[str, Split]:
-    """The splits "train" and, where there is one or --validation_share asks for one, "validation"."""
-    loaded = read_source(args)
-    if "train" not in loaded:
-        raise UserError(f"{args.train_data_dir} has no split 'train', only {', '.join(loaded)}")
-    train = loaded["train"]
-    if args.max_train_samples is not None:
-        train = train.select(range(min(args.max_train_samples, len(train))))
-    splits = {"train": decide("train", train, args)}
-    if "validation" in loaded:
-        splits["validation"] = decide("validation", loaded["validation"], args)
-    elif args.validation_share:
-        splits = hold_out(splits["train"], args.validation_share)
-    if args.early_stopping_patience is not None and not ("validation" in splits and len(splits["validation"].rows)):
-        raise UserError("--early_stopping_patience needs held-out pairs: set --validation_share")
-    if len(splits["train"].rows) == 0:
-        told = ", ".join(f"{count} {reason}" for reason, count in splits["train"].dropped.items())
-        raise UserError(f"no pairs to train on ({told or 'the split is empty'})")
-    return {name: split for name, split in splits.items() if len(split.rows)}
+def choose_pairs(rows: Dataset, args: argparse.Namespace) -> tuple[pd.DataFrame, Counter]:
+    """The pairs of a split that have a winner, and how many rows were left out, by reason.
 
+    A table with the columns row (in `rows`), winner and loser (names of image columns), label (the probability that
+    the winner is the better one) and caption.
+    """
+    layout, columns = find_layout(rows.column_names, args), rows.column_names
+    label_1 = layout.label_0.replace("0", "1") if "0" in (layout.label_0 or "") else None
+    wanted = {layout.caption, layout.label_0, label_1, "has_label"} - {layout.image_0, layout.image_1}
+    if args.min_margin is not None or args.soft_labels:
+        wanted.add(args.margin_column)
+        if args.margin_column not in columns:
+            raise UserError(f"--min_margin and --soft_labels need a column {args.margin_column}: set --margin_column")
+    table = rows.select_columns([column for column in columns if column in wanted]).to_pandas()
 
-def decide(name: str, rows: Dataset, args: argparse.Namespace) -> Split:
-    """The rows of a split that have a winner, and how sure that is; errors name the row."""
-    import datasets
+    def numbers(column: str | None, default: Any) -> pd.Series:
+        values = table[column] if column in table else pd.Series(default, index=table.index)
+        return pd.to_numeric(values, errors="coerce").astype(float)
 
-    layout = find_layout(name, rows, args)
-    for column in (layout.image_0, layout.image_1):
-        if isinstance(rows.features[column], datasets.Image):
-            rows = rows.cast_column(column, datasets.Image(decode=False))
-    label = read_labels(name, rows, layout.label_0)
-    for row, caption in enumerate(rows[layout.caption][:]):
-        if not isinstance(caption, str):
-            raise UserError(f"split {name!r}, row {row}: the {layout.caption} is {caption!r}, not a text")
-
-    tie, sure, too_close = label == 0.5, np.ones(len(rows)), np.zeros(len(rows), dtype=bool)
-    if args.min_margin is not None or args.soft_labels is not None:
-        margin = read_margins(name, rows, args)
-        if args.min_margin is not None:
-            too_close = margin < args.min_margin
-        if args.soft_labels is not None:
-            sure = 1 / (1 + np.exp(-margin / args.soft_labels))
-    sure = np.where(tie, 0.5, (1 - args.label_smoothing) * sure + args.label_smoothing * (1 - sure))
-    ties = tie & (args.ties == "drop")
-    keep = np.flatnonzero(~ties & ~too_close)
-    dropped = {"ties left out": int(ties.sum()), "below --min_margin": int((too_close & ~ties).sum())}
-    dropped = {reason: count for reason, count in dropped.items() if count}
-    folder = Path(args.train_data_dir or "")
-    folder = folder.parent if folder.is_file() else folder
-    winner = (label[keep] == 0).astype(int)
-    label = sure[keep].astype(np.float32)
-    rows = rows.select(keep)
-    return Split(
-        name, rows, rows.select_columns(list(layout[:2])), keep, layout, winner, label, dropped, folder.absolute()
+    first = numbers(layout.label_0, 1.0)  # 1 where the first image won, 0, or 0.5 for a tie
+    second = numbers(label_1, 1 - first)
+    if layout.label_0 == "prefer_0":  # invoke-training: a vote for neither
+        first, second = (side.where(first + second > 0, 0.5) for side in (first, second))
+    margin, tie = numbers(args.margin_column, math.inf), first == 0.5
+    caption = table[layout.caption].map(lambda text: text.strip() if isinstance(text, str) else "")
+    reason = np.select(
+        [
+            numbers("has_label", 1.0) == 0,
+            ~first.isin((0, 0.5, 1)) | (first + second != 1),
+            caption == "",
+            margin.isna(),
+            tie & (args.ties == "drop"),
+            margin < (-math.inf if args.min_margin is None else args.min_margin),
+        ],
+        ["without a label", "WRONG LABEL", "WITHOUT A CAPTION", "WITHOUT A MARGIN", "tied", "below --min_margin"],
+        default="",
     )
+    label = pd.Series(1.0, index=table.index)
+    if args.soft_labels:  # where a photo beats a higher score, as in the Hard stage, it is still the winner
+        label = 1 / (1 + np.exp(-margin.clip(lower=0) / args.soft_labels))
+    pairs = pd.DataFrame({
+        "row": np.arange(len(table)),
+        "winner": np.where(first == 0, layout.image_1, layout.image_0),
+        "loser": np.where(first == 0, layout.image_0, layout.image_1),
+        "label": label.mask(tie, 0.5),
+        "caption": caption,
+    })  # fmt: skip
+    return pairs[reason == ""].reset_index(drop=True), Counter(reason[reason != ""].tolist())
 
 
-def read_labels(name: str, rows: Dataset, column: str | None) -> np.ndarray:
-    """1 where the first image won, 0, or 0.5 for a tie (N,); the column for the second image has to agree."""
-    if column is None:
-        return np.ones(len(rows))
-    label, second = read_numbers(name, rows, column), column.replace("0", "1")
-    other = 1 - label
-    if second != column and second in rows.column_names:
-        other = read_numbers(name, rows, second)
-    if column == "prefer_0":  # invoke-training: a vote for neither
-        label, other = (np.where(label + other == 0, 0.5, side) for side in (label, other))
-    for row in np.flatnonzero(~np.isin(label, (0, 0.5, 1)) | (label + other != 1))[:1]:
-        told = f"{column} = {label[row]:g}, {second} = {other[row]:g}"
-        raise UserError(f"split {name!r}, row {row}: {told}, not (1, 0), (0, 1) or a tie (0.5, 0.5)")
-    return label
+def refuse_bad_rows(dropped: Counter, total: int, name: str) -> None:
+    """Ends the run where too many rows cannot be used: those whose reason is in capitals."""
+    bad = {reason: count for reason, count in dropped.items() if reason.isupper()}
+    if sum(bad.values()) > MAX_BAD_SHARE * total:
+        told = ", ".join(f"{count} {reason.lower()}" for reason, count in bad.items())
+        raise UserError(f"{sum(bad.values())} of {total} rows of split {name!r} cannot be used: {told}")
 
 
-def read_numbers(name: str, rows: Dataset, column: str) -> np.ndarray:
-    """A column of numbers or booleans (N,); None becomes nan."""
-    for row, value in enumerate(rows[column][:]):
-        if not isinstance(value, (int, float, type(None))):
-            raise UserError(f"split {name!r}, row {row}: {column} is {value!r}, not a number")
-    return np.array(rows[column][:], dtype=float)
-
-
-def read_margins(name: str, rows: Dataset, args: argparse.Namespace) -> np.ndarray:
-    """The score margins (N,) of a split."""
-    if args.margin_column not in rows.column_names:
-        raise UserError(
-            f"split {name!r} has no column {args.margin_column} for --min_margin or --soft_labels: set --margin_column"
-        )
-    margin = read_numbers(name, rows, args.margin_column)
-    for row in np.flatnonzero(~np.isfinite(margin))[:1]:
-        raise UserError(f"split {name!r}, row {row}: {args.margin_column} is {margin[row]}, not a number")
-    return margin
-
-
-def hold_out(split: Split, share: float) -> dict[str, Split]:
-    """Splits off about this share of the captions, decided by each caption's hash."""
-    digests = [hashlib.sha256(caption.encode()).digest()[:4] for caption in split.captions]
-    held = np.array([int.from_bytes(digest, "big") < share * 2**32 for digest in digests])
-
-    def part(keep: np.ndarray, dropped: dict[str, int]) -> Split:
-        keep = np.flatnonzero(keep)
-        arrays = {"index": split.index[keep], "winner": split.winner[keep], "label": split.label[keep]}
-        arrays |= {"rows": split.rows.select(keep), "sides": split.sides.select(keep)}
-        return split._replace(dropped=dropped, **arrays)
-
-    return {"train": part(~held, split.dropped), "validation": part(held, {})}
+def hold_out(pairs: pd.DataFrame, share: float) -> np.ndarray:
+    """Which pairs (N,) to hold out: about this share of the captions, by each caption's hash; of the pairs where there
+    are too few captions for that."""
+    texts = pairs.caption if pairs.caption.nunique() * share >= 3 else pairs.caption + "|" + pairs.row.astype(str)
+    digests = [hashlib.sha256(text.encode()).digest()[:4] for text in texts]
+    return np.array([int.from_bytes(digest, "big") < share * 2**32 for digest in digests], dtype=bool)
 
 
 # ---- Data: encoded once, read memory-mapped -------------------------------------------------------------------------
@@ -711,388 +572,276 @@ def hold_out(split: Split, share: float) -> dict[str, Split]:
 
 @dataclass(eq=False)
 class Pairs:
-    """What training reads of a split, N pairs: scaled latents in fp16, winners first, all of one size in a bucket.
-
-    latents: a tensor (n, 2, C, h, w) for each bucket; bucket, place (N,): which of them, and where in it;
-    index (N,): the row of the data set; label (N,); time_ids (N, 6), SDXL: original size, crop and target size in
-    pixels; caption (N,): the row of `captions` and of `embeddings`, None where the text encoder is trained;
-    reference (K, N, 2 + C): `Measured` at K draws, or None; per_step: the pairs of one update.
-    """
+    """What training reads of a split, N pairs, winners first: latents, (2, C, h, w) each, scaled, in fp16; label (N,);
+    sizes (N, 6): original height and width, top and left of the crop, height and width, in pixels; row (N,): of the
+    data; buckets: the pairs of each size; key: changes with the data, not with its place; text: each caption's
+    embeddings, None where the text encoder is trained; paths: the noise path of each size of latents, (h, w)."""
 
     latents: list[Tensor]
-    bucket: np.ndarray
-    place: np.ndarray
-    index: np.ndarray
     label: Tensor
-    time_ids: Tensor
-    per_step: int
-    caption: np.ndarray | None = None
-    captions: list[str] | None = None
-    embeddings: dict[str, Tensor] | None = None
-    reference: Tensor | None = None
+    sizes: Tensor
+    row: list[int]
+    caption: list[str]
+    buckets: list[np.ndarray]
+    key: str
+    text: dict[str, dict[str, Tensor]] | None = None
+    paths: dict[tuple[int, int], NoisePath] = field(default_factory=dict)
 
 
 class Batch(NamedTuple):
-    """Winners then losers along dim 0 of x_0 (2B, C, h, w); noise (B, C, h, w) and the rest are shared by both."""
+    """B pairs. Winners then losers along dim 0 of x_0 (2B, C, h, w); noise (B, C, h, w), the place on the noise path
+    (B,), text and sizes (B, 6) are shared by both sides."""
 
     x_0: Tensor
     noise: Tensor
-    t: Tensor
+    path: NoisePath
     label: Tensor
     text: dict[str, Tensor] | list[str]
-    time_ids: Tensor
-    reference: Measured | None
+    sizes: Tensor
 
 
-def cached_tensor(
-    accelerator: Accelerator,
-    path: Path,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    num_items: int,
-    fill: Callable[[Tensor, int], None],
-    title: str,
-) -> Tensor:
-    """The memory-mapped tensor in the file `path`. Where it is not there yet, the processes share its items out,
-    `fill(tensor, item)` each; a start after an interruption goes on with the items that are missing."""
-    ready = path.is_file() and path.stat().st_size == math.prod(shape) * dtype.itemsize
-    if any_process(accelerator, not ready):
-        unfinished, done = path.with_suffix(".partial"), path.with_suffix(".done")
-        if accelerator.is_main_process:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot write to --encoded_dir {path.parent}: {error.strerror}") from error
-            for file, size in ((unfinished, math.prod(shape) * dtype.itemsize), (done, num_items)):
-                reserve(file, size)
-        accelerator.wait_for_everyone()
-        tensor = torch.from_file(str(unfinished), shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-        finished = torch.from_file(str(done), shared=True, size=num_items, dtype=torch.uint8)
-        todo = (finished == 0).nonzero().flatten().tolist()
-        accelerator.wait_for_everyone()  # all have read `finished`
-        todo += todo[-1:] * (-len(todo) % accelerator.num_processes)  # as many for each: FSDP's forward needs all
-        todo = todo[accelerator.process_index :: accelerator.num_processes]
-        for item in tqdm(todo, desc=title, unit="item", disable=not accelerator.is_main_process):
-            fill(tensor, item)
-            finished[item] = 1
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            done.unlink(missing_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another run with the same --encoded_dir was faster
-                unfinished.replace(path)
-        accelerator.wait_for_everyone()
-    return torch.from_file(str(path), shared=False, size=math.prod(shape), dtype=dtype).view(shape)
+def open_pair(cells: Dataset, pair: Any, folder: Path) -> list[BinaryIO]:
+    """The files of winner and loser in Arrow cells: bytes, {"bytes", "path"} of `datasets.Image`, or a path below
+    `folder`; OSError where there is none."""
+    row, files = cells[int(pair.row)], []
+    for value in (row[pair.winner][0], row[pair.loser][0]):
+        if isinstance(value, pa.StructScalar) and value.is_valid:
+            value = value["bytes"] if value["bytes"].is_valid else value["path"]
+        if not value.is_valid:
+            raise OSError("there is no image")
+        named = pa.types.is_string(value.type) or pa.types.is_large_string(value.type)
+        files.append((folder / value.as_py()).open("rb") if named else pa.BufferReader(value.as_buffer()))
+    return files
 
 
-def reserve(file: Path, size: int) -> None:
-    """Makes sure that a file has its full size on the disk: writing to a memory map of a full disk would crash."""
+def pair_key(cells: Dataset, pair: Any, folder: Path) -> str:
+    """What a pair's images are, the same in another place and after a copy: a hash of their sizes in bytes and of 4 kB
+    in their middle. In capitals: why the pair cannot be used."""
     try:
-        with file.open("ab") as handle:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(handle.fileno(), 0, size)
-            else:
-                handle.truncate(size)
-    except OSError as error:
-        file.unlink(missing_ok=True)
-        raise UserError(f"{file} needs {size / 2**30:.1f} GiB: {error.strerror}; see --encoded_dir") from error
+        files, pieces = open_pair(cells, pair, folder), []
+    except OSError:
+        return "UNREADABLE"
+    for file in files:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size // 2 - 2048))
+        pieces.append(b"%d|" % size + file.read(4096))
+    if pieces[0] == pieces[1] and len({file.seek(0) or file.read() for file in files}) == 1:
+        return "THE SAME IMAGE TWICE"
+    return hashlib.sha256(b"".join(pieces)).hexdigest()[:16]
 
 
-def open_image(data: bytes, where: str) -> Image.Image:
-    """Reads the header; the pixels come with the first use."""
-    try:
-        image = Image.open(io.BytesIO(data))
-        image.getexif()
-    except Exception as error:  # Pillow's plugins raise all kinds
-        told = "no known format" if isinstance(error, UnidentifiedImageError) else first_line(error)
-        raise UserError(f"{where}: not a readable image ({told})") from error
-    return image
+def read_image(file: BinaryIO | Path) -> Image.Image:
+    """An image in 8-bit sRGB, upright. 16-bit and float greys are scaled from the range of their kind, transparent
+    pixels lie on white, colour profiles are converted."""
+    image = ImageOps.exif_transpose(Image.open(file))
+    profile = image.info.get("icc_profile", b"")
+    if image.mode.startswith(("I", "F")):
+        grey = np.asarray(image, dtype=np.float32)
+        tops = (65535,) if image.mode.startswith("I") else (1, 255, 65535)
+        top = next((top for top in tops if grey.max() <= top), grey.max())
+        return Image.fromarray(np.uint8(np.clip(grey / top, 0, 1) * 255 + 0.5)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if profile and b"sRGB" not in profile and image.mode in ("RGB", "CMYK", "L"):
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a damaged profile is none
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return image.convert("RGB")
 
 
-def measure_images(split: Split, sizes: Tensor, row: int) -> None:
-    """Writes (height, width) of both images of a row to `sizes` (N, 2, 2); they have to differ and to be readable."""
-    where = split.where(row)
-    try:
-        images = split.images(row)
-    except OSError as error:
-        raise UserError(f"{where}: not a readable image ({first_line(error)})") from error
-    if images[0] == images[1]:
-        raise UserError(f"{where}: winner and loser are the same image")
-    for position, data in enumerate(images):
-        side = split.layout[split.winner[row] if position == 0 else 1 - split.winner[row]]
-        image = open_image(data, f"{where}, {side}")
-        height, width = image.height, image.width
-        if image.getexif().get(0x0112, 1) > 4:  # the camera was held upright
-            height, width = width, height
-        sizes[row, position] = torch.tensor([height, width])
-
-
-def bucket_size(height: int, width: int, resolution: int) -> tuple[int, int]:
+def bucket_size(height: int, width: int, resolution: int, multiple: int) -> tuple[int, int]:
     """The bucket of an image: about resolution^2 pixels in its own aspect ratio, sides in steps of resolution / 8."""
-    step = max(8, resolution // 64 * 8)
+    step = max(1, resolution // 8 // multiple) * multiple
     ratio = min(max(height / width, 0.5), 2)
     sides = (resolution * math.sqrt(ratio), resolution / math.sqrt(ratio))
     return tuple(round(side / step) * step for side in sides)
 
 
-def crop_box(height: int, width: int, size: tuple[int, int]) -> tuple[float, int, int]:
-    """Scale, top and left of the centre crop that fills `size`: what SDXL is told, and what is cut."""
+def crop_corner(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Top and left, in pixels after scaling, of the centre crop that fills `size`: what SDXL is told, and what is
+    cut."""
     scale = max(size[0] / height, size[1] / width)
-    return scale, round((height * scale - size[0]) / 2), round((width * scale - size[1]) / 2)
+    return round((height * scale - size[0]) / 2), round((width * scale - size[1]) / 2)
 
 
-def to_pixels(data: bytes, size: tuple[int, int], where: str) -> Tensor:
-    """An image resized and centre-cropped to (height, width): (3, height, width) in [-1, 1]."""
-    image = open_image(data, where)
-    try:
-        image = ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # cut short
-        raise UserError(f"{where}: not a readable image ({first_line(error)})") from error
-    image = ImageOps.fit(image, (size[1], size[0]), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+def hash_of(*parts: Any) -> str:
+    """A short name for what a cached file depends on."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 def weights_hash(*modules: torch.nn.Module) -> str:
-    """sha256 over the weights as fp16, so that it is the same whether they were loaded in fp16 or fp32."""
+    """A hash of about 1,000 values of each weight, as fp16: what a model is, whatever its folder is called and whether
+    it was loaded in fp16 or fp32, in milliseconds."""
     digest = hashlib.sha256()
     for module in modules:
         for name, value in sorted(module.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().to("cpu", torch.float16).contiguous().numpy().tobytes())
+            flat = value.detach().flatten()
+            values = flat[:: max(1, len(flat) // 1000)].to("cpu", torch.float16)
+            digest.update(f"{name}{tuple(value.shape)}".encode() + values.numpy().tobytes())
     return digest.hexdigest()
 
 
-def why_latents_do_not_fit(split: Split, vae_hash: str, shape: tuple[int, ...]) -> str | None:
-    """None where the data set's own latents are those of this VAE and size, else the reason in words."""
-    metadata = split.folder / "preference_data.json"
-    if "latents_0" not in split.rows.column_names or not metadata.is_file():
-        return "the data set has none"
-    try:
-        made = json.loads(metadata.read_text()).get("latents") or {}
-    except ValueError as error:
-        raise UserError(f"{metadata} cannot be read: {first_line(error)}") from error
-    if made.get("vae_hash") != vae_hash:
-        return "the data set's come from another VAE"
-    if tuple(made.get("shape", ())) != shape:
-        return f"the data set's are {made.get('shape')}, {list(shape)} are wanted"
-    return None
+def wait_patiently(accelerator: Accelerator) -> None:
+    """A barrier that waits for hours, for a download or for what is encoded; all others keep the library's minutes,
+    after which a fault shows."""
+    if accelerator.num_processes > 1:
+        hours = datetime.timedelta(hours=12)
+        torch.distributed.barrier(torch.distributed.new_group(backend="gloo", timeout=hours))
+
+
+def make_parts(
+    paths: list[Path], make: Callable[[list[int]], Iterable[dict[str, Tensor]]], accelerator: Accelerator, title: str
+) -> list[dict[str, Tensor]]:
+    """The tensors of safetensors files, memory-mapped. The processes share out those that are missing, one writer a
+    file, under a temporary name: what an interrupted start has made is not made again."""
+    from safetensors.torch import load_file, save_file
+
+    missing = [number for number, path in enumerate(paths) if not path.is_file()]
+    wait_patiently(accelerator)  # all have looked
+    mine = missing[accelerator.process_index :: accelerator.num_processes]
+    show = {"desc": title, "unit": "part", "disable": not (mine and accelerator.is_main_process)}
+    for number, tensors in zip(mine, tqdm(make(mine), total=len(mine), **show), strict=True):
+        unfinished = paths[number].with_name(f".{paths[number].name}.{os.getpid()}")
+        save_file(tensors, unfinished)
+        unfinished.replace(paths[number])
+    wait_patiently(accelerator)
+    return [load_file(path) for path in paths]
 
 
 @torch.no_grad()
-def encode_latents(
-    split: Split, rows: np.ndarray, size: tuple[int, int], pipe: DiffusionPipeline, latents: Tensor, item: int
-) -> None:
-    """latents[item] (2, C, h, w) of the pair in rows[item]: the VAE's mean for each image, winner first."""
-    where = split.where(rows[item])
-    pixels = torch.stack([to_pixels(data, size, where) for data in split.images(int(rows[item]))])
-    posterior = pipe.vae.encode(pixels.to(pipe.vae.device)).latent_dist
-    latents[item] = (posterior.mode() * pipe.vae.config.scaling_factor).to("cpu", latents.dtype)
+def encode_pairs(
+    name: str, rows: Dataset, table: pd.DataFrame, folder: Path, pipe: DiffusionPipeline, family: UNet,
+    dropped: Counter, args: argparse.Namespace, accelerator: Accelerator,
+) -> Pairs:  # fmt: skip
+    """The pairs of a split (see choose_pairs) with their latents: the data set's own where they are this VAE's and of
+    the right size, else the VAE's. What cannot be read, or is one image twice, is counted in `dropped`."""
+    vae, cells, record = pipe.vae, rows.with_format("arrow"), folder / "preference_data.json"
+    made = (json.loads(record.read_text(encoding="utf-8")).get("latents") if record.is_file() else None) or {}
+    same = (made.get("vae_hash"), made.get("scaling_factor")) == (weights_hash(vae), vae.config.scaling_factor)
+    own = made["shape"] if same and {"latents_0", "latents_1"} <= set(rows.column_names) else None
 
+    unread: Counter = Counter()
 
-def copy_latents(split: Split, columns: Dataset, rows: np.ndarray, latents: Tensor, item: int) -> None:
-    """latents[item] (2, C, h, w) from the columns latents_0 and latents_1 of the pair in rows[item], winner first."""
-    row = int(rows[item])
-    pair = columns[row]
-    for position, side in enumerate((split.winner[row], 1 - split.winner[row])):
-        values = pair[f"latents_{side}"] or b""
-        if len(values) != 2 * latents[item, position].numel():
-            told = f"latents_{side} holds {len(values) / 2:g} numbers, not {list(latents.shape[2:])}"
-            raise UserError(f"{split.where(row)}: {told}")
-        latents[item, position] = torch.frombuffer(bytearray(values), dtype=torch.float16).view(latents.shape[2:])
+    def read(pair: Any) -> tuple[list[int], Tensor | None]:
+        """A row of Pairs.sizes, and latents (2, C, h, w) or pixels (2, 3, H, W); zeros and None where it fails."""
+        try:
+            files = open_pair(cells, pair, folder)
+            image = Image.open(files[0])
+            upright = image.getexif().get(0x0112, 1) <= 4  # else the camera was turned
+            height, width = image.size[::-1] if upright else image.size
+            size = (args.height, args.width)
+            if args.aspect_ratio_buckets:
+                size = bucket_size(height, width, args.resolution, family.multiple)
+            sizes = [height, width, *crop_corner(height, width, size), *size]
+            shape = (2, vae.config.latent_channels, *(side // pipe.vae_scale_factor for side in size))
+            if own == list(shape[1:]):
+                row = cells[int(pair.row)]
+                values = b"".join(row[f"latents_{side[-1]}"][0].as_py() for side in (pair.winner, pair.loser))
+                return sizes, torch.frombuffer(bytearray(values), dtype=torch.float16).view(shape)
+            images = [ImageOps.fit(read_image(file), size[::-1], Image.Resampling.LANCZOS) for file in files]
+            return sizes, torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
+        except Exception as error:  # Pillow's plugins raise all kinds
+            tqdm.write(f"warning:   row {pair.row} of {name} is unreadable: {type(error).__name__}: {error}")
+            return [0] * 6, None
 
+    def encode(numbers: list[int]) -> Iterator[dict[str, Tensor]]:
+        """The tensors of these parts; threads read the next one's images while this one's go through the VAE."""
+        with ThreadPoolExecutor() as pool:
+            reading = (pool.map(read, parts[number].itertuples()) for number in numbers)
+            ahead = next(reading, None)
+            while ahead is not None:
+                loaded, ahead = ahead, next(reading, None)
+                sizes, values = zip(*loaded, strict=True)
+                unread["UNREADABLE"] += sum(value is None for value in values)
+                refuse_bad_rows(dropped + unread, len(rows), name)
+                tensors = {str(i): value for i, value in enumerate(values) if value is not None}
+                for shape in {value.shape for value in tensors.values() if value.dtype == torch.uint8}:
+                    alike = [i for i, value in tensors.items() if value.shape == shape]
+                    count = max(1, 2**20 // shape[2:].numel())  # pairs at once: four of 512 x 512
+                    for some in (alike[start : start + count] for start in range(0, len(alike), count)):
+                        pixels = torch.cat([tensors[i] for i in some]).to(accelerator.device).float() / 127.5 - 1
+                        latents = family.to_latents(pipe, pixels).to("cpu", torch.float16).unflatten(0, (-1, 2))
+                        latents = latents.clone(memory_format=torch.contiguous_format)  # the VAE's are channels-last
+                        tensors |= dict(zip(some, latents, strict=True))
+                yield tensors | {"sizes": torch.tensor(sizes)}
 
-def data_key(split: Split) -> str:
-    """Changes with the rows, their order and winners, and with the files of a data set that holds paths."""
-    key = [split.rows._fingerprint, split.winner.tolist()]
-    if getattr(split.rows.features[split.layout.image_0], "dtype", None) in ("string", "large_string"):
-        paths = (split.folder / value for name in split.layout[:2] for value in split.rows[name][:] if value)
-        key += [(path.stat().st_size, path.stat().st_mtime_ns) for path in paths if path.is_file()]
-    return hash_of(*key)
+    with ThreadPoolExecutor() as pool:
+        keys = pool.map(lambda pair: pair_key(cells, pair, folder), table.itertuples())
+        show = {"unit": "pair", "disable": not accelerator.is_main_process, "leave": False}
+        table = table.assign(key=list(tqdm(keys, f"checking {name}", len(table), **show)))
+    bad = table.key.str.isupper()
+    dropped.update(table.key[bad])
+    refuse_bad_rows(dropped, len(rows), name)
+    table = table[~bad]
+    parts = [table[start : start + PART] for start in range(0, len(table), PART)]
+    shape = [args.resolution, "buckets"] if args.aspect_ratio_buckets else [args.height, args.width]
+    vae_key = [weights_hash(vae), own, *(value.tolist() for value in family.latent_scale(vae))]
+    keys = [hash_of(part.key.tolist(), shape, vae_key) for part in parts]
+    paths = [Path(args.encoded_dir, f"latents-{key}.safetensors") for key in keys]
+    made = make_parts(paths, encode, accelerator, f"encoding {name}" if not own else f"reading {name}")
 
-
-def prepare_latents(
-    split: Split, rows: np.ndarray, size: tuple[int, int], pipe: DiffusionPipeline, vae_hash: str, key: str,
-    folder: Path, accelerator: Accelerator,
-) -> Tensor:  # fmt: skip
-    """The latents (n, 2, C, h, w) of a split's rows: the data set's own where they fit, else the VAE's."""
-    shape = (pipe.vae.config.latent_channels, *(side // pipe.vae_scale_factor for side in size))
-    reason = why_latents_do_not_fit(split, vae_hash, shape)
-    scale = float(pipe.vae.config.scaling_factor)
-    key = hash_of(key, rows.tolist(), size, vae_hash, scale, reason is None)
-    path = folder / f"latents-{split.name}-{key}.bin"
-    if reason is None:
-        fill = partial(copy_latents, split, split.rows.select_columns(["latents_0", "latents_1"]), rows)
-    else:
-        fill = partial(encode_latents, split, rows, size, pipe)
-        if not path.is_file():
-            told = f"{len(rows)} {split.name} pairs of {size[0]} x {size[1]} go through the VAE"
-            accelerator.print(f"latents:   {told} ({reason})")
-    title = f"{'reading' if reason is None else 'encoding'} {split.name}"
-    return cached_tensor(accelerator, path, (len(rows), 2, *shape), torch.float16, len(rows), fill, title)
-
-
-def prepare_split(
-    split: Split, vae_hash: str, pipe: DiffusionPipeline, args: argparse.Namespace, accelerator: Accelerator
-) -> Pairs:
-    """A split's sizes, buckets and latents, each from its cache where there is one; captions are still missing."""
-    folder, count, key = Path(args.encoded_dir), len(split.rows), data_key(split)
-    path, fill = folder / f"sizes-{split.name}-{key}.bin", partial(measure_images, split)
-    title = f"checking {split.name}"
-    sizes = cached_tensor(accelerator, path, (count, 2, 2), torch.int32, count, fill, title)[:, 0].tolist()
-    targets = [(args.height, args.width)] * count
-    if args.aspect_ratio_buckets:
-        targets = [bucket_size(*size, args.resolution) for size in sizes]
-    buckets = sorted(set(targets))
-    bucket = np.array([buckets.index(target) for target in targets])
-    place, latents = np.zeros(count, dtype=int), []
-    for number, size in enumerate(buckets):
-        rows = np.flatnonzero(bucket == number)
-        place[rows] = np.arange(len(rows))
-        latents.append(prepare_latents(split, rows, size, pipe, vae_hash, key, folder, accelerator))
-    boxes = [crop_box(*size, target)[1:] for size, target in zip(sizes, targets, strict=True)]
-    return Pairs(
-        latents=latents,
-        bucket=bucket,
-        place=place,
-        index=split.index,
-        label=torch.from_numpy(split.label),
-        time_ids=torch.tensor(np.hstack([sizes, boxes, targets])),
-        per_step=pairs_per_step(args, accelerator),
-    )
-
-
-def encode_captions(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    """Text embeddings by the pipeline's own encoder(s), under the names that the pipeline's call takes."""
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    values = pipe.encode_prompt(
-        prompt=prompts, device=pipe.text_encoder.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    return {name: value for name, value in zip(names, values, strict=False) if value is not None}
-
-
-def text_encoders(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """One of SD 1.x and 2.x, two of SDXL."""
-    names = [name for name in ("text_encoder", "text_encoder_2") if pipe.components.get(name) is not None]
-    return {name: pipe.components[name] for name in names}
+    sizes = torch.cat([tensors["sizes"] for tensors in made])
+    readable = (sizes[:, 0] > 0).numpy()
+    dropped.update(["UNREADABLE"] * int((~readable).sum()))
+    refuse_bad_rows(dropped, len(rows), name)
+    table, sizes = table[readable], sizes[readable]
+    latents = [tensors[str(i)] for tensors in made for i in range(len(tensors["sizes"])) if str(i) in tensors]
+    label, buckets = torch.tensor(table.label.to_numpy(), dtype=torch.float32), sizes[:, 4:].unique(dim=0)
+    buckets = [np.flatnonzero((sizes[:, 4:] == size).all(dim=1)) for size in buckets]
+    key = hash_of(*(table[column].tolist() for column in ("key", "label", "caption")))
+    return Pairs(latents, label, sizes, table.row.tolist(), table.caption.tolist(), buckets, key)
 
 
 @torch.no_grad()
-def prepare_captions(
-    captions: list[str], pipe: DiffusionPipeline, args: argparse.Namespace, accelerator: Accelerator
-) -> dict[str, Tensor]:
-    """The embeddings of distinct captions, (len(captions), ...) each, kept in a cache; frees the text encoders."""
-    encoders, embeddings, chunk = text_encoders(pipe), {}, 32
-    key = hash_of(captions, weights_hash(*encoders.values()), str(pipe.text_encoder.dtype))
-    for name, example in encode_captions(pipe, captions[:1]).items():
-
-        def fill(tensor: Tensor, item: int, name: str = name) -> None:
-            rows = slice(item * chunk, (item + 1) * chunk)
-            tensor[rows] = encode_captions(pipe, captions[rows])[name].cpu()
-
-        path, shape = Path(args.encoded_dir, f"{name}-{key}.bin"), (len(captions), *example.shape[1:])
-        if name == "prompt_embeds" and not path.is_file():
-            tell_cut_captions(pipe, captions, accelerator)
-        items = -(-len(captions) // chunk)
-        embeddings[name] = cached_tensor(accelerator, path, shape, example.dtype, items, fill, f"encoding {name}")
-    for name in encoders:
-        setattr(pipe, name, None)
-    return embeddings
-
-
-def tell_cut_captions(pipe: DiffusionPipeline, captions: list[str], accelerator: Accelerator) -> None:
-    """Says how many captions have more tokens than the text encoder reads."""
-    longest = pipe.tokenizer.model_max_length
-    if cut := sum(len(tokens) > longest for tokens in pipe.tokenizer(captions).input_ids):
+def encode_captions(
+    captions: list[str], pipe: DiffusionPipeline, family: UNet, args: argparse.Namespace, accelerator: Accelerator
+) -> dict[str, dict[str, Tensor]]:
+    """The embeddings of distinct captions, each encoded once."""
+    tokenizers = [part for name, part in pipe.components.items() if "tokenizer" in name and part is not None]
+    tokens, longest = [part(captions).input_ids for part in tokenizers], pipe.tokenizer.model_max_length
+    if cut := sum(len(ids) > longest for ids in tokens[0]):
         accelerator.print(f"captions:  {cut} of {len(captions)} have more than {longest} tokens and are cut there")
+    encoders = weights_hash(*text_encoders(pipe).values()), str(pipe.text_encoder.dtype), type(pipe).__name__
+    parts = [slice(start, start + PART) for start in range(0, len(captions), PART)]
+    keys = [hash_of(captions[part], [ids[part] for ids in tokens], encoders) for part in parts]
+
+    def encode(numbers: list[int]) -> Iterator[dict[str, Tensor]]:
+        for number in numbers:
+            text = family.encode_text(pipe, captions[parts[number]])
+            yield {name: value.cpu().contiguous() for name, value in text.items()}
+
+    paths = [Path(args.encoded_dir, f"captions-{key}.safetensors") for key in keys]
+    made = make_parts(paths, encode, accelerator, "encoding captions")
+    rows = [dict(zip(part, values, strict=True)) for part in made for values in zip(*part.values(), strict=True)]
+    return dict(zip(captions, rows, strict=True))
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copies to a GPU beside its work, without waiting for it."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def make_batch(
+    pairs: Pairs, visits: list[tuple[int, int]], held_out: bool, args: argparse.Namespace, device: torch.device
+) -> Batch:
+    """The pairs (B) of visits, (pair, epoch), which share a bucket, with their noise and timesteps, on the device; of
+    held-out pairs a visit is (pair, number of the timestep)."""
 
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
-def make_batch(pairs: Pairs, visits: list[tuple[int, int]], noise: Tensor, t: Tensor, device: torch.device) -> Batch:
-    """The pairs of the visits (B), which share a bucket, with their noise and timesteps, on the device."""
-    rows = [row for row, _ in visits]
-    x_0 = pairs.latents[pairs.bucket[rows[0]]][pairs.place[rows]].transpose(0, 1).flatten(0, 1).float()
-    move = partial(to_device, device=device)
-    if pairs.embeddings is None:
-        text = [pairs.captions[i] for i in pairs.caption[rows]]
-    else:
-        text = {name: move(value[pairs.caption[rows]]) for name, value in pairs.embeddings.items()}
-    reference = None
-    if pairs.reference is not None:
-        draws = [visit % len(pairs.reference) for _, visit in visits]
-        values = move(pairs.reference[draws, rows])
-        reference = Measured(values[:, 0], values[:, 1], values[:, 2:])
-    return Batch(move(x_0), move(noise), move(t), move(pairs.label[rows]), text, move(pairs.time_ids[rows]), reference)
+    rows, (low, high) = [row for row, _ in visits], args.timestep_range
+    x_0 = torch.stack([pairs.latents[row] for row in rows], dim=1).flatten(0, 1).float()
+    noise, quantile = draw_noise(args.seed, "validation" if held_out else "train", visits, x_0.shape[1:], high - low)
+    if held_out:
+        quantile = torch.tensor([(number + 0.5) / HELD_OUT_DRAWS for _, number in visits], dtype=torch.float64)
+    point = draw_timesteps(quantile, low, high, args.weighting_scheme)
+    path = pairs.paths[tuple(x_0.shape[2:])]
+    path = NoisePath(*(move(values[point]) for values in path[:4]), path.kind)
+    text: Any = [pairs.caption[row] for row in rows]
+    if pairs.text is not None:
+        texts = [pairs.text[caption] for caption in text]
+        text = {name: move(torch.stack([one[name] for one in texts])) for name in texts[0]}
+    return Batch(move(x_0), move(noise), path, move(pairs.label[rows]), text, move(pairs.sizes[rows]))
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
-
-
-class Schedule(NamedTuple):
-    """The model's noise schedule: alpha_bar (T,), that of the step before (1 before the first), prediction type."""
-
-    alpha_bar: Tensor
-    alpha_bar_prev: Tensor
-    prediction_type: str
-
-
-class Policy(torch.nn.Module):
-    """All that may be trained, as the one module that DDP, FSDP and DeepSpeed want: U-Net and, where they are trained
-    too, the text encoders. The frozen reference of --full_unet is another one."""
-
-    def __init__(self, pipe: DiffusionPipeline, unet: torch.nn.Module, train_text_encoder: bool, compile_it: bool):
-        super().__init__()
-        self.pipe, self.unet = pipe, unet
-        self.text_encoders = torch.nn.ModuleDict(text_encoders(pipe) if train_text_encoder else {})
-        self.predict = torch.compile(unet.forward) if compile_it else unet.__call__
-
-    def forward(self, x_t: Tensor, t: Tensor, text: dict[str, Tensor] | list[str], time_ids: Tensor) -> Tensor:
-        """The prediction for winners and losers x_t (2B, C, h, w), t (2B,); text and time_ids (B, 6) are shared."""
-        if isinstance(text, list):
-            text = encode_captions(self.pipe, text)
-        text = {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in text.items()}
-        x_t = x_t.to(self.unet.conv_in.weight.dtype)
-        added = None
-        if "pooled_prompt_embeds" in text:  # SDXL
-            added = {"text_embeds": text["pooled_prompt_embeds"], "time_ids": time_ids.repeat(2, 1)}
-        embeddings = text["prompt_embeds"]
-        return self.predict(x_t, t, encoder_hidden_states=embeddings, added_cond_kwargs=added, return_dict=False)[0]
-
-    def sample(self, **options: Any) -> Tensor:
-        """Latents by the pipeline's own call, with this U-Net."""
-        own, self.pipe.unet = self.pipe.unet, self.unet
-        try:
-            return self.pipe(**options, output_type="latent").images
-        finally:
-            self.pipe.unet = own
-
-
-class Validation(NamedTuple):
-    """The prompts to draw, their embeddings where the text encoder is frozen, the reference's images once drawn."""
-
-    prompts: list[str]
-    text: dict[str, Tensor] | None
-    images: list[Image.Image]
-
-
-class Run(NamedTuple):
-    """All that a step and what comes after it need."""
-
-    args: argparse.Namespace
-    accelerator: Accelerator
-    pipe: DiffusionPipeline
-    policy: torch.nn.Module  # `plain` as accelerate wraps it
-    plain: Policy
-    frozen: Policy | None  # the reference's copy of the U-Net; a LoRA needs none
-    schedule: Schedule
-    pairs: dict[str, Pairs]
-    optimizer: torch.optim.Optimizer
-    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    ema: EMAModel | None
-    validation: Validation
-    identity: dict[str, Any]
 
 
 def quiet_libraries() -> None:
@@ -1108,137 +857,71 @@ def quiet_libraries() -> None:
         library.utils.logging.disable_progress_bar()  # "Loading pipeline components", "Loading weights"
 
 
-def check_model(name: str, needs: str) -> None:
-    """Refuses a model name that is neither a hub id (owner/name) nor a folder that holds the file `needs`."""
-    if Path(name).is_dir():
-        if not (Path(name) / needs).is_file():
-            raise UserError(f"{name} holds no {needs}: it is not a model folder")
-    elif Path(name).is_file():
-        raise UserError(
-            f"{name} is a single file: make a folder of it by from_single_file(...).save_pretrained(FOLDER)"
-        )
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise UserError(f"no such model folder: {name}")
+def load_model(args: argparse.Namespace, dtype: torch.dtype) -> tuple[DiffusionPipeline, UNet]:
+    """The pipeline in `dtype`, but for the VAE, and with --full_unet the model in training, which are fp32, without
+    SD's safety checker; and its family. UserError for a pipeline of none, or that cannot be found."""
+    from diffusers import AutoencoderKL, DiffusionPipeline
+    from safetensors import SafetensorError
 
-
-def check_stage(flag: str, name: str) -> None:
-    """Refuses an earlier stage that is neither there nor named like one on the hub."""
-    if not (Path(name).exists() or re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)):
-        raise UserError(f"{flag} {name}: no such file or folder")
-
-
-def load_model(args: argparse.Namespace, dtype: torch.dtype) -> DiffusionPipeline:
-    """The pipeline in `dtype`, but for the VAE, and with --full_unet the U-Net, which are fp32; no safety checker."""
-    from diffusers import DiffusionPipeline
-
-    check_model(args.pretrained_model_name_or_path, "model_index.json")
+    name, vae = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
     source = {"revision": args.revision, "cache_dir": args.cache_dir}
-    dtypes = {"default": dtype, "vae": torch.float32, "unet": torch.float32 if args.full_unet else dtype}
     try:
-        config = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, **source)
-        unchecked = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
-        pipe = DiffusionPipeline.from_pretrained(
-            args.pretrained_model_name_or_path, variant=args.variant, torch_dtype=dtypes, **source, **unchecked
-        )
-    except Exception as error:  # of diffusers, transformers, safetensors
-        raise UserError(f"cannot load {args.pretrained_model_name_or_path}: {first_line(error)}") from error
-    missing = [part for part in ("unet", "vae", "text_encoder") if getattr(pipe, part, None) is None]
-    if missing:
-        raise UserError(f"{type(pipe).__name__} has no {', '.join(missing)}: SD 1.x, SD 2.x and SDXL can be trained")
-    channels = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
-    if channels[0] != channels[1]:
-        told = f"the U-Net reads {channels[0]} channels, the VAE writes {channels[1]}"
-        raise UserError(f"{told}: models for inpainting and the like cannot be trained")
-    if args.height % pipe.vae_scale_factor or args.width % pipe.vae_scale_factor:
-        raise UserError(f"{args.height} x {args.width} are not multiples of the VAE's {pipe.vae_scale_factor}")
-    freeze(*(module for module in pipe.components.values() if isinstance(module, torch.nn.Module)))
+        config = DiffusionPipeline.load_config(name, **source)
+        if config["_class_name"] not in FAMILIES:
+            raise UserError(f"{name} is a {config['_class_name']}: {', '.join(FAMILIES)} can be trained")
+        family = FAMILIES[config["_class_name"]]()
+        parts = {key: None for key, value in config.items() if isinstance(value, list) and value[0] is None}  # no T5
+        if "safety_checker" in config:
+            parts |= {"safety_checker": None, "requires_safety_checker": False}
+        if vae is not None:
+            place = "vae" if Path(vae, "vae").is_dir() else None
+            parts["vae"] = AutoencoderKL.from_pretrained(vae, subfolder=place, cache_dir=args.cache_dir)
+        dtypes = {"default": dtype, "vae": torch.float32, family.model: torch.float32 if args.full_unet else dtype}
+        pipe = DiffusionPipeline.from_pretrained(name, variant=args.variant, torch_dtype=dtypes, **source, **parts)
+    except (OSError, ValueError, SafetensorError) as error:
+        told = " (where all files are fp16, set --variant fp16)" * (isinstance(error, OSError) and not args.variant)
+        raise UserError(f"cannot load {name}: {str(error).splitlines()[0]}{told}") from error
+    for module in pipe.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.requires_grad_(False)
     pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return pipe, family
 
 
-def freeze(*modules: torch.nn.Module) -> None:
-    """No gradients for their weights."""
-    for module in modules:
-        module.requires_grad_(False)
+def load_initial_model(model: torch.nn.Module, part: str, args: argparse.Namespace) -> None:
+    """The U-Net or transformer of an earlier stage, in a folder or on the hub, under unet/ or not, takes the base's
+    place; UserError where there is none that fits."""
+    told = None
+    for options in ({"subfolder": part, "variant": args.variant}, {"variant": args.variant}, {"subfolder": part}, {}):
+        try:
+            other = type(model).from_pretrained(args.initial_unet, torch_dtype=model.dtype, **options)
+            model.load_state_dict(other.state_dict())
+            return
+        except (OSError, RuntimeError) as error:  # not there, or of other sizes
+            told = told or str(error).splitlines()[0]
+    raise UserError(f"--initial_unet {args.initial_unet} does not fit: {told}")
 
 
-def noise_schedule(pipe: DiffusionPipeline, timesteps: list[int] | None, device: torch.device) -> Schedule:
-    """alpha_bar of every timestep and what the model predicts, from its own scheduler; refuses what cannot be."""
-    from diffusers import DDPMScheduler
-
-    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
-    alpha_bar = scheduler.alphas_cumprod.to(device)
-    before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
-    prediction_type = scheduler.config.prediction_type
-    if prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise UserError(f"prediction type {prediction_type!r} of the scheduler is not epsilon, v_prediction or sample")
-    high = timesteps[1] if timesteps else len(alpha_bar)
-    if high > len(alpha_bar):
-        raise UserError(f"--timestep_range ends at {high}, the model's schedule at {len(alpha_bar)}")
-    if prediction_type == "epsilon" and alpha_bar[high - 1] == 0:
-        told = f"set --timestep_range 0 {high - 1}"
-        raise UserError(f"zero terminal SNR: at timestep {high - 1} epsilon says nothing about the image; {told}")
-    return Schedule(alpha_bar, before, prediction_type)
+def text_encoders(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
+    """The text encoders that the pipeline holds, by name: one of SD 1.x and 2.x, two of SDXL, three of SD 3."""
+    return {name: part for name, part in pipe.components.items() if "text_encoder" in name and part is not None}
 
 
-def sampler_of(pipe: DiffusionPipeline) -> Any:
-    """DPM-Solver++ multistep with the model's schedule, as the paper samples."""
-    from diffusers import DPMSolverMultistepScheduler
-
-    return DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-
-
-def adapted(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
-    """The U-Net and text encoders that have a LoRA, by name."""
-    modules = {"unet": pipe.unet, **text_encoders(pipe)}
-    return {name: module for name, module in modules.items() if getattr(module, "peft_config", None)}
-
-
-def prepare_models(
-    pipe: DiffusionPipeline, args: argparse.Namespace, dtype: torch.dtype, accelerator: Accelerator
-) -> torch.nn.Module | None:
-    """Makes the policy trainable, in fp32 under every precision; returns the frozen U-Net that --full_unet needs."""
-    base = copy.deepcopy(pipe.unet) if args.full_unet and args.reference == "base" else None
-    if args.initial_unet:
-        load_initial_unet(pipe, args)
-    if args.initial_lora:
-        load_initial_lora(pipe, args, accelerator)
-    frozen = None
-    if args.full_unet:
-        frozen = base or copy.deepcopy(pipe.unet)
-        round_as_policy(frozen, dtype, accelerator)
-        pipe.unet.requires_grad_(True)
-    elif not args.freeze_unet:
-        train_lora(pipe.unet, args.rank, args.lora_alpha, UNET_LAYERS)
-    for encoder in text_encoders(pipe).values() if args.train_text_encoder else ():
-        train_lora(encoder, args.text_encoder_rank, args.text_encoder_rank, TEXT_ENCODER_LAYERS)
-    for unet in filter(None, (pipe.unet, frozen)):
-        set_memory_options(unet, args)
-    if args.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-    pipe.unet.train()
-    return frozen
+def lora_targets(model: torch.nn.Module, family: UNet, layers: list[str]) -> list[str]:
+    """The names of the layers that --lora_layers asks for: attention, all, or the ends of their names."""
+    if layers == ["attention"]:
+        return family.attention
+    kinds = (torch.nn.Linear, torch.nn.Conv2d)
+    names = [name for name, layer in model.named_modules() if isinstance(layer, kinds)]
+    if layers == ["all"]:
+        return [name for name in names if "block" in name]
+    if unknown := [end for end in layers if not any(f".{name}".endswith(f".{end}") for name in names)]:
+        raise UserError(f"--lora_layers: no linear layer or convolution is called {', '.join(unknown)}")
+    return layers
 
 
-def round_as_policy(frozen: torch.nn.Module, dtype: torch.dtype, accelerator: Accelerator) -> None:
-    """Gives the copy the precision that the policy computes in: autocast rounds matrices and leaves norms in fp32."""
-    if sharded(accelerator):
-        frozen.to(dtype)
-    for layer in frozen.modules():
-        if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
-            layer.to(dtype)
-
-
-def set_memory_options(unet: torch.nn.Module, args: argparse.Namespace) -> None:
-    """Memory layout and attention kernel of a U-Net."""
-    if args.channels_last:
-        unet.to(memory_format=torch.channels_last)
-    if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
-
-
-def train_lora(module: torch.nn.Module, rank: int, alpha: float, layers: list[str]) -> None:
-    """Adds the adapter "default", unless --initial_lora brought one, and makes it trainable."""
+def add_lora(module: torch.nn.Module, rank: int, alpha: float, layers: list[str]) -> None:
+    """Adds the adapter "default", unless --initial_lora brought one, and makes it trainable, in fp32."""
     from peft import LoraConfig
 
     if "default" not in (getattr(module, "peft_config", None) or {}):
@@ -1250,916 +933,787 @@ def train_lora(module: torch.nn.Module, rank: int, alpha: float, layers: list[st
             weight.data = weight.data.float()
 
 
-def load_initial_unet(pipe: DiffusionPipeline, args: argparse.Namespace) -> None:
-    """The U-Net of an earlier stage, in diffusers' layout, takes the base model's place."""
-    check_stage("--initial_unet", args.initial_unet)
-    folder = Path(args.initial_unet)
-    folder = folder / "unet" if (folder / "unet").is_dir() else folder
+def read_lora(pipe: DiffusionPipeline, source: str) -> dict[str, dict[str, tuple[Tensor, Tensor, float]]]:
+    """A LoRA file of diffusers, PEFT or kohya, {part of the pipeline: {layer: (down, up, scale)}}: the layer's weight
+    becomes W + scale up @ down. UserError for a DoRA, and for tensors that have no place in the pipeline's parts."""
+    from huggingface_hub import hf_hub_download
+    from safetensors import safe_open
+
+    names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+    places = [Path(source, name) for name in names] if Path(source).is_dir() else [Path(source)]
     try:
-        unet = type(pipe.unet).from_pretrained(folder, torch_dtype=pipe.unet.dtype)
-        pipe.unet.load_state_dict(unet.state_dict())
-    except Exception as error:
-        raise UserError(f"--initial_unet {args.initial_unet} does not fit: {first_line(error)}") from error
-
-
-def load_initial_lora(pipe: DiffusionPipeline, args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """The LoRA of an earlier stage: where training starts ("default") and, with --reference initial, a frozen second
-    copy that the policy is measured against ("reference"). For --full_unet it is merged into the weights."""
-    check_stage("--initial_lora", args.initial_lora)
+        file = next((place for place in places if place.is_file()), None) or Path(hf_hub_download(source, names[0]))
+    except (OSError, ValueError) as error:
+        raise UserError(f"no LoRA {source}: {str(error).splitlines()[0]}") from error
+    with safe_open(file, "pt") as opened:
+        metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    denoiser, config = "unet" if hasattr(pipe, "unet") else "transformer", file.with_name("adapter_config.json")
+    if config.is_file():  # PEFT's own format
+        metadata |= json.loads(config.read_text(encoding="utf-8"))
+    metadata |= {f"{denoiser}.{key}": value for key, value in metadata.items() if "." not in key}
+    state = {key.removeprefix("base_model.model.").replace(".default.", "."): value for key, value in state.items()}
+    bare = ("down_blocks.", "mid_block.", "up_blocks.", "transformer_blocks.")
+    state = {f"{denoiser}.{key}" if key.startswith(bare) else key: value for key, value in state.items()}
+    if any("dora_scale" in key or "lora_magnitude_vector" in key for key in state):
+        raise UserError(f"{source} is a DoRA, not a LoRA")
     try:
-        state, *others = pipe.lora_state_dict(
-            args.initial_lora, unet_config=pipe.unet.config, return_lora_metadata=True
-        )
-        for name, module in {"unet": pipe.unet, **text_encoders(pipe)}.items():
-            part = {key: value for key, value in state.items() if key.startswith(f"{name}.")}
-            state = {key: value for key, value in state.items() if key not in part}
-            if part:
-                load_adapter(pipe, name, module, part, *others)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"--initial_lora {args.initial_lora} does not fit: {first_line(error)}") from error
-    if not adapted(pipe):
-        raise UserError(f"--initial_lora {args.initial_lora} holds no LoRA for this model")
-    if state:
-        accelerator.print(
-            "lora:      its part for the text encoder is left out; --train_text_encoder would go on with it"
-        )
-    if args.full_unet and "unet" in adapted(pipe):
-        pipe.fuse_lora(components=["unet"])
-        pipe.unet.unload_lora()
-    if args.reference == "initial":
-        for module in adapted(pipe).values():
-            add_reference(module)
-    freeze(*adapted(pipe).values())
+        converted = pipe.lora_state_dict(state, **({"unet_config": pipe.unet.config} if denoiser == "unet" else {}))
+    except ValueError as error:
+        raise UserError(f"{source} is no LoRA that can be read: {str(error).splitlines()[0]}") from error
+    state, alphas = converted if isinstance(converted, tuple) else (converted, None)
+
+    found, lost = {}, []
+    for key, down in state.items():
+        ending = r"([a-z_0-9]+)\.(.+?)(?:\.lora_linear_layer|\.lora|_lora)?\.(lora_A|down)\.weight"
+        match = re.fullmatch(ending, key.replace(".processor.", "."))
+        if match is None:
+            lost += [] if re.search(r"(lora_B|up)\.weight$", key) else [key]
+            continue
+        part, layer, _ = match.groups()
+        module, text = pipe.components.get(part), re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", layer)
+        known = dict(module.named_modules()) if module is not None else {}
+        spellings = (layer, f"{layer}.0", text, text.removeprefix("text_model."), f"text_model.{text}")
+        name = next((one for one in spellings if hasattr(known.get(one), "weight")), None)
+        up = state[key.replace("lora_A", "lora_B") if "lora_A" in key else key.replace("down.weight", "up.weight")]
+        fits = name and (len(up), down.shape[1]) == known[name].weight.shape[:2]
+        if module is not None and not fits:
+            lost.append(key)
+            continue
+        own = {end: metadata.get(f"{part}.{end}") for end in ("lora_alpha", "alpha_pattern", "use_rslora")}
+        alpha = (alphas or {}).get(f"{key.split('.lora.')[0]}.alpha", own["lora_alpha"] or len(down))
+        patterns = (own["alpha_pattern"] or {}).items()
+        alpha = next((value for end, value in patterns if re.fullmatch(rf"(.*\.)?({end})", layer)), alpha)
+        scale = alpha / (math.sqrt(len(down)) if own["use_rslora"] else len(down))
+        found.setdefault(part, {})[name or layer] = (down, up, scale)
+    if lost or not found:
+        told = f"{len(lost)} of its tensors have no place in this model, such as {lost[0]}" if lost else "it is empty"
+        raise UserError(f"the LoRA {source} does not fit: {told}")
+    return found
 
 
-def load_adapter(
-    pipe: DiffusionPipeline, name: str, module: torch.nn.Module, state: dict[str, Tensor],
-    alphas: dict[str, float] | None, metadata: dict[str, Any] | None,
-) -> None:  # fmt: skip
-    """Loads the adapter "default" of one module, in fp32 whatever its weights are; every layer must find its place."""
-    from peft.tuners.lora import LoraLayer
+def load_lora(module: torch.nn.Module, layers: dict[str, tuple[Tensor, Tensor, float]], adapter: str) -> None:
+    """Adds an adapter with the ranks, alphas and weights of a file's layers (see read_lora), frozen and in fp32, and
+    turns it on."""
+    from peft import LoraConfig
 
-    dtype = module.dtype
-    module.float()  # diffusers would round the adapter to the module's precision
-    options = {"adapter_name": "default", "network_alphas": alphas, "metadata": metadata}
-    if name == "unet":
-        pipe.load_lora_into_unet(state, unet=module, **options)
-    else:
-        pipe.load_lora_into_text_encoder(state, text_encoder=module, prefix=name, **options)
-    for key, weight in module.named_parameters():
-        if "lora_" not in key:
-            weight.data = weight.data.to(dtype)
-    wanted = sum(key.endswith(("down.weight", "lora_A.weight")) for key in state)
-    found = sum(isinstance(layer, LoraLayer) for layer in module.modules())
-    if wanted != found:
-        raise UserError(f"only {found} of the {wanted} layers of --initial_lora's {name} are in this model")
-
-
-def add_reference(module: torch.nn.Module) -> None:
-    """Copies the adapter "default" to "reference"; "default" stays the active one."""
-    from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-
-    module.add_adapter(copy.deepcopy(module.peft_config["default"]), "reference")
-    for key, weight in module.named_parameters():
-        if "lora_" in key:
-            weight.data = weight.data.float()
-    weights = get_peft_model_state_dict(module, adapter_name="default")
-    set_peft_model_state_dict(module, weights, adapter_name="reference")
-    module.set_adapter("default")
+    ranks = {name: len(down) for name, (down, _, _) in layers.items()}
+    alphas = {name: scale * ranks[name] for name, (_, _, scale) in layers.items()}
+    rank, alpha = (Counter(own.values()).most_common(1)[0][0] for own in (ranks, alphas))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={name: own for name, own in ranks.items() if own != rank},
+        alpha_pattern={name: own for name, own in alphas.items() if own != alpha},
+        target_modules=list(layers),
+    )
+    warnings.filterwarnings("ignore", "Already found a `peft_config`")  # "default", when "reference" comes
+    module.add_adapter(config, adapter_name=adapter)
+    for name, (down, up, _) in layers.items():
+        layer = module.get_submodule(name)
+        for own, weight in ((layer.lora_A[adapter], down), (layer.lora_B[adapter], up)):
+            weight = weight.to(layer.weight.device, torch.float32, copy=True)
+            own.weight = torch.nn.Parameter(weight, requires_grad=False)
 
 
-def trainable(module: torch.nn.Module) -> dict[str, Tensor]:
-    """The trainable weights by name."""
-    return {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
+class Policy(torch.nn.Module):
+    """All that may be trained, the denoiser and perhaps text encoders, as the one module that DDP wraps; the frozen
+    copy that --full_unet is measured against is another one."""
 
+    def __init__(self, pipe: DiffusionPipeline, family: UNet, model: torch.nn.Module, args: argparse.Namespace):
+        super().__init__()
+        self.pipe, self.family, self.model = pipe, family, model
+        encoders = text_encoders(pipe) if args.train_text_encoder else {}
+        encoders.pop("text_encoder_3", None)  # SD 3's T5: no LoRA format knows it
+        self.text_encoders = torch.nn.ModuleDict(encoders)
+        self.dtype = next(model.parameters()).dtype
+        self.call = torch.compile(model.forward) if args.compile else model.__call__
 
-def switch(module: torch.nn.Module, change: Callable, *names: str) -> None:
-    """Calls one of peft's switches, which also turn gradients on and off: frozen and sharded weights keep theirs."""
-    before = [(weight, weight.requires_grad) for weight in module.parameters()]
-    change(*names)
-    for weight, required in before:
-        weight.requires_grad_(required)
+    def forward(self, x_t: Tensor, t: Tensor, text: dict[str, Tensor] | list[str], sizes: Tensor) -> Tensor:
+        """The prediction for winners and losers x_t (2B, C, h, w), which share t (B,), text and sizes (B, 6)."""
+        if isinstance(text, list):
+            text = self.family.encode_text(self.pipe, text)
+        text = {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in text.items()}
+        return self.family.predict(self.call, x_t.to(self.dtype), t.repeat(2), text, sizes.repeat(2, 1))
+
+    def adapted(self) -> dict[str, torch.nn.Module]:
+        """The modules that have a LoRA, by their names in the pipeline."""
+        modules = {self.family.model: self.model, **self.text_encoders}
+        return {name: module for name, module in modules.items() if getattr(module, "peft_config", None)}
+
+    def trained(self) -> dict[str, Tensor]:
+        """The trainable weights by name."""
+        return {name: weight for name, weight in self.named_parameters() if weight.requires_grad}
 
 
 @contextlib.contextmanager
-def reference(run: Run) -> Iterator[torch.nn.Module]:
-    """The frozen model that the policy is measured against: the copy of the U-Net, or the policy itself with the
-    adapter of --initial_lora, or with its adapters off."""
-    with contextlib.ExitStack() as undo:
-        for module in adapted(run.pipe).values():
-            if "reference" in module.peft_config:
-                switch(module, module.set_adapter, "reference")
-                undo.callback(switch, module, module.set_adapter, "default")
-            else:
-                switch(module, module.disable_adapters)
-                undo.callback(switch, module, module.enable_adapters)
-        yield run.frozen or run.policy
+def reference(policy: torch.nn.Module, frozen: Policy | None) -> Iterator[torch.nn.Module]:
+    """The frozen model that the policy is measured against: the copy, or the policy itself with the adapter of
+    --initial_lora, or with its adapters off."""
+    plain = getattr(policy, "module", policy)  # DDP's
+    required = [(weight, weight.requires_grad) for weight in plain.parameters()]
+    for module in plain.adapted().values():
+        if "reference" in module.peft_config:
+            module.set_adapter("reference")
+        else:
+            module.disable_adapters()
+    yield frozen or policy
+    for module in plain.adapted().values():
+        module.enable_adapters()
+        module.set_adapter("default")
+    for weight, own in required:  # peft's switches turn gradients on and off
+        weight.requires_grad_(own)
+
+
+# ---- Training step --------------------------------------------------------------------------------------------------
+
+
+def pair_losses(
+    policy: torch.nn.Module, frozen: Policy | None, batch: Batch, args: argparse.Namespace
+) -> dict[str, Tensor]:
+    """The docstring's formula on a batch: what is minimised, "loss", and all else that is logged, (B,) each."""
+    t, a, s, c, kind = batch.path
+    a, s = (values.repeat(2).view(-1, 1, 1, 1) for values in (a, s))
+    noise = batch.noise.repeat(2, 1, 1, 1)
+    x_t = add_noise(batch.x_0, noise, a, s)
+    with torch.no_grad(), reference(policy, frozen) as model:
+        ref = model(x_t, t, batch.text, batch.sizes)
+    prediction = policy(x_t, t, batch.text, batch.sizes)
+
+    target = training_target(batch.x_0, noise, a, s, kind)
+    err_w, err_l = image_error(prediction, target).chunk(2)
+    ref_err_w, ref_err_l = image_error(ref, target).chunk(2)
+    of = (ref_err_w, ref_err_l, args.beta_dpo, args.loss_type, batch.label)
+    dpo, logit, weight = dpo_loss(err_w, err_l, *of)
+    scale = torch.ones_like(err_l)
+    if args.winner_safeguard is not None:  # of a pair whose loss pushes the winner up, nothing is held back
+        scale = safeguard_scale(*(prediction - target).chunk(2), args.winner_safeguard).where(weight > 0, scale)
+        dpo, logit, weight = dpo_loss(err_w, err_l.detach() + scale * (err_l - err_l.detach()), *of)
+
+    prediction_w, ref_w, *noised = (values.chunk(2)[0] for values in (prediction, ref, x_t, a, s))
+    mu_w, ref_mu_w = (predict_x0(one, *noised, kind).mean(dim=(2, 3)) for one in (prediction_w, ref_w))
+    stat = args.lambda_stat * statistics_matching_loss(mu_w, ref_mu_w, c)
+    norms = [values.detach().float().flatten(1).norm(dim=1) for values in (prediction, ref)]
+    return {
+        "loss": dpo + stat,
+        "loss/dpo": dpo,  # log 2 = 0.693 at the start; below it the policy prefers the winners
+        "loss/statistics": stat,  # how far colours move from the reference's
+        "error/winner": err_w,  # denoising errors of the policy
+        "error/loser": err_l,
+        "error/winner_over_reference": err_w - ref_err_w,  # below 0 the winners became likelier
+        "error/loser_over_reference": err_l - ref_err_l,  # above 0 the losers became less likely
+        "error/winner_relative": err_w / ref_err_w - 1,  # where it keeps rising, the run diverges
+        "prediction_norm": (norms[0] / norms[1]).view(2, -1).mean(dim=0),  # flow's kind of colour shift
+        "rewards/margins": logit,
+        "rewards/accuracies": (logit > 0).float(),
+        "dpo_weight": weight,  # near 0 the pair has nothing left to teach
+        "loser_scale": scale,  # what --winner_safeguard leaves of the loser's gradient
+    }
+
+
+def any_process(accelerator: Accelerator, flag: bool | Tensor) -> bool:
+    """Whether it is true on one process at least."""
+    return bool(accelerator.reduce(torch.as_tensor(flag, device=accelerator.device).float()) > 0)
+
+
+def keeps_rising(relative_errors: list[float], window: int = 5) -> bool:
+    """Whether the winner's error against the reference's, as logged so far, shows the known divergence of DPO: above
+    it by 5 % over the last `window` entries, and more than over those before."""
+    recent, before = relative_errors[-window:], relative_errors[-2 * window : -window]
+    return len(before) == window and np.mean(recent) > max(0.05, np.mean(before))
 
 
 # ---- Validation -----------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def averaged(run: Run) -> Iterator[None]:
+def averaged(ema: EMAModel | None, weights: list[Tensor]) -> Iterator[None]:
     """With --ema, the averaged weights instead of the latest."""
-    weights = trained_weights(run)
-    if run.ema:
-        run.ema.store(weights)
-        run.ema.copy_to(weights)
-    try:
-        yield
-    finally:
-        if run.ema:
-            run.ema.restore(weights)
+    if ema:
+        ema.store(weights)
+        ema.copy_to(weights)
+    yield
+    if ema:
+        ema.restore(weights)
 
 
 @torch.no_grad()
-def held_out_metrics(run: Run) -> dict[str, float]:
-    """The mean of METRICS over the held-out pairs, on fixed draws."""
-    if "validation" not in run.pairs:
-        return {}
-    accelerator = run.accelerator
-    batches = all_visits(run.pairs["validation"], run.args.validation_draws, run.args.train_batch_size)
-    total = torch.zeros(len(METRICS) + 1, device=accelerator.device)
-    for start in range(0, len(batches), accelerator.num_processes):
-        mine = start + accelerator.process_index
-        visits = batches[min(mine, len(batches) - 1)]  # every process goes forward as often: FSDP needs all
+def held_out_metrics(
+    policy: Policy, frozen: Policy | None, pairs: Pairs, args: argparse.Namespace, accelerator: Accelerator
+) -> dict[str, float]:
+    """The means of pair_losses over the held-out pairs, each at evenly spaced timesteps with the same noise every
+    time."""
+    batches, size = [], args.train_batch_size
+    for bucket in pairs.buckets:
+        visits = [(int(row), number) for row in bucket for number in range(HELD_OUT_DRAWS)]
+        batches += [visits[start : start + size] for start in range(0, len(visits), size)]
+    mine, total = batches[accelerator.process_index :: accelerator.num_processes], Counter()
+    for visits in tqdm(mine or batches[:1], "held-out pairs", leave=False, disable=not accelerator.is_main_process):
         with accelerator.autocast():
-            _, metrics, _ = training_loss(run, held_out_batch(run, visits))
-        if mine < len(batches):
-            total += len(visits) * torch.stack([*metrics.values(), total.new_ones(())])
-    *sums, count = accelerator.reduce(total, "sum").tolist()
-    return {f"validation/{name}": value / count for name, value in zip(METRICS, sums, strict=True)}
-
-
-def validation_prompts(splits: dict[str, Split], args: argparse.Namespace) -> list[str]:
-    """--validation_prompts, or the first distinct captions of the validation split (without one: of training)."""
-    if args.validation_prompts:
-        return args.validation_prompts
-    split = splits.get("validation", splits["train"])
-    return list(dict.fromkeys(split.captions))[: args.num_validation_images]
+            batch = make_batch(pairs, visits, True, args, accelerator.device)
+            losses = pair_losses(policy, frozen, batch, args)
+        total.update({name: value.sum() for name, value in losses.items()} | {"count": len(visits)})
+    sums = torch.tensor([bool(mine) * float(value) for value in total.values()], device=accelerator.device)
+    *sums, count = accelerator.reduce(sums, "sum").tolist()
+    return {f"validation/{name}": value / count for name, value in zip(total, sums, strict=False)}
 
 
 @torch.no_grad()
-def draw_images(run: Run, model: Policy) -> list[Image.Image]:
-    """One image for each validation prompt by `model`; prompt and seed decide the noise, so that models compare."""
-    args, pipe, prompts = run.args, run.pipe, run.validation.prompts
-    pipe.vae.to(run.accelerator.device)
-    with run.accelerator.autocast():
-        latents = model.sample(
-            **(run.validation.text or {"prompt": prompts}),
-            generator=[torch.Generator().manual_seed(image_seed(args.seed, prompt, 0)) for prompt in prompts],
-            height=args.height,
-            width=args.width,
-            num_inference_steps=args.validation_inference_steps,
-            guidance_scale=args.validation_guidance_scale,
-        )
-    # one by one and in fp32: SDXL's VAE overflows in fp16
-    decoded = [pipe.vae.decode(x_0[None].float() / pipe.vae.config.scaling_factor).sample for x_0 in latents]
-    pipe.vae.to("cpu")
-    return [pipe.image_processor.postprocess(pixels)[0] for pixels in decoded]
-
-
-@torch.no_grad()
-def sampling_text(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, Tensor]:
-    """The pipeline's arguments for the prompts against the empty caption."""
+def caption_embeddings(pipe: DiffusionPipeline, family: UNet, prompts: list[str]) -> dict[str, Tensor]:
+    """The arguments of the pipeline's call, (len(prompts), ...) each, for prompts against the empty caption."""
     text = {}
-    for name, value in encode_captions(pipe, ["", *prompts]).items():
+    for name, value in family.encode_text(pipe, ["", *prompts]).items():
         negative = value[[0] * len(prompts)]
-        if pipe.config.get("force_zeros_for_empty_prompt"):
+        if pipe.config.get("force_zeros_for_empty_prompt"):  # SDXL
             negative = torch.zeros_like(negative)
         text |= {name: value[1:], f"negative_{name}": negative}
     return text
 
 
-def validation_picture(base: list[Image.Image], tuned: list[Image.Image], prompts: list[str]) -> Image.Image:
-    """Reference above, tuned model below, one column for each prompt, its caption underneath."""
-    width = 224
-    height = round(width * base[0].height / base[0].width)
-    gap, gutter, font, bold = 12, 84, ImageFont.load_default(15), ImageFont.load_default(19)
-    captions = [textwrap.fill(prompt, 31, max_lines=5, placeholder=" ...") for prompt in prompts]
-    lines = 1 + max(caption.count("\n") for caption in captions)
-    size = (gutter + len(prompts) * (width + gap), gap + 2 * (height + gap) + 20 * lines + gap)
-    picture = Image.new("RGB", size, "white")
-    pen = ImageDraw.Draw(picture)
-    for row, (label, images) in enumerate((("before", base), ("tuned", tuned))):
-        y = gap + row * (height + gap)
-        pen.text((gutter - gap, y + height // 2), label, fill="#333333", font=bold, anchor="rm")
-        for column, image in enumerate(images):
-            picture.paste(
-                image.resize((width, height), Image.Resampling.LANCZOS), (gutter + column * (width + gap), y)
-            )
-    for column, caption in enumerate(captions):
-        pen.multiline_text(
-            (gutter + column * (width + gap), gap + 2 * (height + gap)), caption, fill="#333333", font=font, spacing=4
-        )
-    return picture
+@torch.no_grad()
+def draw_images(
+    model: Policy, prompts: list[str], text: dict[str, Tensor], args: argparse.Namespace, accelerator: Accelerator
+) -> list[Image.Image]:
+    """One image for each prompt by the pipeline's own call, in batches that fit beside the optimiser; prompt and seed
+    decide the noise, so that models compare. `text`: caption_embeddings, none where the text encoder is trained."""
+    pipe, family, images = model.pipe, model.family, []
+    own = getattr(pipe, family.model)
+    setattr(pipe, family.model, model.model)
+    pipe.vae.to(accelerator.device)
+    size = {"height": args.height, "width": args.width, "num_inference_steps": args.validation_inference_steps}
+    guided = {family.guidance[0]: args.validation_guidance_scale or family.guidance[1]}
+    for start in range(0, len(prompts), args.train_batch_size):
+        some = slice(start, start + args.train_batch_size)
+        inputs = {name: value[some] for name, value in text.items()} or {"prompt": prompts[some]}
+        seeds = [torch.Generator().manual_seed(image_seed(args.seed, prompt, 0)) for prompt in prompts[some]]
+        with accelerator.autocast():
+            latents = pipe(**inputs, **size, **guided, generator=seeds, output_type="latent").images
+        pixels = [family.to_pixels(pipe, x_0[None]) for x_0 in latents]  # in fp32: SDXL's VAE overflows in fp16
+        images += [pipe.image_processor.postprocess(one)[0] for one in pixels]
+    pipe.vae.to("cpu")
+    setattr(pipe, family.model, own)
+    return images
 
 
-def draw_validation(run: Run, step: int) -> None:
-    """Writes validation/step-STEP.png and, the same, validation.png; and to the tracker."""
-    if not (run.accelerator.is_main_process or sharded(run.accelerator)):
-        return
-    images = draw_images(run, run.plain)
-    if not run.accelerator.is_main_process:
-        return
-    picture = validation_picture(run.validation.images, images, run.validation.prompts)
-    folder = Path(run.args.output_dir, "validation")
-    folder.mkdir(exist_ok=True)
-    picture.save(folder / f"step-{step:06}.png")
-    picture.save(folder.with_suffix(".png"))
-    for tracker in run.accelerator.trackers:
-        if tracker.name == "tensorboard":
-            tracker.log_images({"validation": np.asarray(picture)[None]}, step=step, dataformats="NHWC")
-        elif tracker.name == "wandb":
-            tracker.log_images({"validation": [picture]}, step=step)
+def show_images(
+    accelerator: Accelerator, output: Path, step: int, rows: dict[str, list[Image.Image]], prompts: list[str]
+) -> None:
+    """validation/step-STEP.png and, the same, validation.png, and to the tracker: a row of images for each model, one
+    column for each prompt, its caption underneath."""
+    from matplotlib.figure import Figure
+
+    size = next(iter(rows.values()))[0].size
+    width, height = (2.4 * side / max(size) for side in size)
+    figure = Figure((width * len(prompts) + 0.4, height * len(rows) + 1), dpi=110, layout="constrained")
+    axes = figure.subplots(len(rows), len(prompts), squeeze=False)
+    for axis, image in zip(axes.flat, itertools.chain(*rows.values()), strict=True):
+        axis.imshow(image)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for axis, label in zip(axes[:, 0], rows, strict=True):
+        axis.set_ylabel(label)
+    for axis, prompt in zip(axes[-1], prompts, strict=True):
+        axis.set_xlabel(textwrap.fill(prompt, 32, max_lines=5, placeholder=" ..."), fontsize=8)
+    (output / "validation").mkdir(exist_ok=True)
+    for place in (output / "validation" / f"step-{step:06}.png", output / "validation.png"):
+        figure.savefig(place)
+    picture = {"validation": np.asarray(Image.open(place).convert("RGB"))[None]}
+    for tracker in accelerator.trackers:
+        if tracker.name in ("tensorboard", "wandb"):
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images(picture, step=step, **layout)
 
 
-# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+# ---- Checkpoints and output -----------------------------------------------------------------------------------------
 
 
-def first_line(error: BaseException) -> str:
-    """What a library's error says, without its stack of advice."""
-    first, *others = (str(error).strip() or type(error).__name__).splitlines()
-    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
+def claim_output(output: Path, resume: str | None) -> FileLock:
+    """Takes the folder for this run until the lock is released, with the process at the latest; UserError where it
+    cannot be written to, where another run writes to it now, and where it holds one already."""
+    from filelock import FileLock, Timeout
+
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / ".lock")
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(f"another run is writing to --output_dir {output}") from error
+    except OSError as error:
+        raise UserError(f"cannot write to --output_dir {output}: {error.strerror}") from error
+    if (output / "training_settings.json").is_file() and not resume:
+        told = "carry on with --resume_from_checkpoint latest, name another --output_dir, or remove it"
+        raise UserError(f"{output} holds a run already: {told}")
+    return lock
 
 
-def hash_of(*parts: Any) -> str:
-    """A short name for the settings or texts that a cached file depends on."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def run_identity(
-    args: argparse.Namespace, splits: dict[str, Split], pipe: DiffusionPipeline, schedule: Schedule,
-    accelerator: Accelerator,
-) -> dict[str, Any]:  # fmt: skip
-    """The settings that decide the weights of each step; two runs with equal ones may carry on from one another."""
-    identity = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
-    if not args.lr_scheduler.startswith("constant"):
-        identity["max_train_steps"] = args.max_train_steps
-    identity["pairs_per_step"] = pairs_per_step(args, accelerator)
-    identity["mixed_precision"] = accelerator.mixed_precision
-    identity["sharded"] = accelerator.distributed_type.value if sharded(accelerator) else None
-    identity["data"] = {name: data_key(split) for name, split in splits.items()}
-    modules = (pipe.unet, pipe.vae, *text_encoders(pipe).values())
-    identity["model"] = hash_of(weights_hash(*modules), schedule.prediction_type, schedule.alpha_bar.tolist())
-    for name in filter(None, (args.initial_lora, args.initial_unet)):
-        files = sorted([*Path(name).glob("*.safetensors"), *Path(name, "unet").glob("*.safetensors"), Path(name)])
-        identity[f"hash of {name}"] = [
-            hashlib.sha256(file.read_bytes()).hexdigest() for file in files if file.is_file()
-        ]
-    return json.loads(json.dumps(identity))
-
-
-def checkpoints(output_dir: str) -> list[Path]:
+def checkpoints(output: Path) -> list[Path]:
     """The complete checkpoints, first to last."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    found = [path for path in output.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
-def claim_output(args: argparse.Namespace) -> None:
-    """Refuses a folder that cannot be written to, and, unless it is asked for, that of another run."""
-    output = Path(args.output_dir)
-    if (output / "training_settings.json").is_file() and not (args.overwrite or args.resume_from_checkpoint):
-        raise UserError(
-            f"{output} holds a run already: carry on with --resume_from_checkpoint latest, start anew with "
-            "--overwrite, or name another --output_dir"
-        )
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write to --output_dir {output}: {error.strerror}") from error
+def save_checkpoint(
+    step: int, policy: Policy, state: dict[str, Any], identity: dict[str, Any], ema: EMAModel | None,
+    args: argparse.Namespace,
+) -> None:  # fmt: skip
+    """Writes checkpoint-STEP under a temporary name, renames it, and keeps the newest --checkpoints_total_limit: the
+    trainable weights, the state of optimiser, schedule, scaler and EMA, what the run is, and what a pipeline loads."""
+    from safetensors.torch import save_file
 
-
-def find_checkpoint(args: argparse.Namespace, identity: dict[str, Any]) -> Path | None:
-    """The checkpoint that --resume_from_checkpoint names, if it belongs to this run; None to start at step 0."""
-    if args.resume_from_checkpoint is None:
-        return None
-    if args.resume_from_checkpoint == "latest":
-        folder = next(reversed(checkpoints(args.output_dir)), None)
-        if folder is None:
-            return None
-    else:
-        folder = Path(args.resume_from_checkpoint)
-    try:
-        other = json.loads((folder / "run.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} is no checkpoint of this script: {first_line(error)}") from error
-    different = sorted(name for name in identity | other if identity.get(name) != other.get(name))
-    if different:
-        told = ", ".join(f"{name} ({other.get(name)} there, {identity.get(name)} here)" for name in different)
-        raise UserError(f"{folder} is of another run: {told}")
-    return folder
-
-
-def discard(folder: Path) -> None:
-    """Removes a folder so that a kill in the middle leaves no half of it under its name."""
-    if folder.exists():
-        doomed = folder.with_name(f"{folder.name}.discarded.partial")
-        shutil.rmtree(doomed, ignore_errors=True)
-        folder.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def fsdp(accelerator: Accelerator) -> bool:
-    """Each process holds a shard of every weight."""
-    return accelerator.distributed_type.value == "FSDP"
-
-
-def deepspeed(accelerator: Accelerator) -> bool:
-    """DeepSpeed's engine holds the optimiser, and what it updates."""
-    return accelerator.distributed_type.value == "DEEPSPEED"
-
-
-def sharded(accelerator: Accelerator) -> bool:
-    """Whether every process has to take part where a model is used or saved."""
-    return fsdp(accelerator) or deepspeed(accelerator)
-
-
-def collect_state(run: Run) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The trainable weights, on the CPU, and the optimiser's state, both whole; on the main process alone."""
-    if not (fsdp(run.accelerator) or run.accelerator.is_main_process):
-        return {}, {}
-    if not fsdp(run.accelerator):
-        weights = {name: weight.detach().cpu().contiguous() for name, weight in trainable(run.plain).items()}
-        return weights, run.optimizer.state_dict()
-    from torch.distributed.checkpoint import state_dict as dcp
-
-    run.policy.reshard()  # its root stays whole after a forward pass without gradients
-    options = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
-    weights = dcp.get_model_state_dict(run.policy, options=options)
-    return weights, dcp.get_optimizer_state_dict(run.policy, run.optimizer.optimizer, options=options)
+    folder = Path(args.output_dir, f"checkpoint-{step}")
+    unfinished = folder.with_suffix(".partial")
+    for old in (folder, unfinished):
+        shutil.rmtree(old, ignore_errors=True)
+    unfinished.mkdir()
+    weights = policy.trained()
+    save_file({name: weight.detach().cpu() for name, weight in weights.items()}, unfinished / "model.safetensors")
+    torch.save({"step": step} | {name: part.state_dict() for name, part in state.items()}, unfinished / "state.pt")
+    (unfinished / "run.json").write_text(json.dumps(identity, indent=2), encoding="utf-8")
+    with averaged(ema, list(weights.values())):
+        save_weights(policy, unfinished, args)
+    unfinished.rename(folder)
+    kept = checkpoints(folder.parent)
+    for old in kept[: len(kept) - (args.checkpoints_total_limit or len(kept))]:
+        shutil.rmtree(old)
 
 
 @torch.no_grad()
-def restore_state(run: Run, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-    """Puts both back into the very tensors that the optimiser holds."""
-    if not fsdp(run.accelerator):
-        for name, weight in trainable(run.plain).items():
-            weight.copy_(weights[name])
-        run.optimizer.load_state_dict(optimizer)
-        return
-    from torch.distributed.checkpoint import state_dict as dcp
-
-    run.policy.reshard()
-    options = dcp.StateDictOptions(full_state_dict=True, strict=False)
-    dcp.set_model_state_dict(run.policy, dict(weights), options=options)
-    options = dcp.StateDictOptions(full_state_dict=True)
-    dcp.set_optimizer_state_dict(run.policy, run.optimizer.optimizer, optimizer, options=options)
-
-
-def state_of(run: Run) -> dict[str, Any]:
-    """What else a checkpoint keeps."""
-    parts = {"lr_scheduler": run.lr_scheduler, "scaler": run.accelerator.scaler, "ema": run.ema}
-    return {name: part for name, part in parts.items() if part is not None}
-
-
-def save_checkpoint(run: Run, step: int) -> None:
-    """Writes checkpoint-STEP under a temporary name, renames it, and keeps the newest --checkpoints_total_limit."""
-    args, accelerator = run.args, run.accelerator
-    folder = Path(args.output_dir, f"checkpoint-{step}")
-    unfinished = folder.with_name(f"{folder.name}.partial")
-    try:
-        if accelerator.is_main_process:
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(parents=True)
-        accelerator.wait_for_everyone()
-        if deepspeed(accelerator):
-            accelerator.save_state(str(unfinished / "deepspeed"), exclude_frozen_parameters=True)
-        weights, optimizer = ({}, {}) if deepspeed(accelerator) else collect_state(run)
-        if accelerator.is_main_process:
-            write_checkpoint(run, step, unfinished, weights, optimizer)
-        with averaged(run):
-            save_weights(run, unfinished)  # so that a checkpoint loads as the end result does
-        if accelerator.is_main_process:
-            discard(folder)
-            unfinished.rename(folder)
-    except Exception as error:  # a full disk: safetensors, torch.save and open() each have their own
-        shutil.rmtree(unfinished, ignore_errors=True)
-        kept = next((path.name for path in reversed(checkpoints(args.output_dir))), "none")
-        raise UserError(f"cannot write {folder}: {first_line(error)} (last complete checkpoint: {kept})") from error
-    if accelerator.is_main_process and args.checkpoints_total_limit is not None:
-        others = [path for path in checkpoints(args.output_dir) if path != folder]
-        for path in others[: max(0, len(others) + 1 - args.checkpoints_total_limit)]:
-            discard(path)
-    accelerator.wait_for_everyone()
-
-
-def write_checkpoint(run: Run, step: int, folder: Path, weights: dict[str, Tensor], optimizer: dict[str, Any]) -> None:
-    """The trainable weights, all state, and what the run is."""
-    from safetensors.torch import save_file
-
-    save_file(weights, folder / "model.safetensors")
-    states = {name: part.state_dict() for name, part in state_of(run).items()}
-    torch.save({"step": step, "optimizer": optimizer, **states}, folder / "state.pt")
-    (folder / "run.json").write_text(json.dumps(run.identity, indent=2))
-
-
-def load_checkpoint(run: Run, folder: Path) -> int:
-    """Goes back to a checkpoint; returns the number of steps done."""
+def load_checkpoint(resume: str | None, output: Path, policy: Policy, state: dict, identity: dict[str, Any]) -> int:
+    """Goes back to the checkpoint that --resume_from_checkpoint names, into the very tensors that the optimiser holds;
+    returns the number of steps done, 0 where there is none. UserError where it is of another run."""
     from safetensors.torch import load_file
 
-    try:
-        saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True, mmap=True)
-        weights = load_file(folder / "model.safetensors")
-    except Exception as error:
-        raise UserError(f"{folder} cannot be read ({first_line(error)}): name an earlier checkpoint") from error
-    if saved["step"] > run.args.max_train_steps:
-        raise UserError(f"{folder} is of step {saved['step']}, past --max_train_steps {run.args.max_train_steps}")
-    if deepspeed(run.accelerator):
-        run.accelerator.load_state(str(folder / "deepspeed"), load_module_strict=False)
-    else:
-        restore_state(run, weights, saved["optimizer"])
-    for name, part in state_of(run).items():
+    folder = Path(resume) if resume not in (None, "latest") else next(reversed(checkpoints(output)), None)
+    if resume is None or folder is None:
+        return 0
+    other = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if different := sorted(name for name in identity | other if identity.get(name) != other.get(name)):
+        told = ", ".join(f"{name} ({other.get(name)} there, {identity.get(name)} here)" for name in different)
+        raise UserError(f"{folder} is of another run: {told}")
+    saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in policy.trained().items():
+        weight.copy_(weights[name])
+    for name, part in state.items():
         part.load_state_dict(saved[name])
-    if run.ema:
-        run.ema.to(run.accelerator.device)
     return saved["step"]
 
 
-# ---- Output ---------------------------------------------------------------------------------------------------------
-
-
-def save_weights(run: Run, folder: Path) -> None:
-    """Writes what `pipeline.load_lora_weights(folder)` or, from unet/, `UNet2DConditionModel.from_pretrained` loads.
-
-    With --export_kohya also what ComfyUI and A1111 load.
-    """
-    from diffusers import UNet2DConditionModel
+def save_weights(policy: Policy, folder: Path, args: argparse.Namespace) -> None:
+    """Writes what `pipeline.load_lora_weights(folder)` loads, or, from unet/ or transformer/, `from_pretrained`; with
+    --export_kohya also what ComfyUI and A1111 load."""
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
+    from safetensors.torch import save_file
 
-    args, whole = run.args, None
-    if sharded(run.accelerator):
-        whole = run.accelerator.get_state_dict(run.policy)
-    if not run.accelerator.is_main_process:
-        return
-    if args.full_unet:
-        unet = run.plain.unet
-        if whole:
-            unet = UNet2DConditionModel.from_config(unet.config)
-            unet.load_state_dict({name[5:]: value for name, value in whole.items() if name.startswith("unet.")})
-        unet.save_pretrained(folder / "unet")
-    layers, kohya = {}, {}
-    for name, module in adapted(run.pipe).items():
-        prefix = "unet." if name == "unet" else f"text_encoders.{name}."
-        own = whole and {key[len(prefix) :]: value for key, value in whole.items() if key.startswith(prefix)}
-        state, config = get_peft_model_state_dict(module, state_dict=own), module.peft_config["default"]
-        if name != "unet":  # transformers 5 has no text_model level any more, everybody's files have
+    layers = {}
+    if all(weight.requires_grad for weight in policy.model.parameters()):
+        policy.model.save_pretrained(folder / policy.family.model)
+    for name, module in policy.adapted().items():
+        state = get_peft_model_state_dict(module, adapter_name="default")
+        if name.startswith("text"):  # transformers 5 has no text_model level any more, everybody's files have
             state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in state.items()}
-        names = convert_state_dict_to_diffusers(state)  # attention alone: a mixed file loads in part
-        layers[f"{name}_lora_layers"] = state if any(".lora_A." in key for key in names) else names
-        layers[f"{name}_lora_adapter_metadata"] = config.to_dict()
-        kohya |= kohya_weights(name, state, config.lora_alpha, two_encoders=hasattr(run.pipe, "text_encoder_2"))
+        usual = convert_state_dict_to_diffusers(state)  # knows attention alone: a mixed file would load in part
+        layers[f"{name}_lora_layers"] = state if any(".lora_A." in key for key in usual) else usual
+        layers[f"{name}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
     if layers:
-        run.pipe.save_lora_weights(folder, **layers)
+        policy.pipe.save_lora_weights(folder, **layers)
     if layers and args.export_kohya:
-        from safetensors.torch import save_file
-
-        name = Path(args.output_dir).resolve().name
-        kind = {"ss_base_model_version": "sdxl_base_v1-0"} if hasattr(run.pipe, "text_encoder_2") else {}
-        if run.plain.unet.config.cross_attention_dim == 1024:
+        kind = {"ss_base_model_version": "sdxl_base_v1-0"} if hasattr(policy.pipe, "text_encoder_2") else {}
+        if policy.model.config.cross_attention_dim == 1024:
             kind = {"ss_v2": "True"}  # A1111 shows what it takes for SD 1 by default to SD 1 models alone
-        save_file(kohya, folder / f"{name}.kohya.safetensors", {"format": "pt", **kind})
+        name = f"{Path(args.output_dir).resolve().name}.kohya.safetensors"
+        save_file(kohya_weights(policy), folder / name, {"format": "pt", **kind})
 
 
-def kohya_weights(name: str, state: dict[str, Tensor], alpha: float, two_encoders: bool) -> dict[str, Tensor]:
-    """A module's LoRA under kohya's keys: lora_unet_, lora_te_, and for SDXL lora_te1_, lora_te2_."""
-    from diffusers.utils import convert_state_dict_to_kohya
+def kohya_weights(policy: Policy) -> dict[str, Tensor]:
+    """The LoRA under kohya's keys, lora_unet_, lora_te_, of SDXL lora_te1_ and lora_te2_, each layer with its own
+    alpha: its scale times its rank."""
+    from peft.tuners.lora import LoraLayer
 
-    converted = {}
-    for key, value in convert_state_dict_to_kohya({f"{name}.{key}": value for key, value in state.items()}).items():
-        key = key if two_encoders else key.replace("lora_te1_", "lora_te_")
-        converted[key] = torch.tensor(float(alpha)) if key.endswith(".alpha") else value.contiguous()
-    return converted
+    first = "lora_te1_" if hasattr(policy.pipe, "text_encoder_2") else "lora_te_"
+    prefixes, weights = {"unet": "lora_unet_", "text_encoder": first, "text_encoder_2": "lora_te2_"}, {}
+    for part, module in policy.adapted().items():
+        for name, layer in module.named_modules():
+            if isinstance(layer, LoraLayer) and "default" in layer.lora_A:
+                name = name if part == "unet" else f"text_model.{name.removeprefix('text_model.')}"
+                place = prefixes[part] + name.replace(".", "_")
+                weights |= {
+                    f"{place}.lora_down.weight": layer.lora_A["default"].weight.detach().cpu().contiguous(),
+                    f"{place}.lora_up.weight": layer.lora_B["default"].weight.detach().cpu().contiguous(),
+                    f"{place}.alpha": torch.tensor(float(layer.scaling["default"] * layer.r["default"])),
+                }
+    return weights
 
 
-def loading_code(run: Run) -> str:
-    """The Python lines that load what was trained."""
-    args, name = run.args, type(run.pipe).__name__
-    dtype = {"fp16": "float16", "bf16": "bfloat16"}.get(run.accelerator.mixed_precision, "float32")
-    model, output = f'"{args.pretrained_model_name_or_path}", torch_dtype=torch.{dtype}', f'"{args.output_dir}"'
-    lines = ["import torch", f"from diffusers import {'UNet2DConditionModel, ' * args.full_unet}{name}", ""]
+def write_card(policy: Policy, output: Path, args: argparse.Namespace, rows: dict[str, Any]) -> None:
+    """README.md: base model, code that loads the result, picture, data, metrics and settings; no local path."""
+    from huggingface_hub import ModelCardData
+
+    part, model = policy.family.model, type(policy.model).__name__
+    base, name = Path(args.pretrained_model_name_or_path), args.hub_model_id or output.resolve().name
+    local, base = base.exists(), base.resolve().name if base.exists() else str(base)
+    load = [f'pipe.load_lora_weights("{name}")'] * bool(policy.adapted())
     if args.full_unet:
-        lines.append(
-            f'unet = UNet2DConditionModel.from_pretrained({output}, subfolder="unet", torch_dtype=torch.{dtype})'
-        )
-    lines.append(f"pipe = {name}.from_pretrained({model}{', unet=unet' * args.full_unet})")
-    if adapted(run.pipe):
-        lines.append(f"pipe.load_lora_weights({output})")
-    return "\n".join(lines)
+        load.append(f'pipe.{part} = diffusers.{model}.from_pretrained("{name}", subfolder="{part}")')
+    tags = {"pipeline_tag": "text-to-image", "tags": ["text-to-image", "diffusers", "dpo"]}
+    data = ModelCardData(base_model=None if local else base, library_name="diffusers", **tags)
+    picture = "![reference above, tuned model below, same prompts and noise](validation.png)"
+    table = [f"| {key} | {value:.5g} |" if isinstance(value, float) else f"| {key} | {value} |"
+             for key, value in rows.items() if value is not None]  # fmt: skip
+    lines = [
+        *("---", data.to_yaml(), "---", "", f"# {name}", ""),
+        f"A {'LoRA' if policy.adapted() else f'whole {part}'} for {base}, trained to draw people better with",
+        "Diffusion-DPO and statistics matching ([HG-DPO](https://arxiv.org/abs/2405.20216)) by train_dpo_human.py.",
+        *("", "```python", "import diffusers", ""),
+        f'pipe = diffusers.{type(policy.pipe).__name__}.from_pretrained("{base}")',
+        *(*load, "```", "", picture if (output / "validation.png").is_file() else "", ""),
+        *("| | |", "|---|---|", *table, ""),
+    ]
+    (output / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def write_model_card(run: Run, summary: dict[str, str], metrics: dict[str, float]) -> None:
-    """README.md: base model, loading snippet, picture, data, metrics and settings."""
-    args = run.args
-    kind = "U-Net" if args.full_unet else "LoRA"
-    tables = "\n\n".join(
-        f"## {title}\n\n| | |\n|---|---|\n" + "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-        for title, rows in (
-            ("Data", summary),
-            ("Last metrics", {key: f"{value:.5g}" for key, value in metrics.items()}),
-            ("Settings", {key: value for key, value in vars(args).items() if value is not None}),
-        )
-    )
-    card = f"""---
-base_model: {args.pretrained_model_name_or_path}
-library_name: diffusers
-pipeline_tag: text-to-image
-tags: [text-to-image, diffusers, dpo, {kind.lower()}]
----
-
-# {Path(args.output_dir).name}
-
-A {kind} for `{args.pretrained_model_name_or_path}`, trained to draw people better with Diffusion-DPO and
-statistics matching ([HG-DPO](https://arxiv.org/abs/2405.20216)) by train_dpo_human.py.
-
-```python
-{loading_code(run)}
-```
-
-![reference above, tuned model below, same prompts and noise](validation.png)
-
-{tables}
-"""
-    Path(args.output_dir, "README.md").write_text(card)
-
-
-def read_log(output_dir: str) -> list[dict[str, float]]:
+def read_log(output: Path) -> list[dict[str, Any]]:
     """The complete lines of metrics.jsonl."""
-    path = Path(output_dir, "metrics.jsonl")
-    lines = path.read_text().splitlines() if path.is_file() else []
+    path = output / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def start_output(args: argparse.Namespace, first_step: int) -> None:
-    """Marks the folder as this run's; forgets what an earlier run, or this one after its checkpoint, left there."""
-    output = Path(args.output_dir)
-    if args.overwrite and (output / "training_settings.json").is_file():
-        for path in (*checkpoints(args.output_dir), *(output / name for name in ("unet", "logs", "validation"))):
-            discard(path)
-        lora, kohya = "pytorch_lora_weights.safetensors", f"{output.resolve().name}.kohya.safetensors"
-        for name in (lora, kohya, "README.md", "validation.png"):
-            (output / name).unlink(missing_ok=True)
-    for unfinished in output.glob("checkpoint-*.partial"):
-        shutil.rmtree(unfinished)
-    kept = [line for line in read_log(args.output_dir) if line["step"] <= first_step]
-    (output / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in kept))
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "diffusers", "peft", "accelerate")}
-    settings = {"settings": vars(args), "versions": versions}
-    (output / "training_settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def log(run: Run, step: int, values: dict[str, float]) -> None:
-    """To the trackers and to metrics.jsonl."""
-    run.accelerator.log(values, step=step)
-    if run.accelerator.is_main_process:
-        with Path(run.args.output_dir, "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-
-
-def pairs_per_step(args: argparse.Namespace, accelerator: Accelerator) -> int:
-    """The effective batch: pairs that one update of the weights sees, over all processes."""
-    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-
-
-def summarise(run: Run, splits: dict[str, Split], first_step: int) -> dict[str, str]:
-    """Prints and returns what is about to be trained, on what, how."""
-    args, accelerator, pairs = run.args, run.accelerator, run.pairs["train"]
-    weights = sum(weight.numel() for weight in trainable(run.plain).values())
-    batch = pairs_per_step(args, accelerator)
-    epochs = args.max_train_steps * batch / len(epoch_order(args.seed, 0, pairs))
-    held_out = len(splits["validation"].rows) if "validation" in splits else 0
-    dropped = [
-        f"{count} {reason} ({name})" for name, split in splits.items() for reason, count in split.dropped.items()
-    ]
-    sizes = Counter(f"{height} x {width}" for height, width in pairs.time_ids[:, 4:].tolist())
-    sizes = [f"{size} ({count} pairs)" for size, count in sorted(sizes.items())]
-    trained = ["whole U-Net"] * args.full_unet
-    trained += [
-        f"LoRA of rank {module.peft_config['default'].r} on {name}"
-        for name, module in adapted(run.pipe).items()
-        if trainable(module)
-    ]
-    against = "initial model" if args.reference == "initial" else "base model"
-    against += f", measured beforehand at {args.precompute_reference} draws a pair" * bool(args.precompute_reference)
-    summary = {
-        "pairs": ", ".join([f"{len(pairs.bucket)} to train on, {held_out} held out", *dropped]),
-        "sizes": ", ".join(sizes),
-        "trained": f"{', '.join(trained)}; {weights:,} parameters in fp32",
-        "precision": accelerator.mixed_precision,
-        "reference": against,
-        "loss": f"{args.loss_type}, beta * margin with beta = {args.beta_dpo:g} (where code has 0.5 * beta * margin: "
-        f"beta = {2 * args.beta_dpo:g}) + {args.lambda_stat:g} * statistics matching",
-        "batch": f"{args.train_batch_size} pairs x {args.gradient_accumulation_steps} accumulated "
-        f"x {accelerator.num_processes} process{'es' * (accelerator.num_processes > 1)} = {batch} pairs a step",
-        "steps": f"{args.max_train_steps}, {epochs:.1f} epochs"
-        + (f"; carries on after step {first_step}" if first_step else ""),
-    }
-    for name, value in summary.items():
-        accelerator.print(f"{name + ':':11}{value}")
-    if args.precompute_reference and epochs > 4 * args.precompute_reference:
-        accelerator.print(
-            f"warning:   {epochs:.0f} epochs over {args.precompute_reference} draws a pair repeat each one "
-            f"{epochs / args.precompute_reference:.0f} times: --precompute_reference {math.ceil(epochs / 4)} is safer"
-        )
-    return summary
-
-
-def peak_memory() -> str:
-    """The most host memory this process has held, and the most device memory where there is one."""
-    parts = []
-    if torch.cuda.is_available():
-        parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory")
-    with contextlib.suppress(ImportError):
-        import resource  # not on Windows
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        parts.append(f"{peak / 2**30:.1f} GiB of host memory")
-    return ", ".join(parts) or "not known"
-
-
-def closing_lines(args: argparse.Namespace, latest: dict[str, float]) -> str:
-    """Where the result is, how it did on held-out pairs, and what to run next."""
-    held_out = latest.get("validation/rewards/accuracies")
-    told = "" if held_out is None else f"; the right one preferred in {held_out:.0%} of held-out pairs"
-    model, named = args.pretrained_model_name_or_path, ""
-    if Path(model) != WORLD / "pipeline":
-        named = f" --pretrained_model_name_or_path {model} --prompts YOUR_TEST_PROMPTS.txt"
-    done = f"memory:    {peak_memory()}\ndone:      {args.output_dir}{told}"
-    return f"{done}\nnext:      python eval_human.py{named} --models base dpo={args.output_dir}"
+def log(accelerator: Accelerator, output: Path, step: int, values: dict[str, float]) -> None:
+    """To the trackers and to metrics.jsonl, where what is not finite is null."""
+    accelerator.log(values, step=step)
+    if accelerator.is_main_process and values:
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with (output / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **finite}) + "\n")
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
 
 
-def start_accelerator(args: argparse.Namespace) -> Accelerator:
-    """accelerate's Accelerator with the precision, accumulation and tracker asked for."""
-    from accelerate import Accelerator
+def main(args: argparse.Namespace) -> None:
+    """Loads data and model, encodes the pairs, trains, validates, and writes the weights."""
+    quiet_libraries()
+    import accelerate.utils
     from accelerate.tracking import get_available_trackers
-    from accelerate.utils import (
-        DistributedDataParallelKwargs,
-        GradientAccumulationPlugin,
-        InitProcessGroupKwargs,
-        ProjectConfiguration,
-        set_seed,
-    )
-
-    tracker = args.report_to
-    if tracker == "auto":
-        tracker = "tensorboard" if importlib.util.find_spec("tensorboard") else "none"
-    installed = ["none", *(str(name) for name in get_available_trackers())]
-    if tracker not in installed:
-        raise UserError(f"--report_to {tracker} is not installed: there are {', '.join(installed)}")
-    set_seed(args.seed)  # the adapters start the same on every process; all other draws have their own seeds
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=None if tracker == "none" else tracker,
-        project_config=ProjectConfiguration(args.output_dir, logging_dir=str(Path(args.output_dir, "logs"))),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        kwargs_handlers=[
-            # SDXL does not read the last layer of its first text encoder
-            DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder),
-            InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12)),  # others wait while one downloads
-        ],
-    )
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("mixed precision fp16, which accelerate's configuration asks for, needs a GPU")
-    if args.ema is not None and sharded(accelerator):
-        raise UserError("--ema does not work with FSDP and DeepSpeed: leave it out")
-    if deepspeed(accelerator):  # it reads all this from its own configuration
-        accelerator.state.deepspeed_plugin.deepspeed_config |= {
-            "train_micro_batch_size_per_gpu": args.train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "gradient_clipping": args.max_grad_norm,
-        }
-    if fsdp(accelerator):
-        prepare_fsdp(accelerator, args)
-    return accelerator
-
-
-def prepare_fsdp(accelerator: Accelerator, args: argparse.Namespace) -> None:
-    """FSDP 2 with sums and outputs in fp32; refuses what does not know it."""
-    if not accelerator.is_fsdp2:
-        raise UserError("FSDP needs fsdp_version: 2 in accelerate's configuration")
-    if "bit" in args.optimizer:
-        raise UserError(f"--optimizer {args.optimizer} does not work with FSDP: leave it out")
-    if args.full_unet and args.train_text_encoder:
-        raise UserError("--full_unet with --train_text_encoder does not work with FSDP: train one after the other")
-    args.channels_last = False  # FSDP takes no other layout
-    if accelerator.mixed_precision == "bf16":
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.float32
-        )
-
-
-def prepare_data(
-    splits: dict[str, Split], pipe: DiffusionPipeline, args: argparse.Namespace, accelerator: Accelerator
-) -> tuple[dict[str, Pairs], Validation]:
-    """Every split as Pairs, and what validation draws; the VAE leaves the device, frozen text encoders the memory."""
-    vae_hash = weights_hash(pipe.vae)
-    pairs = {name: prepare_split(split, vae_hash, pipe, args, accelerator) for name, split in splits.items()}
-    pipe.vae.to("cpu")
-    prompts = validation_prompts(splits, args)
-    captions = {name: split.captions for name, split in splits.items()}
-    distinct = sorted({caption for column in captions.values() for caption in column})
-    row_of = {caption: row for row, caption in enumerate(distinct)}
-    embeddings, text = None, None
-    if args.train_text_encoder:
-        tell_cut_captions(pipe, distinct, accelerator)
-    else:
-        text = sampling_text(pipe, prompts)
-        embeddings = prepare_captions(distinct, pipe, args, accelerator)
-    for name, part in pairs.items():
-        part.captions, part.embeddings = distinct, embeddings
-        part.caption = np.array([row_of[caption] for caption in captions[name]])
-    return pairs, Validation(prompts, text, [])
-
-
-def make_optimizer(parameters: list[Tensor], args: argparse.Namespace) -> torch.optim.Optimizer:
-    """The optimiser of OPTIMIZERS; the flags of Adam are for the AdamWs, the others keep their own defaults."""
-    module, _, name = OPTIMIZERS[args.optimizer].rpartition(".")
-    try:
-        maker = getattr(importlib.import_module(module), name)
-    except ImportError as error:
-        told = f"--optimizer {args.optimizer} needs {module.partition('.')[0]}"
-        raise UserError(f"{told}: {first_line(error)}") from error
-    settings = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
-    if "adamw" in args.optimizer:
-        settings |= {"betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    if args.optimizer == "adamw":
-        settings["fused"] = True
-    return maker(parameters, **settings)
-
-
-def make_lr_scheduler(
-    optimizer: torch.optim.Optimizer, args: argparse.Namespace
-) -> torch.optim.lr_scheduler.LRScheduler:
-    """diffusers' schedule of this name; a constant one with warm-up where steps of warm-up are given."""
     from diffusers.optimization import get_scheduler
-
-    name = args.lr_scheduler
-    if name == "constant" and args.lr_warmup_steps:
-        name = "constant_with_warmup"  # "constant" would ignore the warm-up
-    return get_scheduler(
-        name, optimizer=optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-    )
-
-
-def make_ema(run_weights: list[Tensor], args: argparse.Namespace) -> EMAModel | None:
-    """The moving average of the trained weights that --ema asks for."""
-    if args.ema is None:
-        return None
     from diffusers.training_utils import EMAModel
 
-    return EMAModel(run_weights, decay=args.ema, use_ema_warmup=False)
+    # Processes, precision, tracker; the output folder and the repository are claimed before minutes are spent
+    output, trackers = Path(args.output_dir), ["none", *map(str, get_available_trackers())]
+    args.report_to = args.report_to or ("tensorboard" if "tensorboard" in trackers else "none")
+    if args.report_to not in trackers:
+        raise UserError(f"--report_to {args.report_to} is not installed: there are {', '.join(trackers)}")
+    accelerate.utils.set_seed(args.seed)  # adapters start the same on every process; all else has seeds of its own
+    accumulated = {"num_steps": args.gradient_accumulation_steps, "sync_with_dataloader": False}
+    accelerator = accelerate.Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=accelerate.utils.ProjectConfiguration(args.output_dir, logging_dir=str(output / "logs")),
+        gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(**accumulated),
+        kwargs_handlers=[  # SDXL does not read the last layer of its first text encoder
+            accelerate.utils.DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)
+        ],
+    )
+    device, is_main = accelerator.device, accelerator.is_main_process
+    lock = claim_output(output, args.resume_from_checkpoint) if is_main else None
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    token, args.hub_token = args.hub_token, None  # kept out of all that is written
+    if args.push_to_hub and is_main:
+        from huggingface_hub import create_repo
 
+        name = args.hub_model_id or output.resolve().name
+        args.hub_model_id = create_repo(name, exist_ok=True, token=token).repo_id
 
-def measure_beforehand(run: Run) -> Run:
-    """Measures the reference on held-out pairs and draws its pictures; with --precompute_reference measures it on the
-    training draws too, after which nothing needs it any more."""
-    if "validation" in run.pairs:
-        run.pairs["validation"].reference = measure_reference(run, "validation")
-    if run.accelerator.is_main_process or sharded(run.accelerator):
-        with reference(run):
-            run.validation.images.extend(draw_images(run, run.frozen or run.plain))
-    if not run.args.precompute_reference:
-        return run
-    run.pairs["train"].reference = measure_reference(run, "train")
-    return run._replace(frozen=None)
+    # Pairs
+    splits, folder = read_source(args)
+    tables, dropped = {}, {name: Counter() for name in ("train", "validation")}
+    for name, rows in splits.items():
+        tables[name], dropped[name] = choose_pairs(rows, args)
+        refuse_bad_rows(dropped[name], len(rows), name)
+    if args.validation_share and "validation" not in tables:
+        held = hold_out(tables["train"], args.validation_share)
+        splits["validation"] = splits["train"]
+        tables = {"train": tables["train"][~held], "validation": tables["train"][held]}
+    tables = {name: table for name, table in tables.items() if len(table)}
+    if "train" not in tables:
+        told = ", ".join(f"{count} {reason.lower()}" for reason, count in dropped["train"].items())
+        raise UserError(f"no pairs to train on ({told or 'all are held out'})")
 
+    # The model, its size and its noise path
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    pipe, family = load_model(args, dtype)
+    model = getattr(pipe, family.model)
+    args.resolution = args.resolution or model.config.sample_size * pipe.vae_scale_factor
+    args.height, args.width = args.height or args.resolution, args.width or args.resolution
+    if any(side % family.multiple for side in (args.resolution, args.height, args.width)):
+        raise UserError(f"--resolution, --height and --width must be multiples of {family.multiple} for this model")
+    if args.export_kohya and family.model != "unet":
+        raise UserError("--export_kohya: kohya's format is for U-Nets; ComfyUI loads this LoRA as it is")
+    path = family.path(pipe, 1)
+    low, high = args.timestep_range = args.timestep_range or [0, len(path.t)]
+    if not low < high <= len(path.t):
+        raise UserError(f"--timestep_range {low} {high}: LOW < HIGH <= {len(path.t)} is needed")
+    if path.kind == "epsilon" and path.a[high - 1] == 0:
+        told = f"set --timestep_range {low} {high - 1}"
+        raise UserError(f"zero terminal SNR: at timestep {high - 1} epsilon says nothing about the image; {told}")
+    args.lambda_stat = default_lambda_stat(path) if args.lambda_stat is None else args.lambda_stat
+    model_key = hash_of(weights_hash(model, pipe.vae, *text_encoders(pipe).values()), path.kind, path.a.tolist())
+    wait_patiently(accelerator)  # for downloads
 
-@contextlib.contextmanager
-def stop_signals() -> Iterator[list[signal.Signals]]:
-    """Collects SIGTERM and SIGINT, so that the step can be finished; a second Ctrl-C ends the program at once."""
-    caught: list[signal.Signals] = []
+    # What is encoded once; then the VAE leaves the device, and frozen text encoders the memory
+    if not args.encoded_dir:
+        from datasets.config import HF_DATASETS_CACHE
+
+        args.encoded_dir = str((folder if folder.exists() else Path(args.cache_dir or HF_DATASETS_CACHE)) / "encoded")
+    Path(args.encoded_dir).mkdir(parents=True, exist_ok=True)
+    pipe.to(device)
+    pairs, patch = {}, getattr(model.config, "patch_size", 1)
+    for name, table in tables.items():
+        pairs[name] = encode_pairs(name, splits[name], table, folder, pipe, family, dropped[name], args, accelerator)
+        for height, width in {tuple(pair.shape[2:]) for pair in pairs[name].latents}:
+            pairs[name].paths[height, width] = family.path(pipe, height * width // patch**2)
+    pipe.vae.to("cpu")
+    pipe.scheduler = family.sampler(pipe)
+    prompts = list(dict.fromkeys(pairs.get("validation", pairs["train"]).caption))[: args.num_validation_images]
+    prompts, prompt_text = args.validation_prompts or prompts, {}
+    if not args.train_text_encoder:
+        prompt_text = caption_embeddings(pipe, family, prompts)
+        captions = list(dict.fromkeys(caption for split in pairs.values() for caption in split.caption))
+        embeddings = encode_captions(captions, pipe, family, args, accelerator)
+        for split in pairs.values():
+            split.text = embeddings
+        for name in text_encoders(pipe):
+            setattr(pipe, name, None)
+
+    # What is trained, and the reference that it is measured against
+    frozen_model = copy.deepcopy(model) if args.full_unet and args.reference == "base" else None
+    if args.initial_unet:
+        load_initial_model(model, family.model, args)
+    for name, layers in (read_lora(pipe, args.initial_lora) if args.initial_lora else {}).items():
+        module = pipe.components.get(name)
+        if module is None:
+            accelerator.print(f"warning:   the {name} of {args.initial_lora} is left out, as it is not trained here")
+            continue
+        load_lora(module, layers, "default")
+        if args.full_unet and module is model:
+            pipe.fuse_lora(components=[family.model])
+            model.unload_lora()
+        elif args.reference == "initial":
+            load_lora(module, layers, "reference")
+            module.set_adapter("default")
+        module.requires_grad_(False)
+    if args.full_unet:
+        frozen_model = frozen_model or copy.deepcopy(model)
+        for layer in frozen_model.modules():  # autocast rounds the policy's matrices and leaves its norms in fp32
+            if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d)):
+                layer.to(dtype)
+        model.requires_grad_(True)
+    elif not args.freeze_unet:
+        add_lora(model, args.rank, args.lora_alpha, lora_targets(model, family, args.lora_layers))
+    plain = Policy(pipe, family, model, args)
+    for encoder in plain.text_encoders.values():
+        add_lora(encoder, args.text_encoder_rank, args.text_encoder_rank, TEXT_ENCODER_LAYERS)
+    for one in filter(None, (model, frozen_model)):
+        if args.enable_xformers_memory_efficient_attention:
+            one.enable_xformers_memory_efficient_attention()
+    if args.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    model.train()
+    frozen = frozen_model and Policy(pipe, family, frozen_model, args)
+
+    # Optimiser, schedule, averages
+    weights = list(plain.trained().values())
+    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    if args.use_8bit_adam:
+        from bitsandbytes.optim import AdamW8bit as AdamW
+    else:
+        from torch.optim import AdamW
+
+        adam["fused"] = accelerator.scaler is None  # fused, it would not tell accelerate of a step that fp16 skips
+    optimizer = AdamW(weights, weight_decay=args.adam_weight_decay, **adam)
+    per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    if args.num_train_epochs:
+        args.max_train_steps = math.ceil(args.num_train_epochs * len(pairs["train"].latents) / per_step)
+    name = args.lr_scheduler  # diffusers' "constant" would ignore the warm-up
+    name = "constant_with_warmup" if name == "constant" and args.lr_warmup_steps else name
+    lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
+    lr_scheduler = get_scheduler(name, optimizer=optimizer, **lengths)
+    ema = None if args.ema is None else EMAModel(weights, decay=args.ema, use_ema_warmup=False)
+    policy, optimizer = accelerator.prepare(plain, optimizer)
+
+    # Where it starts: at the beginning, or at a checkpoint of this very run
+    identity = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
+    identity |= {"pairs_per_step": per_step, "mixed_precision": accelerator.mixed_precision, "model": model_key}
+    identity |= {"data": {name: split.key for name, split in pairs.items()}}
+    identity |= {"start": weights_hash(plain) if args.initial_lora or args.initial_unet else None}
+    identity |= {"max_train_steps": args.max_train_steps if args.lr_scheduler != "constant" else None}
+    identity = json.loads(json.dumps(identity))
+    state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": accelerator.scaler, "ema": ema}
+    state = {name: part for name, part in state.items() if part is not None}
+    first_step = load_checkpoint(args.resume_from_checkpoint, output, plain, state, identity)
+    if ema:
+        ema.to(device)
+    if is_main:
+        for unfinished in output.glob("checkpoint-*.partial"):
+            shutil.rmtree(unfinished)
+        kept = [line for line in read_log(output) if line["step"] <= first_step]
+        (output / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+        settings = json.dumps({"settings": vars(args)}, indent=2)
+        (output / "training_settings.json").write_text(settings + "\n", encoding="utf-8")
+
+    # What is about to happen, in words
+    count, held = (len(pairs[name].latents) if name in pairs else 0 for name in ("train", "validation"))
+    left_out = [f"{n} {reason.lower()} ({name})" for name, part in dropped.items() for reason, n in part.items()]
+    sizes = Counter(f"{height} x {width}" for height, width in pairs["train"].sizes[:, 4:].tolist())
+    trained = [f"LoRA of rank {module.peft_config['default'].r} on {name}" for name, module in plain.adapted().items()]
+    trained = ", ".join([f"the whole {family.model}"] * args.full_unet + trained)
+    epochs, processes = args.max_train_steps * per_step / count, accelerator.num_processes
+    told = {
+        "pairs": ", ".join([f"{count} to train on, {held} held out", *left_out]),
+        "sizes": ", ".join(f"{size} ({n} pairs)" for size, n in sorted(sizes.items())),
+        "trained": f"{trained}; {sum(weight.numel() for weight in weights):,} parameters in fp32",
+        "precision": accelerator.mixed_precision,
+        "objective": f"{args.loss_type} against the {args.reference} model, beta {args.beta_dpo:g} (in code with "
+        f"0.5 * beta, as diffusers' SDXL script: {2 * args.beta_dpo:g}), lambda_stat {args.lambda_stat:.6g}",
+        "steps": f"{first_step} to {args.max_train_steps}, {epochs:.1f} epochs",
+        "batch": f"{args.train_batch_size} pairs x {args.gradient_accumulation_steps} accumulated x "
+        f"{processes} process{'es' * (processes > 1)} = {per_step} pairs a step",
+    }
+    for name, value in told.items():
+        accelerator.print(f"{name + ':':11}{value}")
+    accelerator.init_trackers("train_dpo_human", {name: str(value) for name, value in vars(args).items()})
+    before = []
+    if args.run_validation and is_main:
+        with reference(plain, frozen) as untrained:
+            before = draw_images(untrained, prompts, prompt_text, args, accelerator)
+
+    # The loop; the first SIGTERM or Ctrl-C ends it after the step, with a checkpoint
+    caught: list[int] = []
 
     def catch(number: int, _frame: Any) -> None:
-        caught.append(signal.Signals(number))
-        if number == signal.SIGINT:  # schedulers send SIGTERM twice
-            signal.signal(number, previous[number])
+        caught.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends it at once
 
-    previous = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield caught
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
-def held_out_accuracies(output_dir: str) -> list[float]:
-    """Those of all validations so far."""
-    name = "validation/rewards/accuracies"
-    return [line[name] for line in read_log(output_dir) if name in line]
-
-
-def no_longer_improves(history: Sequence[float], patience: int | None) -> bool:
-    """Whether the last `patience` of the held-out accuracies hold no new best; never without a patience."""
-    return patience is not None and len(history) > patience and max(history[-patience:]) <= max(history[:-patience])
-
-
-def train(run: Run, first_step: int) -> dict[str, float]:
-    """The loop: steps, logs, checkpoints, validation; returns the last value of every metric."""
-    args, accelerator = run.args, run.accelerator
-    latest, window, num_steps, seconds = {}, 0, 0, 0.0
+    handlers = {number: signal.signal(number, catch) for number in (signal.SIGTERM, signal.SIGINT)}
+    batches = endless_batches(args.seed, pairs["train"].buckets, args.train_batch_size)
+    start = first_step * args.gradient_accumulation_steps * accelerator.num_processes + accelerator.process_index
+    batches = itertools.islice(batches, start, None, accelerator.num_processes)
+    window, latest, stopped = Counter(), {}, False
+    relative = [line["error/winner_relative"] for line in read_log(output) if line.get("error/winner_relative")]
     steps = range(first_step + 1, args.max_train_steps + 1)
-    show = {"initial": first_step, "total": args.max_train_steps, "disable": not accelerator.is_main_process}
-    with stop_signals() as signals, tqdm(steps, desc="training", unit="step", **show) as bar:
-        for step in bar:
-            is_last = step == args.max_train_steps
-            began, learning_rate = time.perf_counter(), run.lr_scheduler.get_last_lr()[0]
-            window, num_steps = window + optimisation_step(run, step - 1), num_steps + 1
-            if log_now := step % args.logging_steps == 0 or is_last:
-                means = (accelerator.reduce(window, "mean") / num_steps).tolist()
-            seconds += time.perf_counter() - began
-            if log_now:
-                values = dict(zip((*METRICS, "grad_norm"), means, strict=True))
-                pairs_per_second = num_steps * pairs_per_step(args, accelerator) / seconds
-                values |= {"lr": learning_rate, "pairs_per_second": pairs_per_second}
-                log(run, step, values)
-                bar.set_postfix(loss=f"{values['loss']:.4f}", accuracy=f"{values['rewards/accuracies']:.2f}")
-                latest, window, num_steps, seconds = latest | values, 0, 0, 0.0
+    bar = tqdm(steps, "training", unit="step", initial=first_step, total=args.max_train_steps, disable=not is_main)
+    for step in bar:
+        is_last, lr, began = step == args.max_train_steps, lr_scheduler.get_last_lr()[0], time.perf_counter()
+        rows, pair_loss = [], []
+        for visits in itertools.islice(batches, args.gradient_accumulation_steps):
+            batch = make_batch(pairs["train"], visits, False, args, device)
+            with accelerator.accumulate(policy):
+                with accelerator.autocast():
+                    losses = pair_losses(policy, frozen, batch, args)
+                # a batch of a small bucket counts for its pairs
+                accelerator.backward(losses["loss"].sum() / args.train_batch_size)
+                window.update({name: value.detach().sum() for name, value in losses.items()} | {"pairs": len(visits)})
+                rows += [pairs["train"].row[pair] for pair, _ in visits]
+                pair_loss.append(losses["loss"].detach())
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(weights, args.max_grad_norm)
+                    finite = torch.cat(pair_loss).isfinite()
+                    # fp16 has a scaler, which steps over gradients that overflow
+                    fine = finite.all() & (norm.isfinite() | (accelerator.mixed_precision == "fp16"))
+                    if any_process(accelerator, ~fine):
+                        bad = [row for row, one in zip(rows, finite.tolist(), strict=True) if not one] or rows
+                        raise UserError(
+                            f"loss or gradient not finite in step {step}, rows {str(sorted(set(bad)))[1:-1]} of the "
+                            "data; the weights were not touched: carry on from the last checkpoint with a lower "
+                            "--learning_rate, with bf16, or without these rows"
+                        )
+                optimizer.step()
+                optimizer.zero_grad()
+        if not accelerator.optimizer_step_was_skipped:
+            lr_scheduler.step()
+            if ema:
+                ema.step(weights)
+        window.update({"grad_norm": norm, "steps": 1, "seconds": time.perf_counter() - began})
 
-            validate_now = step % args.validation_steps == 0 or is_last
-            if validate_now:
-                with averaged(run):
-                    metrics = held_out_metrics(run)
-                    draw_validation(run, step)
-                log(run, step, metrics)
-                latest |= metrics
-            stopped = any_process(accelerator, bool(signals))
-            if stopped or step % args.checkpointing_steps == 0:
-                save_checkpoint(run, step)
-            if stopped and not is_last:
-                number = signals[0] if signals else signal.SIGTERM  # another process caught it
-                told = "it is saved: the same command with --resume_from_checkpoint latest carries on"
-                accelerator.print(f"\nstopped by {number.name} after step {step}; {told}")
-                accelerator.wait_for_everyone()
-                accelerator.end_training()
-                sys.exit(128 + number)
-            history = held_out_accuracies(args.output_dir) if validate_now and accelerator.is_main_process else []
-            if validate_now and any_process(accelerator, no_longer_improves(history, args.early_stopping_patience)):
-                accelerator.print(f"\nheld-out accuracy no longer improves: stopped early, after step {step}")
-                break
-    return latest
+        if step % args.logging_steps == 0 or is_last:
+            sums = torch.stack([torch.as_tensor(value, device=device).float() for value in window.values()])
+            sums, window = dict(zip(window, accelerator.reduce(sums, "sum").tolist(), strict=True)), Counter()
+            updates, seconds, seen = (sums.pop(name) for name in ("steps", "seconds", "pairs"))
+            values = {name: value / (updates if name == "grad_norm" else seen) for name, value in sums.items()}
+            values |= {"lr": lr, "pairs_per_second": seen * accelerator.num_processes / seconds}
+            log(accelerator, output, step, values)
+            bar.set_postfix(loss=f"{values['loss']:.4f}", accuracy=f"{values['rewards/accuracies']:.2f}")
+            latest |= values
+            rose, relative = keeps_rising(relative), [*relative, values["error/winner_relative"]]
+            if keeps_rising(relative) and not rose and is_main:
+                told_rise = f"the winners' error is {np.mean(relative[-5:]):.0%} above the reference's and rising"
+                bar.write(
+                    f"warning:   step {step}: {told_rise}, the run diverges: stop it, take an earlier checkpoint, "
+                    "lower the --learning_rate"
+                )
+        if args.run_validation and (step % args.validation_steps == 0 or is_last):
+            metrics = {}
+            with averaged(ema, weights):
+                if "validation" in pairs:
+                    metrics = held_out_metrics(plain, frozen, pairs["validation"], args, accelerator)
+                if is_main:
+                    images = draw_images(plain, prompts, prompt_text, args, accelerator)
+                    show_images(accelerator, output, step, {"before": before, "tuned": images}, prompts)
+            wait_patiently(accelerator)  # for the drawing process
+            log(accelerator, output, step, metrics)
+            latest |= metrics
+        stopped = any_process(accelerator, bool(caught)) and not is_last
+        if (stopped or step % args.checkpointing_steps == 0) and is_main:
+            save_checkpoint(step, plain, state, identity, ema, args)
+        if stopped:
+            again = "the same command with --resume_from_checkpoint latest carries on"
+            accelerator.print(f"\nstopped by a signal and saved after step {step}: {again}")
+            break
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
+    # The result
+    if is_main and not stopped:
+        with averaged(ema, weights):
+            save_weights(plain, output, args)
+        write_card(plain, output, args, told | latest | {k: v for k, v in vars(args).items() if k not in PLACES})
+    if args.push_to_hub and is_main and not stopped:
+        from huggingface_hub import upload_folder
 
-def main(args: argparse.Namespace) -> None:
-    """Loads data and model, measures the reference, trains, validates, and writes the weights."""
-    quiet_libraries()
-    claim_output(args)
-    accelerator = start_accelerator(args)
-    with accelerator.main_process_first():
-        splits = load_splits(args)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    pipe = load_model(args, dtype)
-    schedule = noise_schedule(pipe, args.timestep_range, accelerator.device)
-    pipe.scheduler = sampler_of(pipe)
-    identity = run_identity(args, splits, pipe, schedule, accelerator)
-    checkpoint = find_checkpoint(args, identity)
-
-    pipe.to(accelerator.device)
-    pairs, validation = prepare_data(splits, pipe, args, accelerator)
-    frozen_unet = prepare_models(pipe, args, dtype, accelerator)
-    plain = Policy(pipe, pipe.unet, args.train_text_encoder, args.compile)
-    frozen = frozen_unet and Policy(pipe, frozen_unet, args.train_text_encoder, args.compile)
-    weights = list(trainable(plain).values())
-    optimizer = make_optimizer(weights, args)
-    lr_scheduler = make_lr_scheduler(optimizer, args)
-    policy, optimizer = accelerator.prepare(plain, optimizer)
-    if fsdp(accelerator):
-        torch.distributed.fsdp.register_fsdp_forward_method(policy, "sample")
-    run = Run(
-        args, accelerator, pipe, policy, plain, frozen, schedule, pairs, optimizer, lr_scheduler,
-        make_ema(weights, args), validation, identity,
-    )  # fmt: skip
-    run = measure_beforehand(run)
-    del frozen, frozen_unet  # `run` holds them as long as they are needed
-    first_step = load_checkpoint(run, checkpoint) if checkpoint else 0
-
-    summary = summarise(run, splits, first_step)
-    if accelerator.is_main_process:
-        start_output(args, first_step)
-    accelerator.init_trackers("train_dpo_human", {name: str(value) for name, value in vars(args).items()})
-    latest = train(run, first_step)
-    with averaged(run):
-        save_weights(run, Path(args.output_dir))
-    if accelerator.is_main_process:
-        write_model_card(run, summary, latest)
-    accelerator.wait_for_everyone()  # a process that leaves while another saves may fall over its own threads
+        lora = ["pytorch_lora_weights.safetensors", f"{output.resolve().name}.kohya.safetensors"]
+        wanted = [*lora, f"{family.model}/*", "README.md", "validation.png"]
+        upload_folder(repo_id=args.hub_model_id, folder_path=output, token=token, allow_patterns=wanted)
+    wait_patiently(accelerator)  # a process that leaves while another saves may fall over its own threads
     accelerator.end_training()
-    accelerator.print(closing_lines(args, latest))
+    if stopped:
+        sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
+    if (accuracy := latest.get("validation/rewards/accuracies")) is not None:
+        accelerator.print(f"held out:  the right one is preferred in {accuracy:.0%} of pairs")
+    own = f" --pretrained_model_name_or_path {args.pretrained_model_name_or_path} --prompts YOUR_TEST_PROMPTS.txt"
+    own *= Path(args.pretrained_model_name_or_path) != WORLD / "pipeline"
+    accelerator.print(f"done:      {output}\nnext:      python eval_human.py{own} --models base dpo={output}")
+    if lock:
+        lock.release()
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
+
+# fmt: off
+PLACES = {  # where things are: no part of what a run is, nor of its card
+    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "cache_dir",
+    "train_data_dir", "dataset_name", "dataset_config_name", "dataset_split_name", "initial_lora", "initial_unet",
+    "output_dir", "encoded_dir", "resume_from_checkpoint", "hub_model_id", "hub_token",
+}
+FREE_SETTINGS = PLACES | {  # a run that is carried on may change these, too
+    "max_train_samples", "image_0_column", "image_1_column", "label_0_column", "caption_column", "margin_column",
+    "max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps",
+    "gradient_checkpointing", "compile", "enable_xformers_memory_efficient_attention", "allow_tf32", "report_to",
+    "run_validation", "validation_steps", "validation_prompts", "num_validation_images", "validation_inference_steps",
+    "validation_guidance_scale", "checkpoints_total_limit", "export_kohya", "push_to_hub", "logging_steps",
+}
+# fmt: on
 
 
 def use_embedded_world(parser: argparse.ArgumentParser, script: str) -> None:
@@ -2170,19 +1724,19 @@ def use_embedded_world(parser: argparse.ArgumentParser, script: str) -> None:
     settings = WORLD / "settings.json"
     if not settings.is_file():
         parser.error("no model: set --pretrained_model_name_or_path (the embedded world tests/tiny_human is not here)")
-    defaults = json.loads(settings.read_text().replace("{world}", WORLD.as_posix()))[script]
+    defaults = json.loads(settings.read_text(encoding="utf-8").replace("{world}", WORLD.as_posix()))[script]
     parser.set_defaults(**defaults)
     if os.environ.get("RANK", "0") == "0":
         print(f"{script}.py: the embedded world is used; --pretrained_model_name_or_path names your own model")
 
 
-def at_least(minimum: float, kind: type, *, exclusive: bool = False) -> Callable[[str], float]:
-    """An argparse type: a number of this kind from `minimum` on, or above it."""
+def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number of this kind from `low`, or above it, to `high`."""
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not (value > minimum if exclusive else value >= minimum):
-            raise argparse.ArgumentTypeError(f"must be {'above' if exclusive else 'at least'} {minimum}")
+        if not (low < value if above else low <= value) or not value <= high:
+            raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {low:g}, at most {high:g}")
         return value
 
     parse.__name__ = kind.__name__
@@ -2197,147 +1751,123 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-
-    count, positive = at_least(1, int), at_least(0, float, exclusive=True)
+    count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 0.9999999)
 
     # fmt: off
     flag = parser.add_argument_group("model").add_argument
-    flag("--pretrained_model_name_or_path", help="your model, SD 1.x, 2.x or XL; none: the embedded world")
+    flag("--pretrained_model_name_or_path", help="your model: SD 1.x, 2.x, XL, 3 or 3.5; none: the embedded world")
+    flag("--pretrained_vae_model_name_or_path", help="a VAE in place of the model's own, such as an fp16 fix")
     flag("--revision", help="branch, tag or commit of the model on the hub")
     flag("--variant", help="variant of the weight files, such as fp16")
     flag("--cache_dir", help="where downloaded models and data sets are kept")
-    flag("--rank", type=count, default=8, help="rank of the LoRA on all attention layers of the U-Net")
-    flag("--lora_alpha", type=positive, help="its scale; none: the rank")
-    flag("--full_unet", action="store_true", help="train the whole U-Net against a frozen copy, instead of a LoRA")
-    flag("--train_text_encoder", action="store_true", help="train a LoRA on the text encoder(s) too")
+    flag("--rank", type=count, default=8, help="rank of the LoRA")
+    flag("--lora_alpha", type=positive, help="its scale times its rank; none: the rank")
+    flag("--lora_layers", nargs="+", default=["attention"], metavar="LAYER",
+         help="attention, all (linear layers and convolutions of the blocks), or ends of layers' names")
+    flag("--full_unet", action="store_true", help="train the whole U-Net or transformer against a frozen copy")
+    flag("--train_text_encoder", action="store_true", help="train a LoRA on the CLIP text encoder(s) too")
     flag("--text_encoder_rank", type=count, default=64, help="its rank")
     flag("--freeze_unet", action="store_true", help="with --train_text_encoder: train that alone, as the paper does")
-    flag("--initial_lora", help="LoRA of an earlier stage to start from (with its rank)")
-    flag("--initial_unet", help="whole U-Net of an earlier stage to start from")
+    flag("--initial_lora", help="LoRA of an earlier stage to start from (with its ranks): folder, file or hub name")
+    flag("--initial_unet", help="whole U-Net or transformer of an earlier stage to start from: folder or hub name")
     flag("--reference", choices=["initial", "base"], default="initial", help="measure against the start, or the base")
-    flag("--precompute_reference", type=count, metavar="K", help="measure the reference once, at K draws a pair")
 
     flag = parser.add_argument_group("data").add_argument
     flag("--train_data_dir", default="human-preferences", help="folder of pairs, or a json, jsonl or parquet file")
     flag("--dataset_name", help="data set on the hub, or a path that `datasets` loads, instead of --train_data_dir")
     flag("--dataset_config_name", help="its configuration")
-    flag("--dataset_split_name", default="train", help="its split to train on")
+    flag("--dataset_split_name", help="its split to train on; none: train, or else validation")
     flag("--image_0_column", help="column of the first image; known: jpg_0, chosen, path1, image_0")
     flag("--image_1_column", help="column of the second; known: jpg_1, rejected, path2, image_1")
     flag("--label_0_column", help="1 where the first image won, 0, or 0.5 for a tie; none: the first one won")
     flag("--caption_column", help="column of the captions; known: caption, prompt")
-    flag("--margin_column", default="margin", help="column of the winner's lead in score")
-    flag("--max_train_samples", type=count, help="use the first so many rows")
-    flag("--min_margin", type=at_least(-math.inf, float), help="leave out pairs whose lead in score is smaller")
-    flag("--validation_share", type=at_least(0, float), default=0.0, help="share of captions to hold out")
-    flag("--resolution", type=count, default=512, help="height and width; images are resized and cropped to it")
-    flag("--height", type=count, help="height, where it is not --resolution")
-    flag("--width", type=count, help="width, where it is not --resolution")
-    flag("--aspect_ratio_buckets", action="store_true", help="about resolution^2 pixels in each pair's shape")
-    flag("--encoded_dir", help="caches what is encoded and measured; shared by all machines; none: OUTPUT_DIR/cache")
+    flag("--margin_column", default="margin", help="column of the winner's lead in score, in units of the scorer")
+    flag("--max_train_samples", type=count, help="use the first so many rows; of hub data no more are downloaded")
+    flag("--min_margin", type=float, help="leave out pairs whose lead in score is smaller")
+    flag("--validation_share", type=share, default=0.0, help="share of captions to hold out, where no split is")
+    flag("--resolution", type=count, help="pixels a side, images are resized and cropped; none: the model's own")
+    flag("--height", type=count, help="height in pixels, where it is not --resolution")
+    flag("--width", type=count, help="width in pixels, where it is not --resolution")
+    flag("--aspect_ratio_buckets", action="store_true", help="about resolution^2 pixels in each pair's own shape")
+    flag("--encoded_dir", help="keeps encoded pairs and captions, shared by all machines; none: `encoded` in the data")
 
     flag = parser.add_argument_group("objective").add_argument
-    flag("--beta_dpo", type=positive, default=2500, help="factor of the margin; where code has 0.5 * beta, its half")
+    flag("--beta_dpo", type=positive, default=2500,
+         help="factor of the margin; diffusers' SDXL script means half of its own; of flow 100 to 2000 are in use")
     flag("--loss_type", choices=["sigmoid", "hinge", "ipo"], default="sigmoid", help="sigmoid is DPO")
-    flag("--label_smoothing", type=float, default=0.0, help="share of labels thought to be wrong")
     flag("--soft_labels", type=positive, metavar="T", help="label sigmoid(margin column / T), not 1")
     flag("--ties", choices=["drop", "soft"], default="drop", help="leave ties out, or train them with label 0.5")
-    flag("--winner_safeguard", type=at_least(0, float), metavar="MU", help="Diffusion-SDPO; in [0, 1], 0 is weakest")
-    flag("--lambda_stat", type=at_least(0, float), default=10000, help="weight of statistics matching, 0 for none")
-    flag("--timestep_range", type=int, nargs=2, metavar=("LOW", "HIGH"), help="draw from LOW to below HIGH; none: all")
+    flag("--winner_safeguard", type=number(float, 0, 1), metavar="MU", help="Diffusion-SDPO, in [0, 1]; 0.9 helps")
+    flag("--lambda_stat", type=number(float, 0),
+         help="weight of statistics matching; none: 10000, of flow what weighs as much, at shift 3 about 360000")
+    flag("--weighting_scheme", choices=["none", "logit_normal"], default="none",
+         help="timesteps uniform over the schedule, of flow the sampler's shifted sigmas; or SD 3's logit-normal")
+    flag("--timestep_range", type=number(int, 0), nargs=2, metavar=("LOW", "HIGH"),
+         help="draw points of the schedule from LOW, least noise, to below HIGH; none: all")
 
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--max_train_steps", type=count, default=2000, help="updates of the weights; the paper: 300000")
+    flag("--num_train_epochs", type=count, help="rounds over the pairs, instead of --max_train_steps")
     flag("--train_batch_size", type=count, default=16, help="pairs in a process's forward pass")
     flag("--gradient_accumulation_steps", type=count, default=1, help="forward passes in an update")
     flag("--learning_rate", type=positive, default=1e-5, help="peak learning rate")
-    flag("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="how it changes over the steps")
-    flag("--lr_warmup_steps", type=at_least(0, int), default=0, help="steps of linear warm-up, under every schedule")
-    flag("--optimizer", choices=OPTIMIZERS, default="adamw", help="torch's or bitsandbytes'")
-    flag("--use_8bit_adam", action="store_true", help="--optimizer adamw8bit: a quarter of the optimiser's memory")
-    flag("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
-    flag("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
-    flag("--adam_weight_decay", type=at_least(0, float), default=1e-2, help="weight decay")
-    flag("--adam_epsilon", type=at_least(0, float), default=1e-8, help="epsilon of Adam")
+    flag("--lr_scheduler", choices=["constant", "linear", "cosine"], default="constant", help="over the steps")
+    flag("--lr_warmup_steps", type=number(int, 0), default=0, help="steps of linear warm-up, under every schedule")
+    flag("--use_8bit_adam", action="store_true", help="a quarter of the optimiser's memory, by bitsandbytes")
+    flag("--adam_beta1", type=share, default=0.9, help="decay of the first moment")
+    flag("--adam_beta2", type=share, default=0.999, help="decay of the second moment")
+    flag("--adam_weight_decay", type=number(float, 0), default=1e-2, help="weight decay")
+    flag("--adam_epsilon", type=number(float, 0), default=1e-8, help="epsilon of Adam")
     flag("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to this norm")
-    flag("--ema", type=positive, nargs="?", const=0.9999, metavar="DECAY", help="write averaged weights")
-    flag("--early_stopping_patience", type=count, metavar="N", help="stop after N validations without a new best")
-    flag("--seed", type=at_least(0, int), default=0, help="decides order, noise, timesteps and the LoRA's start")
+    flag("--ema", type=share, nargs="?", const=0.9999, metavar="DECAY", help="write averaged weights")
+    flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="decides order, noise, timesteps, the LoRA's start")
 
     flag = parser.add_argument_group("memory and precision").add_argument
     flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="none: what `accelerate config` says")
+    flag("--allow_tf32", action="store_true", help="faster fp32 matrices on Ampere GPUs and newer")
     flag("--gradient_checkpointing", action="store_true", help="less memory, slower steps")
     flag("--enable_xformers_memory_efficient_attention", action="store_true", help="needs CUDA")
-    flag("--channels_last", action=argparse.BooleanOptionalAction, help="memory layout of the U-Net; none: on a GPU")
-    flag("--compile", action="store_true", help="torch.compile the U-Net: minutes at the start, faster steps")
+    flag("--compile", action="store_true", help="torch.compile the model: minutes at the start, faster steps")
 
     flag = parser.add_argument_group("validation").add_argument
+    flag("--run_validation", action=argparse.BooleanOptionalAction, default=True, help="pictures and held-out pairs")
     flag("--validation_steps", type=count, default=500, help="steps between validations; there is one at the end")
-    flag("--validation_prompts", nargs="*", help="prompts to draw; none: captions of the validation split")
+    flag("--validation_prompts", nargs="+", help="prompts to draw; none: captions of the held-out pairs")
     flag("--num_validation_images", type=count, default=8, help="how many of those captions")
     flag("--validation_inference_steps", type=count, default=50, help="steps of the sampler")
-    flag("--validation_guidance_scale", type=float, default=5.0, help="classifier-free guidance")
-    flag("--validation_draws", type=count, default=4, help="timesteps at which each held-out pair is measured")
+    flag("--validation_guidance_scale", type=float, help="classifier-free guidance; none: 5, of SD 3 4.5")
 
     flag = parser.add_argument_group("output").add_argument
     flag("--output_dir", default="dpo-human-lora", help="weights, model card, metrics and checkpoints")
-    flag("--overwrite", action="store_true", help="start anew in the folder of an earlier run")
     flag("--resume_from_checkpoint", help="a checkpoint's folder, or latest")
     flag("--checkpointing_steps", type=count, default=500, help="steps between checkpoints")
     flag("--checkpoints_total_limit", type=count, help="keep only the newest so many")
     flag("--export_kohya", action="store_true", help="write the LoRA for ComfyUI and A1111 as well")
+    flag("--push_to_hub", action="store_true", help="upload weights, card and picture at the end, no checkpoints")
+    flag("--hub_model_id", help="repository to upload to, such as owner/name; none: the name of OUTPUT_DIR")
+    flag("--hub_token", help="token to upload with; none: that of `hf auth login`")
     flag("--logging_steps", type=count, default=10, help="steps that logged metrics are averaged over")
-    flag("--report_to", default="auto", help="a tracker of accelerate's, none, or auto: tensorboard if installed")
+    flag("--report_to", help="a tracker of accelerate's, or none; none given: tensorboard where it is installed")
     # fmt: on
 
     args = parser.parse_args(argv)
     if args.pretrained_model_name_or_path is None:
         use_embedded_world(parser, "train_dpo_human")
         args = parser.parse_args(argv)
-    args.height, args.width = args.height or args.resolution, args.width or args.resolution
     args.lora_alpha = args.lora_alpha or args.rank
-    if args.channels_last is None:  # on a CPU it is no faster, and copies memory-mapped weights
-        args.channels_last = torch.cuda.is_available()
-    args.encoded_dir = args.encoded_dir or str(Path(args.output_dir, "cache"))
-    if args.use_8bit_adam and args.optimizer != "adamw":
-        parser.error("--use_8bit_adam and --optimizer contradict each other")
-    if args.use_8bit_adam:
-        args.optimizer = "adamw8bit"
-    if args.aspect_ratio_buckets and (args.height != args.resolution or args.width != args.resolution):
-        parser.error("--aspect_ratio_buckets takes --resolution, not --height and --width")
-    if args.dataset_name is not None:
-        args.train_data_dir = None
-    refuse_impossible(parser, args)
-    return args
-
-
-def refuse_impossible(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Combinations that cannot work are told before anything is loaded."""
-    gpu, low_high = torch.cuda.is_available(), args.timestep_range or (0, 1)
+    sides, gpu = args.height or args.width, torch.cuda.is_available()
     wrong = {
-        "--label_smoothing must lie in [0, 0.5)": not 0 <= args.label_smoothing < 0.5,
-        "--winner_safeguard must lie in [0, 1]": (args.winner_safeguard or 0) > 1,
-        "--validation_share must be below 1": args.validation_share >= 1,
-        "--ema must be below 1": (args.ema or 0) >= 1,
-        "--adam_beta1 and --adam_beta2 must lie in [0, 1)": not all(
-            0 <= beta < 1 for beta in (args.adam_beta1, args.adam_beta2)
-        ),
-        "--seed must be below 2**32": args.seed >= 2**32,
-        "--timestep_range needs 0 <= LOW < HIGH": not 0 <= low_high[0] < low_high[1],
-        "--resolution, --height and --width must be multiples of 8": args.height % 8 or args.width % 8,
+        "--aspect_ratio_buckets takes --resolution, not --height and --width": args.aspect_ratio_buckets and sides,
         "--freeze_unet needs --train_text_encoder": args.freeze_unet and not args.train_text_encoder,
         "--freeze_unet and --full_unet contradict each other": args.freeze_unet and args.full_unet,
         "--initial_unet needs --full_unet": args.initial_unet and not args.full_unet,
-        "--export_kohya needs a LoRA: set --train_text_encoder or leave --full_unet out": args.export_kohya
-        and args.full_unet and not args.train_text_encoder,
+        "--export_kohya needs a LoRA": args.export_kohya and args.full_unet and not args.train_text_encoder,
         "--mixed_precision fp16 needs a GPU": args.mixed_precision == "fp16" and not gpu,
-        "--enable_xformers_memory_efficient_attention needs CUDA": not gpu
-        and args.enable_xformers_memory_efficient_attention,
-        "--overwrite starts anew, --resume_from_checkpoint carries on: set one": args.overwrite
-        and args.resume_from_checkpoint,
-    }  # fmt: skip
+        "xformers needs CUDA": args.enable_xformers_memory_efficient_attention and not gpu,
+    }
     for told in (told for told, is_wrong in wrong.items() if is_wrong):
         parser.error(told)
+    return args
 
 
 def cli(argv: list[str] | None = None) -> None:

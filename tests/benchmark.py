@@ -11,15 +11,17 @@ eval_human.py and the bare drawing and scoring in it.
     python tests/benchmark.py eval --prompts 32 64 --steps 4 --threads 1      what does not grow with the prompts
 
     curl -O https://raw.githubusercontent.com/huggingface/diffusers/main/examples/research_projects/diffusion_dpo/train_diffusion_dpo.py
-    python tests/benchmark.py train --peer train_diffusion_dpo.py
+    python tests/benchmark.py train --peer train_diffusion_dpo.py --variants 8bit lora_layers_all
     python tests/benchmark.py train --peer train_diffusion_dpo.py --resolution 512 --train_batch_size 4 \\
         --mixed_precision bf16 --steps 20 --output benchmark.json                                   on a GPU
+    python tests/full_size_model.py sd3-random --sd3 && python tests/benchmark.py train --model sd3-random \\
+        --resolution 1024 --mixed_precision bf16 --steps 20                on a GPU; or sdxl-random --sdxl
     python tests/benchmark.py train --peer train_diffusion_dpo.py --model tests/tiny_human/pipeline --resolution 64
-    python tests/benchmark.py train --peer train_diffusion_dpo.py --variants compile channels_last 8bit
 
-`train`, in alternating rounds, each run a process of its own: the peer, ours, ours with a pre-computed reference, and the floor:
-the same U-Net with the same LoRA, one forward pass without gradients and one with, and back, on tensors that are ready.
-Same weights (without --model the full SD 1.5 architecture with random ones), pairs, batch, precision, rank and steps.
+`train`, in alternating rounds, each run a process of its own: the peer (it trains SD 1.x and 2.x alone), ours, and the floor: the same
+U-Net or transformer with the same LoRA, one forward pass without gradients and one with, and back, on tensors that are
+ready. Same weights (without --model the full SD 1.5 architecture with random ones), pairs, batch, precision, rank and
+steps. Ours encodes images and captions before its first step; the peer does in every step.
 
 - A step lasts from the end of one optimiser step to the end of the next; a run's figure is the median, and the first
   step, a warm-up, is left out. On a GPU the marks are CUDA events, which do not make the script wait. "CPU s" is the
@@ -29,10 +31,8 @@ Same weights (without --model the full SD 1.5 architecture with random ones), pa
   and the last optimiser step, when what only the start needed is gone; "peak" is that of the whole run. Weights that
   are read by memory-mapping count until the last of their file is let go, copies in another layout come on top; the
   floor reads them without, so that its training memory is what a step needs.
-- Pre-computing costs one reference pass for each pair and draw. It is counted at the floor's time for such a pass and
-  shared by --epochs visits to the pair.
 - The peer needs torchvision, wandb and tensorboard. It gets stand-ins for the first two (the same image operations, by
-  Pillow), because neither is needed here otherwise. All four wait passively for their threads, as ours asks for.
+  Pillow), because neither is needed here otherwise. All three wait passively for their threads, as ours asks for.
 
 Linux, for the memory of a CPU run.
 
@@ -92,23 +92,20 @@ OURS = TESTS.parent / "train_dpo_human.py"
 PROMPTS = TESTS / "tiny_human" / "prompts_train.txt"
 SCORER = f"pickscore={TESTS / 'tiny_human' / 'scorer'}"
 RANK, BETA, LEARNING_RATE = 8, 2500, 1e-5
-RATIOS = [  # of what to what, which figure, and the bar: on a CPU, on a GPU
-    ("ours", "peer", "pairs/s", ">=", 1.4, 1.6),
-    ("pre-computed", "peer", "pairs/s", ">=", 1.8, 1.8),
-    ("ours", "floor", "s/step", "<=", 1.05, 1.05),
-    ("ours", "peer", "peak GiB", "<=", 1.0, 1.0),
-    ("ours", "peer", "training GiB", "<=", 0.8, 0.8),
-    ("floor", "peer", "training GiB", "", 0, 0),
-    ("ours", "peer", "CPU s/step", "", 0, 0),
-    ("ours", "floor", "CPU s/step", "", 0, 0),
+RATIOS = [  # of what to what, which figure, and the bar
+    ("ours", "peer", "pairs/s", ">=", 1.45),
+    ("ours", "floor", "s/step", "<=", 1.03),
+    ("ours", "peer", "training GiB", "<=", 0.85),
+    ("ours", "floor", "training GiB", "", 0),
+    ("ours", "peer", "CPU s/step", "", 0),
+    ("ours", "floor", "CPU s/step", "", 0),
 ]
 VARIANTS = {
     "compile": "--compile",
-    "channels_last": "--channels_last",
-    "no-channels_last": "--no-channels_last",
     "8bit": "--use_8bit_adam",
     "gradient_checkpointing": "--gradient_checkpointing",
     "xformers": "--enable_xformers_memory_efficient_attention",
+    "lora_layers_all": "--lora_layers=all",
 }
 TRANSFORMS = SimpleNamespace(  # what the peer takes from torchvision
     InterpolationMode=Image.Resampling,
@@ -162,27 +159,37 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
+class Clock:
+    """What each step of an optimiser takes, called at its end; the first step is a warm-up."""
+
+    def __init__(self) -> None:
+        self.marks, self.cpu, self.before, self.training = [], [], 0.0, 0.0
+
+    def __call__(self, *_: Any) -> None:
+        self.marks.append(mark())
+        self.cpu.append(time.process_time())
+        if len(self.marks) == 1:
+            self.before = peak_memory()
+            forget_peak()
+        else:
+            self.training = peak_memory()
+
+    def figures(self) -> dict[str, Any]:
+        """Seconds and CPU seconds of each step; the peaks of memory between the first and the last, and of all."""
+        cpu_steps = [after - before for before, after in pairwise(self.cpu)]
+        times = {"steps": seconds_between(self.marks), "cpu_steps": cpu_steps}
+        return {**times, "training": self.training, "peak": max(self.before, self.training, peak_memory())}
+
+
 def timed_script(script: str, *arguments: str) -> dict[str, Any]:
     """Runs a training script as it is, with a mark after every step of its optimiser."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
-    marks, cpu, before, training = [], [], 0.0, 0.0
-
-    def at_step(*_: Any) -> None:
-        nonlocal before, training
-        marks.append(mark())
-        cpu.append(time.process_time())
-        if len(marks) == 1:
-            before = peak_memory()
-            forget_peak()
-        else:
-            training = peak_memory()
-
-    register_optimizer_step_post_hook(at_step)
+    clock = Clock()
+    register_optimizer_step_post_hook(clock)
     sys.argv = [script, *arguments]
     runpy.run_path(script, run_name="__main__")
-    times = {"steps": seconds_between(marks), "cpu_steps": [after - before for before, after in pairwise(cpu)]}
-    return {**times, "training": training, "peak": max(before, training, peak_memory())}
+    return clock.figures()
 
 
 def timed_peer(script: str, *arguments: str) -> dict[str, Any]:
@@ -202,57 +209,61 @@ def timed_peer(script: str, *arguments: str) -> dict[str, Any]:
 
 def timed_floor(settings: str) -> dict[str, Any]:
     """The two forward passes and the backward pass that a step consists of, and nothing else."""
-    from diffusers import UNet2DConditionModel
+    from diffusers import SD3Transformer2DModel, UNet2DConditionModel
     from peft import LoraConfig
 
     args = SimpleNamespace(**json.loads(settings))
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if args.mixed_precision == "bf16" else torch.float32
-    unet = UNet2DConditionModel.from_pretrained(args.model, subfolder="unet", disable_mmap=True)
-    unet.requires_grad_(False).to(device, dtype)
-    layers = ["to_q", "to_k", "to_v", "to_out.0"]
-    unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=layers))
-    trained = [weight for weight in unet.parameters() if weight.requires_grad]
+    is_sd3 = Path(args.model, "transformer").is_dir()
+    kind, part = (SD3Transformer2DModel, "transformer") if is_sd3 else (UNet2DConditionModel, "unet")
+    model = kind.from_pretrained(args.model, subfolder=part, disable_mmap=True)
+    model.requires_grad_(False).to(device, dtype)
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    model.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, init_lora_weights="gaussian", target_modules=layers))
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trained:
         weight.data = weight.data.float()
-    layout = torch.channels_last if device == "cuda" else torch.contiguous_format  # as ours by default
-    unet.to(memory_format=layout).train()
+    model.train()
     if args.compile:
-        unet.compile()
+        model.compile()
 
-    vae, text = (json.loads(Path(args.model, name, "config.json").read_text()) for name in ("vae", "text_encoder"))
+    config, vae = model.config, json.loads(Path(args.model, "vae", "config.json").read_text())
     count, side = 2 * args.train_batch_size, args.resolution // 2 ** (len(vae["block_out_channels"]) - 1)
-    x_t = torch.randn(count, unet.config.in_channels, side, side, device=device)
-    x_t, target = x_t.contiguous(memory_format=layout), torch.randn_like(x_t)
-    shape = (count, text["max_position_embeddings"], unet.config.cross_attention_dim)
-    captions, t = torch.randn(shape, device=device, dtype=dtype), torch.randint(1000, (count,), device=device)
+
+    def randn(*shape: int) -> torch.Tensor:
+        return torch.randn(count, *shape, device=device, dtype=dtype)
+
+    x_t, target = (randn(config.in_channels, side, side) for _ in range(2))
+    inputs = {"timestep": torch.randint(1000, (count,), device=device)}
+    if is_sd3:  # 77 tokens of the CLIPs and 256 of T5, zeros where it is not there
+        inputs["encoder_hidden_states"] = randn(77 + 256, config.joint_attention_dim)
+        inputs["pooled_projections"] = randn(config.pooled_projection_dim)
+    else:
+        text = json.loads(Path(args.model, "text_encoder", "config.json").read_text())
+        inputs["encoder_hidden_states"] = randn(text["max_position_embeddings"], config.cross_attention_dim)
+    if config.get("addition_embed_type") == "text_time":  # SDXL
+        width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": randn(width), "time_ids": randn(6)}
 
     def winner_less_loser() -> torch.Tensor:
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            prediction = unet(x_t, t, captions, return_dict=False)[0]
-        err_w, err_l = (prediction.float() - target).square().mean(dim=(1, 2, 3)).chunk(2)
+            prediction = model(x_t, **inputs, return_dict=False)[0]
+        err_w, err_l = (prediction.float() - target.float()).square().mean(dim=(1, 2, 3)).chunk(2)
         return err_w - err_l
 
-    marks, cpu, before = [mark()], [], 0.0
-    for step in range(args.steps):
-        unet.disable_adapters()
+    clock = Clock()
+    for _ in range(args.steps):
+        model.disable_adapters()
         with torch.no_grad():
             reference = winner_less_loser()
-        unet.enable_adapters()
-        marks.append(mark())
+        model.enable_adapters()
         F.softplus(BETA * (winner_less_loser() - reference)).mean().backward()
         for weight in trained:
             weight.grad = None
-        marks.append(mark())
-        cpu.append(time.process_time())
-        if step == 0:
-            before = peak_memory()
-            forget_peak()
-    seconds, training = seconds_between(marks), peak_memory()
-    times = {"references": seconds[2::2], "cpu_steps": [after - before for before, after in pairwise(cpu)]}
-    times["steps"] = [sum(pair) for pair in zip(seconds[2::2], seconds[3::2], strict=True)]
-    return {**times, "training": training, "peak": max(before, training)}
+        clock()
+    return clock.figures()
 
 
 MEASURES = {"_peer": timed_peer, "_ours": timed_script, "_floor": timed_floor}
@@ -290,6 +301,7 @@ def prepare(args: argparse.Namespace, work: Path) -> Path:
 
         args.model = work / "sd15-random"
         if not args.model.is_dir():
+            torch.manual_seed(0)
             build().save_pretrained(args.model)  # fp32: transformers loads a text encoder as it is stored
     count = 2 * args.steps * args.train_batch_size
     pairs = work / f"pairs-{count}-{args.resolution}"
@@ -307,36 +319,15 @@ def commands(args: argparse.Namespace, pairs: Path, work: Path) -> dict[str, lis
         f"--max_train_steps={args.steps}", f"--mixed_precision={args.mixed_precision}", f"--beta_dpo={BETA}",
         f"--learning_rate={LEARNING_RATE}", "--seed=0", f"--checkpointing_steps={args.steps + 1}",
     ]
-    ours = [
-        "_ours", str(args.ours), *same, f"--train_data_dir={pairs}", "--report_to=none",
-        f"--validation_steps={args.steps + 1}", "--num_validation_images=1", "--validation_inference_steps=1",
-    ]
     # fmt: on
+    ours = ["_ours", str(args.ours), *same, f"--train_data_dir={pairs}", "--report_to=none", "--no-run_validation"]
     ours += ["--compile"] * args.compile
-    runs = {}
-    if args.peer is not None:
-        runs["peer"] = ["_peer", str(args.peer), *same, f"--dataset_name={pairs}", "--dataset_split_name=train"]
-    runs["ours"] = ours
-    runs["floor"] = ["_floor", json.dumps(vars(args), default=str)]
-    if not args.skip_precompute:
-        runs["pre-computed"] = [*ours, f"--precompute_reference={args.precompute_reference}"]
+    peer = ["_peer", str(args.peer), *same, f"--dataset_name={pairs}", "--dataset_split_name=train"]
+    runs = {"peer": peer, "ours": ours, "floor": ["_floor", json.dumps(vars(args), default=str)]}
     runs |= {name: [*ours, VARIANTS[name]] for name in args.variants}
-    return {name: command for name, command in runs.items() if can_run(name, command)}
-
-
-def can_run(name: str, command: list[str]) -> bool:
-    """Whether the machine and the script have what a run needs; tells the reason where they do not."""
-    reason = None
-    if command[0] != "_floor":
-        source = Path(command[1]).read_text()
-        flags = [flag.partition("=")[0] for flag in command[2:]]
-        missing = [flag for flag in flags if flag not in source and flag.replace("--no-", "--") not in source]
-        reason = f"{Path(command[1]).name} has no {', '.join(missing)}" if missing else None
-    if name == "xformers" and not torch.cuda.is_available():
-        reason = "it needs CUDA"
-    if reason:
-        print(f"left out: {name}, because {reason}")
-    return reason is None
+    if args.peer is None or Path(args.model, "text_encoder_2").is_dir():  # SDXL or SD 3
+        del runs["peer"]
+    return runs
 
 
 def run_once(name: str, command: list[str], num_steps: int, work: Path) -> dict[str, Any] | None:
@@ -363,18 +354,11 @@ def run_once(name: str, command: list[str], num_steps: int, work: Path) -> dict[
 # ---- What comes out -------------------------------------------------------------------------------------------------
 
 
-def figures_of(name: str, runs: dict[str, dict[str, Any]], args: argparse.Namespace) -> dict[str, float]:
-    """What is printed of a run; a pair's share of the pre-computation is counted in its pairs per second."""
-    step, share = statistics.median(runs[name]["steps"]), 0.0
-    if name == "pre-computed":
-        share = args.precompute_reference * statistics.median(runs["floor"]["references"]) / args.epochs
-    return {
-        "s/step": step,
-        "CPU s/step": statistics.median(runs[name]["cpu_steps"]),
-        "pairs/s": args.train_batch_size / (step + share),
-        "peak GiB": runs[name]["peak"],
-        "training GiB": runs[name]["training"],
-    }
+def figures_of(run: dict[str, Any], pairs: int) -> dict[str, float]:
+    """What is printed of a run with so many pairs in a step."""
+    step, cpu = (statistics.median(run[key]) for key in ("steps", "cpu_steps"))
+    memory = {"peak GiB": run["peak"], "training GiB": run["training"]}
+    return {"s/step": step, "CPU s/step": cpu, "pairs/s": pairs / step, **memory}
 
 
 def print_row(label: str, figures: dict[str, float]) -> None:
@@ -382,16 +366,16 @@ def print_row(label: str, figures: dict[str, float]) -> None:
     print(f"{label:32}" + "".join(f"{value:9.4g} {name}" for name, value in figures.items()), flush=True)
 
 
-def print_ratios(rounds: list[dict[str, dict[str, float]]], on_gpu: bool) -> dict[str, list[float]]:
+def print_ratios(rounds: list[dict[str, dict[str, float]]]) -> dict[str, list[float]]:
     """Each ratio in every round, its median, and whether the bar is met."""
-    variants = [(name, "ours", figure, "", 0, 0) for name in VARIANTS for figure in ("s/step", "training GiB")]
+    variants = [(name, "ours", figure, "", 0) for name in VARIANTS for figure in ("s/step", "training GiB")]
     ratios = {}
-    for of, to, figure, sign, cpu_bar, gpu_bar in [*RATIOS, *variants]:
+    for of, to, figure, sign, bar in [*RATIOS, *variants]:
         if of not in rounds[-1] or to not in rounds[-1]:
             continue
         label = f"{figure}, {of} / {to}"
         ratios[label] = [figures[of][figure] / figures[to][figure] for figures in rounds]
-        median, bar = statistics.median(ratios[label]), gpu_bar if on_gpu else cpu_bar
+        median = statistics.median(ratios[label])
         met = median >= bar if sign == ">=" else median <= bar
         told = f", goal {sign} {bar}: {'met' if met else 'NOT met'}" if sign else ""
         print(f"{label:42}" + "".join(f"{ratio:8.3f}" for ratio in ratios[label]) + f"   median {median:.3f}{told}")
@@ -420,8 +404,7 @@ def train(args: argparse.Namespace) -> None:
                 if run is None:
                     del planned[name]
                     continue
-                runs[name] = run
-                figures[name] = figures_of(name, runs, args)
+                runs[name], figures[name] = run, figures_of(run, args.train_batch_size)
                 print_row(f"round {number}, {name}", figures[name])
             raw.append(runs)
             rounds.append(figures)
@@ -430,12 +413,7 @@ def train(args: argparse.Namespace) -> None:
         medians = {key: statistics.median(row[name][key] for row in rounds) for key in rounds[-1][name]}
         print_row(f"median, {name}", medians)
     print()
-    ratios = print_ratios(rounds, torch.cuda.is_available())
-    if "pre-computed" in rounds[-1]:
-        print(
-            f"pre-computed: pairs/s counts {args.precompute_reference} reference passes for {args.epochs} visits to a "
-            "pair, at the floor's time for one"
-        )
+    ratios = print_ratios(rounds)
     if args.output:
         settings = {name: str(value) for name, value in vars(args).items() if name != "run"}
         result = {"settings": settings, "machine": machine(), "ratios": ratios, "rounds": raw}
@@ -914,16 +892,13 @@ def add_train(commands: Any) -> None:
     flag = parser.add_argument
     flag("--peer", type=Path, help="diffusers' train_diffusion_dpo.py; none: ours and its floor alone")
     flag("--ours", type=Path, default=OURS, help="another copy of train_dpo_human.py")
-    flag("--model", type=Path, help="folder of an SD 1.x pipeline; none: SD 1.5's architecture, random weights, fp32")
+    flag("--model", type=Path, help="pipeline's folder; none: SD 1.5's architecture, random weights, fp32")
     flag("--resolution", type=int, default=256, help="height and width of the images")
     flag("--train_batch_size", type=int, default=1, help="pairs in a step")
     flag("--steps", type=int, default=4, help="optimiser steps of a run, the first a warm-up")
-    flag("--rounds", type=int, default=3, help="how often everything runs")
+    flag("--rounds", type=int, default=4, help="how often everything runs")
     flag("--mixed_precision", choices=["no", "bf16"], default="no", help="of all runs")
     flag("--compile", action="store_true", help="torch.compile, in ours and in the floor; the peer has none")
-    flag("--precompute_reference", type=int, default=1, help="draws for each pair of the pre-computed reference")
-    flag("--skip_precompute", action="store_true", help="do not run the pre-computed reference")
-    flag("--epochs", type=int, default=4, help="visits to a pair that share the cost of the pre-computation")
     flag("--variants", nargs="*", choices=list(VARIANTS), default=[], help="options of ours to compare with ours")
     flag("--work_dir", type=Path, help="where model, pairs and runs are written and kept; none: a temporary folder")
     flag("--output", type=Path, help="json file for the raw figures")

@@ -693,6 +693,13 @@ def test_training_scorers_are_read_from_the_record_of_the_pairs(inputs, tmp_path
     assert ev.spoken(ev.recorded_training_scorers([model])) == ["brightness", "hpsv2"]
 
 
+def test_a_run_that_started_from_its_own_folder_is_read_once(inputs, tmp_path):
+    lora = shutil.copytree(inputs / "lora", tmp_path / "lora")
+    settings = {"dataset_name": str(tmp_path), "train_data_dir": "human-preferences", "initial_lora": str(lora)}
+    (lora / "training_settings.json").write_text(json.dumps({"settings": settings}))
+    assert ev.training_data([ev.parse_model(f"dpo={lora}")]) == [tmp_path]
+
+
 def test_the_weights_that_chose_the_pairs_never_lead_under_another_name(inputs, tmp_path):
     data, lora = tmp_path / "pairs", shutil.copytree(inputs / "lora", tmp_path / "lora")
     data.mkdir()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where train_dpo_human.py takes pairs from, what it keeps of them, and what it encodes once."""
+"""What train_dpo_human.py reads, pairs, images, captions and LoRAs of others, and what it encodes once."""
 
+import ast
+import copy
 import io
 import json
 import math
@@ -10,19 +12,24 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow
-import pyarrow.parquet
+import pandas as pd
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
-from PIL import Image
-from test_train_dpo_human import SMALL, assert_equal, flags, make_rows, train, write_data
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from PIL import Image, ImageCms
+from safetensors.torch import load_file, save_file
+from train_helpers import LORA, SMALL, assert_equal, flags, load, make_rows, tiny_sdxl, tiny_vae, train, write_data
 
 import train_dpo_human as trainer
 
 
-ROWS = make_rows(4)
-ONE_STEP = {"max_train_steps": 1, "train_batch_size": 4}
+ROWS, ONE_STEP = make_rows(4), {"max_train_steps": 1, "train_batch_size": 4}
+ROWS[3]["caption"] = ROWS[0]["caption"]
+WANTED = [(row["caption"], *(row[f"jpg_{side}"] for side in ("01" if row["label_0"] else "10"))) for row in ROWS]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -32,435 +39,633 @@ def _own_cache(tmp_path_factory):
         yield
 
 
-def splits_of(**settings) -> dict[str, trainer.Split]:
-    return trainer.load_splits(trainer.parse_args(flags(SMALL | settings)))
+@pytest.fixture(scope="module")
+def pipe() -> StableDiffusionPipeline:
+    """The embedded world's, in fp32; nobody changes it."""
+    trainer.quiet_libraries()
+    return trainer.load_model(args_of(), torch.float32)[0]
 
 
-def winner_first(row: dict) -> tuple[bytes, bytes]:
-    return (row["jpg_0"], row["jpg_1"]) if row["label_0"] else (row["jpg_1"], row["jpg_0"])
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "pairs"
 
 
-# ---- Formats: the same four pairs, each returns the flags -----------------------------------------------------------
+def args_of(**settings):
+    return trainer.parse_args(flags(SMALL | settings))
 
 
-def pick_a_pic(folder: Path) -> dict:
-    return {"train_data_dir": write_data(folder, ROWS)}
+def choose(**settings) -> tuple:
+    args = args_of(**settings)
+    splits, place = trainer.read_source(args)
+    return args, splits["train"], place, *trainer.choose_pairs(splits["train"], args)
 
 
-def named_with_split(folder: Path) -> dict:
-    return {"dataset_name": write_data(folder, ROWS[:1], ROWS), "dataset_split_name": "validation"}
+def pairs_of(**settings) -> tuple[list[tuple], Counter]:
+    """(caption, winner, loser) of the pairs, and what was left out."""
+    _, rows, place, table, dropped = choose(**settings)
+    cells = rows.with_format("arrow")
+    files = [[file.read() for file in trainer.open_pair(cells, pair, place)] for pair in table.itertuples()]
+    return [(caption, *pair) for caption, pair in zip(table.caption, files, strict=True)], dropped
 
 
-def parquet_file(folder: Path) -> dict:
-    folder.mkdir()
-    Dataset.from_list(ROWS).to_parquet(folder / "pairs.parquet")
-    return {"train_data_dir": folder / "pairs.parquet"}
+def encode(path: Path, pipe, **settings) -> trainer.Pairs:
+    """The pairs of a folder or file, encoded into a folder `encoded` beside them."""
+    encoded = (path if path.is_dir() else path.parent) / "encoded"
+    encoded.mkdir(exist_ok=True)
+    args, rows, place, table, dropped = choose(train_data_dir=path, encoded_dir=encoded, **settings)
+    args.height, args.width = args.height or args.resolution, args.width or args.resolution
+    context = (pipe, trainer.UNet(), dropped, args, Accelerator(cpu=True))
+    return trainer.encode_pairs("train", rows, table, place, *context)
 
 
-def own_columns(folder: Path) -> dict:
-    names = {"jpg_0": "left", "jpg_1": "right", "label_0": "left_won", "caption": "words"}
-    write_data(folder, [{name: row[old] for old, name in names.items()} for row in ROWS])
-    columns = {"image_0_column": "left", "image_1_column": "right", "label_0_column": "left_won"}
-    return {"train_data_dir": folder, "caption_column": "words", **columns}
+# ---- Formats: the same four pairs, each returns the settings --------------------------------------------------------
 
-
-def chosen_and_rejected() -> list[dict]:
-    sides = map(winner_first, ROWS)
-    return [
-        {
-            "prompt": row["caption"],
-            **{name: {"bytes": side, "path": None} for name, side in zip(names, pair, strict=True)},
-        }
-        for row, pair in zip(ROWS, sides, strict=True)
-        for names in [("chosen", "rejected")]
-    ]
+OWN = {"jpg_0": "left", "jpg_1": "right", "label_0": "left_won", "caption": "words"}
+OWN_FLAGS = {
+    f"{flag}_column": OWN[name] for flag, name in zip(("image_0", "image_1", "label_0", "caption"), OWN, strict=True)
+}
+STRUCTS = [{"prompt": caption, "chosen": {"bytes": winner, "path": None}, "rejected": {"bytes": loser, "path": None}}
+           for caption, winner, loser in WANTED]  # fmt: skip
 
 
 def image_columns(folder: Path) -> dict:
-    (folder / "data").mkdir(parents=True)
-    rows = Dataset.from_list(chosen_and_rejected())
-    for name in ("chosen", "rejected"):
-        rows = rows.cast_column(name, datasets.Image())
-    rows.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+    kinds = {"prompt": datasets.Value("string"), "chosen": datasets.Image(), "rejected": datasets.Image()}
+    rows = Dataset.from_list(STRUCTS, features=datasets.Features(kinds))
+    rows.to_parquet(write_data(folder, ROWS) / "data" / "train-00000-of-00001.parquet")
     return {"train_data_dir": folder}
 
 
-def image_structs(folder: Path) -> dict:
-    """The same columns, written by a program that knows nothing of `datasets.Image`."""
-    (folder / "data").mkdir(parents=True)
-    rows = pyarrow.Table.from_pylist(chosen_and_rejected())
-    pyarrow.parquet.write_table(rows, folder / "data" / "train-00000-of-00001.parquet")
-    return {"train_data_dir": folder}
+def files_named_in(file: Path, lines: bool, names: tuple[str, str], votes: dict | None = None) -> dict:
+    """A json or jsonl file and its images; jsonl with votes, of which `votes` differ from the label."""
+    file.parent.mkdir()
+    rows = [{"prompt": caption} for caption, *_ in WANTED]
+    for i, (row, own, (_, *sides)) in enumerate(zip(rows, ROWS, WANTED, strict=True)):
+        for side, name in enumerate(names):
+            row[name] = f"{i}-{name}.jpg"
+            (file.parent / row[name]).write_bytes(own[f"jpg_{side}"] if lines else sides[side])
+            row |= {f"prefer_{side}": (votes or {}).get(i, bool(own[f"label_{side}"]))} if lines else {}
+    file.write_text("\n".join(map(json.dumps, rows)) if lines else json.dumps(rows))
+    return {"train_data_dir": file}
 
 
-def hpd_json(folder: Path) -> dict:
-    rows = []
-    (folder / "images").mkdir(parents=True)
-    for i, row in enumerate(ROWS):
-        paths = {f"path{side}": f"images/{i}-{side}.jpg" for side in (1, 2)}
-        for path, content in zip(paths.values(), winner_first(row), strict=True):
-            (folder / path).write_bytes(content)
-        rows.append({"prompt": row["caption"], **paths, "confidence": 0.5 + i / 10})
-    (folder / "pairs.json").write_text(json.dumps(rows))
-    return {"train_data_dir": folder / "pairs.json"}
-
-
-def invoke_jsonl(folder: Path) -> dict:
-    folder.mkdir()
-    lines = []
-    for i, row in enumerate(ROWS):
-        paths = {f"image_{side}": f"{i}-{side}.jpg" for side in (0, 1)}
-        for side, path in enumerate(paths.values()):
-            (folder / path).write_bytes(row[f"jpg_{side}"])
-        votes = {f"prefer_{side}": bool(row[f"label_{side}"]) for side in (0, 1)}
-        lines.append(json.dumps({**paths, "prompt": row["caption"], **votes}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
-    return {"train_data_dir": folder / "metadata.jsonl"}
-
-
-def winner_loser_folders(folder: Path, captions_in_w: bool = False) -> dict:
+def w_and_l(folder: Path, end: str = "txt", beside: str = "w") -> dict:
     """Names that a careless pattern mixes up: 1.jpg and 1.5.jpg, and [1], which is none."""
-    for place, row in zip(("a/1.5", "a/1", "b/c/[1]", "b/c/x"), ROWS, strict=True):
-        parent, name = (folder / place).parent, Path(place).name
-        for side, content in zip("wl", winner_first(row), strict=True):
-            (parent / side).mkdir(parents=True, exist_ok=True)
-            (parent / side / f"{name}{'.jpg' if side == 'w' else '.png'}").write_bytes(content)
-            if captions_in_w:  # a captioner has been over both folders
-                (parent / side / f"{name}.caption").write_text(row["caption"])
-        if not captions_in_w:
-            end = ".txt" if place.startswith("a") else ".caption"
-            (parent / f"{name}{end}").write_text(row["caption"] + "\n")
+    places = (("a", "1.5"), ("a", "1"), ("b/c", "[1]"), ("b/c", "x"))
+    for (parent, name), (caption, *sides) in zip(places, WANTED, strict=True):
+        for side, content, kind in zip("wl", sides, ("jpg", "png"), strict=True):
+            (folder / parent / side).mkdir(parents=True, exist_ok=True)
+            (folder / parent / side / f"{name}.{kind}").write_bytes(content)
+        (folder / parent / beside / f"{name}.{end}").write_text(f"{caption}\n")
     return {"train_data_dir": folder}
 
 
-def captions_in_w(folder: Path) -> dict:
-    return winner_loser_folders(folder, captions_in_w=True)
+FORMATS = {
+    "Pick-a-Pic": lambda at: {"train_data_dir": write_data(at, ROWS)},
+    "a file": lambda at: {"train_data_dir": write_data(at, ROWS) / "data" / "train-00000-of-00001.parquet"},
+    "a split": lambda at: {"dataset_name": write_data(at, ROWS[:1], ROWS), "dataset_split_name": "validation"},
+    "train first": lambda at: {"dataset_name": write_data(at, ROWS, ROWS[:1])},
+    "validation alone": lambda at: {"dataset_name": write_data(at, [], ROWS)},
+    "own columns": lambda at: OWN_FLAGS | {
+        "train_data_dir": write_data(at, [{new: row[old] for old, new in OWN.items()} for row in ROWS])},
+    "columns of images": image_columns,
+    "columns of structs": lambda at: {"train_data_dir": write_data(at, STRUCTS)},
+    "path1 and path2": lambda at: files_named_in(at / "pairs.json", False, ("path1", "path2")),
+    "prefer_0 and prefer_1": lambda at: files_named_in(at / "pairs.jsonl", True, ("image_0", "image_1")),
+    "captions in w": w_and_l,
+    "captions in w, .caption": lambda at: w_and_l(at, "caption"),
+    "captions beside w": lambda at: w_and_l(at, beside="."),
+}  # fmt: skip
 
 
-FORMATS = [
-    *(pick_a_pic, named_with_split, parquet_file, own_columns, image_columns, image_structs),
-    *(hpd_json, invoke_jsonl, winner_loser_folders, captions_in_w),
-]
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_gives_winners_losers_and_captions(name, folder):
+    assert pairs_of(**FORMATS[name](folder)) == (WANTED, {})
 
 
-@pytest.mark.parametrize("make", FORMATS)
-def test_a_format_gives_winners_losers_and_captions(make, tmp_path):
-    settings = make(tmp_path / "pairs")
-    split = splits_of(**settings)["train"]
-    expected = [(row["caption"], *winner_first(row)) for row in ROWS]
-    assert [(caption, *split.images(row)) for row, caption in enumerate(split.captions)] == expected
-    assert split.label.tolist() == [1] * 4
-    assert split.dropped == {}
-    assert trainer.data_key(split) == trainer.data_key(splits_of(**settings)["train"])
+@pytest.mark.parametrize("name", ["Pick-a-Pic", "path1 and path2", "captions in w"])
+def test_data_may_be_named_relatively(name, folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    path = FORMATS[name](folder)["train_data_dir"].relative_to(folder.parent)
+    assert pairs_of(train_data_dir=path) == (WANTED, {})
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """The four pairs in pairs, and in run a run of one step on them."""
-    return tmp_path_factory.mktemp("pick_a_pic")
+def test_every_format_trains_the_same_weights(tmp_path):
+    runs = [train(tmp_path, tmp_path / f"run of {name}", **ONE_STEP, **FORMATS[name](tmp_path / name))
+            for name in ("Pick-a-Pic", "columns of images", "path1 and path2", "captions in w")]  # fmt: skip
+    for run in runs[1:]:
+        assert_equal(runs[0], run)
 
 
-@pytest.fixture(scope="module")
-def weights(folder) -> dict[str, torch.Tensor]:
-    return train(folder, folder / "run", **ONE_STEP, **pick_a_pic(folder / "pairs"))
+@pytest.mark.parametrize("file", ["data/train-00000-of-00001.parquet", "pairs.parquet"])
+def test_pairs_that_were_made_again_in_the_same_folder_are_seen(file, folder):
+    for first in (0, 1):
+        shutil.rmtree(folder, ignore_errors=True)
+        Dataset.from_list(ROWS[first:]).to_parquet(folder / file)
+        config = f"  data_files:\n  - split: train\n    path: {file}\n"
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n{config}---\n")
+        assert pairs_of(train_data_dir=folder)[0] == WANTED[first:]
+        assert pairs_of(train_data_dir=folder, max_train_samples=2)[0] == WANTED[first:][:2]
 
 
-@pytest.mark.parametrize("make", [image_columns, hpd_json, winner_loser_folders])
-def test_every_format_trains_the_same_weights(make, weights, tmp_path):
-    assert_equal(weights, train(tmp_path, tmp_path / "run", **ONE_STEP, **make(tmp_path / "pairs")))
+def test_of_hub_data_no_more_rows_are_read_than_asked_for(tmp_path, monkeypatch):
+    """A stand-in for the hub, which gives bytes in one column and images in another."""
+    read, asked = tmp_path / "read.txt", []  # a file: `datasets` tells streams apart by what their functions hold
 
+    def rows():
+        for caption, winner, loser in WANTED * 10:
+            with read.open("a") as file:
+                file.write("+")
+            yield {"chosen": winner, "rejected": {"bytes": loser, "path": None}, "prompt": caption}
 
-@pytest.mark.parametrize("make", [hpd_json, invoke_jsonl, winner_loser_folders])
-def test_an_image_that_was_written_again_is_seen(make, tmp_path):
-    settings = make(tmp_path / "pairs")
-    before = trainer.data_key(splits_of(**settings)["train"])
-    image = min(path for path in (tmp_path / "pairs").rglob("*") if path.suffix in (".jpg", ".png"))
-    image.write_bytes(image.read_bytes() + b" ")
-    assert trainer.data_key(splits_of(**settings)["train"]) != before
-
-
-def test_no_vote_for_either_is_a_tie(tmp_path):
-    settings = invoke_jsonl(tmp_path / "pairs")
-    lines = [json.loads(line) for line in settings["train_data_dir"].read_text().splitlines()]
-    lines[2] |= {"prefer_0": False, "prefer_1": False}
-    settings["train_data_dir"].write_text("\n".join(map(json.dumps, lines)))
-    assert splits_of(**settings)["train"].dropped == {"ties left out": 1}
+    kinds = {"chosen": datasets.Value("binary"), "rejected": datasets.Image(), "prompt": datasets.Value("string")}
+    stream = datasets.IterableDataset.from_generator(rows, features=datasets.Features(kinds))
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: ["test", "validation"])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *place, **options: asked.append((place, options)) or stream)
+    for _ in range(2):
+        assert pairs_of(dataset_name="somebody/pairs", max_train_samples=2) == (WANTED[:2], {})
+    assert len(read.read_text()) <= 3  # `datasets` looks one row ahead; at the second start none
+    assert (asked[0][0][0], asked[0][1]["split"], asked[0][1]["streaming"]) == ("somebody/pairs", "validation", True)
 
 
 # ---- What is kept, and with which label -----------------------------------------------------------------------------
 
-
-@pytest.fixture
-def with_margins(tmp_path) -> Path:
-    """Row 2 is a tie; the margins are 1, 2, 0, 4."""
-    rows = [row | {"margin": float(margin)} for row, margin in zip(ROWS, (1, 2, 0, 4), strict=True)]
-    rows[2] |= {"label_0": 0.5, "label_1": 0.5}
-    return write_data(tmp_path / "pairs", rows)
-
-
-def kept(split: trainer.Split) -> list[int]:
-    numbers = {row["caption"]: number for number, row in enumerate(ROWS)}
-    return [numbers[caption] for caption in split.captions]
-
-
-def test_ties_are_left_out_or_labelled_a_half(with_margins):
-    split = splits_of(train_data_dir=with_margins)["train"]
-    assert (kept(split), split.dropped) == ([0, 1, 3], {"ties left out": 1})
-    split = splits_of(train_data_dir=with_margins, ties="soft", label_smoothing=0.1)["train"]
-    assert (kept(split), split.dropped) == ([0, 1, 2, 3], {})
-    assert split.label.tolist() == pytest.approx([0.9, 0.9, 0.5, 0.9])
+INF, WON, HALF = math.inf, {"label_0": [1.0, 0.0, 1.0, 1.0]}, 1 / (1 + math.exp(-0.5))
+LABELS = {
+    "ties are left out": ({"label_0": [1, 0.5, 0, 0.5]}, {}, {0: 1, 2: 1}, {"tied": 2}),
+    "ties are a half": ({"label_0": [1, 0.5, 0, 0.5]}, {"ties": "soft"}, {0: 1, 1: 0.5, 2: 1, 3: 0.5}, {}),
+    "has_label": (WON | {"has_label": [True, False, True, True]}, {}, {0: 1, 2: 1, 3: 1}, {"without a label": 1}),
+    "no such labels": ({"label_0": [1, 0.7, None, -1]}, {}, {0: 1}, {"WRONG LABEL": 3}),
+    "labels that contradict": (WON | {"label_1": [1, 1, 0, 0]}, {}, {1: 1, 2: 1, 3: 1}, {"WRONG LABEL": 1}),
+    "no caption": (WON | {"caption": ["a", " ", None, "b"]}, {}, {0: 1, 3: 1}, {"WITHOUT A CAPTION": 2}),
+    "small margins": (WON | {"margin": [1, 2, INF, -3]}, {"min_margin": 2}, {1: 1, 2: 1}, {"below --min_margin": 2}),
+    "another name": (WON | {"lead": [3, 2, 3, 4]}, {"min_margin": 3, "margin_column": "lead"}, {0: 1, 2: 1, 3: 1},
+                     {"below --min_margin": 1}),
+    "soft": (WON | {"margin": [0, 2, INF, -3]}, {"soft_labels": 4}, {0: 0.5, 1: HALF, 2: 1, 3: 0.5}, {}),
+    "no margin": (WON | {"margin": [1, None, 2, 3]}, {"min_margin": 1}, {0: 1, 2: 1, 3: 1}, {"WITHOUT A MARGIN": 1}),
+    "margins that nobody asked for": (WON | {"margin": [1, None, 2, -3]}, {}, {0: 1, 1: 1, 2: 1, 3: 1}, {}),
+}  # fmt: skip
 
 
-def test_pairs_with_a_small_margin_are_left_out(with_margins):
-    split = splits_of(train_data_dir=with_margins, min_margin=2)["train"]
-    assert (kept(split), split.dropped) == ([1, 3], {"ties left out": 1, "below --min_margin": 1})
+@pytest.mark.parametrize("case", LABELS)
+def test_which_pairs_are_kept_and_their_labels(case):
+    columns, settings, labels, left_out = LABELS[case]
+    rows = Dataset.from_dict({"jpg_0": [b"0"] * 4, "jpg_1": [b"1"] * 4, "caption": list("abcd")} | columns)
+    table, dropped = trainer.choose_pairs(rows, args_of(**settings))
+    assert dict(zip(table.row, table.label, strict=True)) == pytest.approx(labels)
+    assert dropped == left_out
+    assert list(table.winner) == ["jpg_0" if columns["label_0"][row] else "jpg_1" for row in labels]
 
 
-def test_the_margin_may_have_another_name(tmp_path):
-    settings = hpd_json(tmp_path / "pairs") | {"margin_column": "confidence"}  # 0.5, 0.6, 0.7, 0.8
-    assert kept(splits_of(**settings, min_margin=0.65)["train"]) == [2, 3]
+def test_a_vote_for_neither_is_a_tie_and_one_for_both_a_wrong_label(folder):
+    settings = files_named_in(folder / "pairs.jsonl", True, ("image_0", "image_1"), {1: False, 2: True})
+    assert pairs_of(**settings) == ([WANTED[0], WANTED[3]], {"tied": 1, "WRONG LABEL": 1})
 
 
-def test_soft_and_smooth_labels(with_margins):
-    soft = [1 / (1 + math.exp(-margin / 3)) for margin in (1, 2, 4)]
-    split = splits_of(train_data_dir=with_margins, soft_labels=3)["train"]
-    assert split.label.tolist() == pytest.approx(soft)
-    split = splits_of(train_data_dir=with_margins, soft_labels=3, label_smoothing=0.2)["train"]
-    assert split.label.tolist() == pytest.approx([0.8 * label + 0.2 * (1 - label) for label in soft])
-    split = splits_of(train_data_dir=with_margins, label_smoothing=0.2)["train"]
-    assert split.label.tolist() == pytest.approx([0.8] * 3)
-    assert split.winner.tolist() == [1, 0, 0]  # whatever the label
-
-
-def test_max_train_samples_takes_the_first_rows(with_margins):
-    for count, rows in ((1, [0]), (3, [0, 1]), (9, [0, 1, 3])):
-        assert kept(splits_of(train_data_dir=with_margins, max_train_samples=count)["train"]) == rows
-
-
-def many_rows(captions: int) -> list[dict]:
-    """Three pairs for each caption; images that name their row."""
-    return [
-        {
-            **{"jpg_0": b"%d winner" % i, "jpg_1": b"%d loser" % i, "caption": f"person {i % captions}"},
-            **{"label_0": float(i % 2), "label_1": float(1 - i % 2), "margin": float(i)},
-        }
-        for i in range(3 * captions)
-    ]
-
-
-def test_validation_share_holds_out_captions(tmp_path):
-    rows = many_rows(200)
-    folder = write_data(tmp_path / "pairs", rows)
-    plain = splits_of(train_data_dir=folder)
-    assert plain.keys() == {"train"}
-    held = {}
-    for share in (0.1, 0.3):
-        splits = splits_of(train_data_dir=folder, validation_share=share, soft_labels=100)
-        train_captions, held[share] = (set(splits[name].captions) for name in ("train", "validation"))
-        assert not train_captions & held[share]
-        assert len(train_captions | held[share]) == 200
-        assert len(splits["train"].rows) + len(splits["validation"].rows) == 600
-        assert len(held[share]) == pytest.approx(200 * share, abs=4 * (200 * share * (1 - share)) ** 0.5)
-        for split in splits.values():  # winners and labels went along with their rows
-            numbers = [int(split.images(i)[0].split()[0]) for i in range(0, len(split.rows), 7)]
-            assert [split.captions[i] for i in range(0, len(split.rows), 7)] == [rows[n]["caption"] for n in numbers]
-            assert [1 - split.winner[i] for i in range(0, len(split.rows), 7)] == [n % 2 for n in numbers]
-            expected = [1 / (1 + math.exp(-n / 100)) for n in numbers]
-            assert split.label[::7].tolist() == pytest.approx(expected)
+def test_about_a_share_of_the_captions_is_held_out():
+    pairs = pd.DataFrame({"caption": [f"person {i % 500}" for i in range(1500)], "row": range(1500)})
+    held = {share: set(pairs.caption[trainer.hold_out(pairs, share)]) for share in (0.1, 0.3)}
+    for share, captions in held.items():
+        assert not set(pairs.caption[~trainer.hold_out(pairs, share)]) & captions  # a caption's pairs go together
+        assert len(captions) == pytest.approx(500 * share, abs=4 * (500 * share * (1 - share)) ** 0.5)
     assert held[0.1] < held[0.3]
-    again = splits_of(train_data_dir=write_data(tmp_path / "again", rows[::-1]), validation_share=0.1)
-    assert set(again["validation"].captions) == held[0.1]
+    other = pairs[::-1].iloc[:700]
+    assert set(other.caption[trainer.hold_out(other, 0.1)]) == held[0.1] & set(other.caption)
+    assert trainer.hold_out(pairs.assign(caption="a person"), 0.1).sum() == pytest.approx(150, abs=4 * 135**0.5)
+
+
+def test_bad_rows_are_left_out_and_counted(folder, tmp_path, monkeypatch, capsys):
+    rows = make_rows(10)
+    changes = {1: {"jpg_1": b"no image"}, 3: {"jpg_0": rows[3]["jpg_0"][:900]}, 4: {"jpg_1": None},
+               6: {"jpg_1": rows[6]["jpg_0"]}, 7: {"label_0": 0.7}}  # fmt: skip
+    monkeypatch.setattr(trainer, "MAX_BAD_SHARE", 0.5)
+    write_data(folder, [row | changes.get(i, {}) for i, row in enumerate(rows)])
+    weights, told = train(folder, tmp_path / "run", **ONE_STEP), capsys.readouterr().out
+    for part in ("5 to train on", "3 unreadable (train)", "1 the same image twice (train)", "1 wrong label (train)"):
+        assert part in told
+    good = write_data(tmp_path / "good", [row for i, row in enumerate(rows) if i not in changes])
+    assert_equal(weights, train(good, tmp_path / "other", **ONE_STEP))
+
+
+def test_too_many_bad_rows_end_a_run_before_anything_is_encoded(folder, pipe, monkeypatch):
+    trainer.refuse_bad_rows(Counter({"UNREADABLE": 3, "WRONG LABEL": 2, "tied": 90}), 100, "train")
+    with pytest.raises(trainer.UserError, match=r"6 of 100 rows .*'train' .*: 4 unreadable, 2 wrong label$"):
+        trainer.refuse_bad_rows(Counter({"UNREADABLE": 4, "WRONG LABEL": 2, "tied": 80}), 100, "train")
+    path = FORMATS["path1 and path2"](folder)["train_data_dir"]
+    (folder / "2-path2.jpg").unlink()
+    (folder / "3-path2.jpg").write_bytes((folder / "3-path1.jpg").read_bytes())
+    monkeypatch.setattr(trainer.UNet, "to_latents", lambda *_: pytest.fail("encoded"))
+    with pytest.raises(trainer.UserError, match=r"2 of 4 rows .*: 1 unreadable, 1 the same image twice"):
+        encode(path, pipe)
+
+
+# ---- Images, folders, captions --------------------------------------------------------------------------------------
+
+
+def stored(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def picture(*pixels, dtype: type = np.uint8) -> Image.Image:
+    """An image of one row."""
+    return Image.fromarray(np.array([pixels], dtype))
+
+
+SRGB = SWAPPED = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+for old, new in ((b"rXYZ", b"????"), (b"gXYZ", b"rXYZ"), (b"????", b"gXYZ"), (b"sRGB", b"grRB")):
+    SWAPPED = SWAPPED.replace(old, new)  # what sRGB calls red is called green
+TURNED = Image.Exif()
+TURNED[0x0112] = 3
+RED, GREEN, BLUE, WHITE, BLACK = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255,) * 3, (0,) * 3
+COLOURS, GREYS = picture(RED, GREEN, BLUE), [BLACK, (128,) * 3, WHITE]
+INDEXED, WORDS = COLOURS.convert("P", palette=Image.Palette.ADAPTIVE), picture(0, 32768, 65535, dtype=np.uint16)
+IMAGES = {
+    "upside down": (stored(COLOURS, exif=TURNED), [BLUE, GREEN, RED]),
+    "16-bit PNG": (stored(WORDS), GREYS),
+    "16-bit TIFF": (stored(WORDS, "TIFF"), GREYS),
+    "dark 16-bit PNG": (stored(picture(0, 257, 514, dtype=np.uint16)), [BLACK, (1,) * 3, (2,) * 3]),
+    "floats up to 1": (stored(picture(-1, 0.5, 1, dtype=np.float32), "TIFF"), GREYS),
+    "floats up to 255": (stored(picture(0, 128, 255, dtype=np.float32), "TIFF"), GREYS),
+    "grey": (stored(picture(0, 128, 255)), GREYS),
+    "1 bit": (stored(picture(0, 255, 255).convert("1")), [BLACK, WHITE, WHITE]),
+    "palette": (stored(INDEXED), [RED, GREEN, BLUE]),
+    "a transparent index": (stored(INDEXED, transparency=INDEXED.getpixel((2, 0))), [RED, GREEN, WHITE]),
+    "a transparent colour": (stored(COLOURS, transparency=GREEN), [RED, WHITE, BLUE]),
+    "RGBA": (stored(picture((*RED, 0), (*RED, 51), (*RED, 255))), [WHITE, (255, 204, 204), RED]),
+    "LA": (stored(picture((0, 0), (0, 51), (0, 255))), [WHITE, (204,) * 3, BLACK]),
+    "CMYK": (stored(Image.merge("CMYK", [Image.new("L", (1, 1), v) for v in (0, 255, 255, 0)]), "TIFF"), [RED]),
+    "a profile": (stored(COLOURS, icc_profile=SWAPPED), [GREEN, RED, BLUE]),
+    "a damaged profile": (stored(COLOURS, icc_profile=SWAPPED[:200]), [RED, GREEN, BLUE]),
+    "sRGB's profile": (stored(COLOURS, icc_profile=SRGB), [RED, GREEN, BLUE]),
+}
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_images_of_every_kind_are_read_as_they_look(kind):
+    image = trainer.read_image(io.BytesIO(IMAGES[kind][0]))
+    assert image.mode == "RGB"
+    np.testing.assert_allclose(np.asarray(image)[0].astype(int), IMAGES[kind][1], atol=1)
+
+
+def write_files(folder: Path, files: dict[str, str]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.encode())
+    return folder
+
+
+PAIR = {"w/1.jpg": "W", "l/1.png": "L"}
+CAPTIONS = [  # and what is read or told
+    ({"w/1.txt": "\ufeffcafé au lait"}, "café au lait"),
+    ({"w/1.txt": "one", "w/1.caption": "two", "1.txt": "three"}, "one"),
+    ({"w/1.txt": " \n", "w/1.caption": "two"}, "two"),
+    ({"1.caption": "\n one \r\ntwo\r\n"}, "one"),  # alternatives
+    ({"__MACOSX/w/1.jpg": "", "w/.1.jpg": "", "w/Thumbs.db": "", "l/._2.png": "", "w/x.jpg/y": "", "1.txt": "a"}, "a"),
+    ({"w/2.txt": "two"}, "w/1.jpg has no caption"),
+    ({"w/1.txt": "a person\nNegative prompt: b\nSteps: 20, Sampler: x"}, "w/1.txt holds a generator's settings"),
+    ({"w/1.png": "V", "1.txt": "a"}, "w has several images named 1"),
+    ({"l/1.jpg": "V", "1.txt": "a"}, "l has several images named 1"),
+    ({"w/2.jpg": "W", "1.txt": "a", "2.txt": "a"}, "has no 2 in l"),
+    ({"l/2.jpg": "L", "1.txt": "a"}, "has no 2 in w"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("files", "told"), CAPTIONS)
+def test_folders_with_captions(files, told, folder, tmp_path):
+    folder.mkdir()
+    (folder / "linked").symlink_to(write_files(tmp_path / "elsewhere", PAIR | files), target_is_directory=True)
+    if "has" in told or "holds" in told:
+        with pytest.raises(trainer.UserError, match=told):
+            trainer.rows_of_folders(folder)
+    else:
+        sides = {"chosen": str(folder / "linked/w/1.jpg"), "rejected": str(folder / "linked/l/1.png")}
+        assert trainer.rows_of_folders(folder) == [sides | {"prompt": told}]
+
+
+def test_every_text_file_is_read_and_written_as_utf_8():
+    """On a machine with another locale "café" would be trained as mojibake."""
+    unnamed = []
+    for call in ast.walk(ast.parse(Path(trainer.__file__).read_text(encoding="utf-8"))):
+        if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in ("open", "read_text", "write_text"):
+            text = ast.unparse(call)
+            unnamed += [] if "utf-8" in text or "'rb'" in text or "Image.open" in text else [f"{call.lineno}: {text}"]
+    assert unnamed == []
 
 
 # ---- Sizes ----------------------------------------------------------------------------------------------------------
 
 
-def test_buckets_keep_the_shape_and_the_number_of_pixels():
-    sizes = {(height, width): trainer.bucket_size(height, width, 512) for height, width in [
-        (512, 512), (900, 900), (1216, 832), (832, 1216), (1024, 512), (4000, 500), (500, 4000),
-    ]}  # fmt: skip
+def test_buckets_and_crops_by_hand():
+    sizes = [(512, 512), (900, 900), (1216, 832), (832, 1216), (1024, 512), (4000, 500), (500, 4000)]
     # 512 * sqrt(1216 / 832) = 619, 512 / sqrt(1216 / 832) = 424; 512 * sqrt(2) = 724 and 362, in steps of 64
-    assert list(sizes.values()) == [
-        *((512, 512), (512, 512), (640, 448), (448, 640), (704, 384), (704, 384), (384, 704)),
-    ]  # fmt: skip
-    assert trainer.bucket_size(96, 64, 64) == (80, 56)  # 78.4 and 52.3 in steps of 8
-    assert trainer.bucket_size(90, 60, 8) == (8, 8)
+    wanted = [(512, 512), (512, 512), (640, 448), (448, 640), (704, 384), (704, 384), (384, 704)]
+    assert [trainer.bucket_size(*size, 512, 8) for size in sizes] == wanted
+    assert trainer.bucket_size(96, 64, 64, 8) == (80, 56)  # 78.4 and 52.3 in steps of 8
+    assert trainer.bucket_size(90, 60, 8, 8) == (8, 8)
+    assert trainer.bucket_size(96, 64, 360, 16) == (448, 288)  # 440.9 and 293.9 in steps of 32
+    assert trainer.bucket_size(96, 64, 96, 16) == (112, 80)  # 117.6 and 78.4 in steps of 16
+    assert trainer.crop_corner(90, 60, (64, 64)) == (16, 0)  # scaled to 96 x 64, 32 too high
+    assert trainer.crop_corner(128, 192, (64, 64)) == (0, 16)
+    assert trainer.crop_corner(64, 64, (48, 80)) == (16, 0)  # 80 x 80
+    assert trainer.crop_corner(64, 64, (64, 64)) == (0, 0)
 
 
-def test_the_crop_by_hand():
-    assert trainer.crop_box(90, 60, (64, 64)) == (pytest.approx(64 / 60), 16, 0)  # 96 x 64, 32 too high
-    assert trainer.crop_box(128, 192, (64, 64)) == (0.5, 0, 16)  # 64 x 96
-    assert trainer.crop_box(64, 64, (64, 64)) == (1, 0, 0)
-    assert trainer.crop_box(64, 64, (48, 80)) == (1.25, 16, 0)  # 80 x 80
-
-
-def encoded(image: Image.Image, orientation: int = 1) -> bytes:
-    file, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112] = orientation
-    image.save(file, "PNG", exif=exif)
-    return file.getvalue()
-
-
-def slope(height: int, width: int) -> Image.Image:
-    """Red rises from 0 to 255 from left to right, green from top to bottom."""
+def slope(height: int, width: int, turned: bool = False) -> bytes:
+    """Red rises from 0 to 255 from left to right, green from top to bottom; perhaps as a turned camera stores it."""
     x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
-    return Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
+    image, exif = Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8)), Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    return stored(image.rotate(90, expand=True) if turned else image, exif=exif)
 
 
-@pytest.mark.parametrize("size", [(128, 192), (64, 96), (256, 384)])
-def test_pixels_are_those_of_the_crop_that_is_told(size):
-    pixels = trainer.to_pixels(encoded(slope(*size)), (64, 64), "")
-    scale, top, left = trainer.crop_box(*size, (64, 64))
-    assert pixels.shape == (3, 64, 64)
-    for column in (0, 31, 63):
-        red = ((left + column + 0.5) / scale - 0.5) / (size[1] - 1)
-        assert pixels[0, 20, column].item() == pytest.approx(2 * red - 1, abs=0.02)
-    for row in (0, 31, 63):
-        green = ((top + row + 0.5) / scale - 0.5) / (size[0] - 1)
-        assert pixels[1, row, 20].item() == pytest.approx(2 * green - 1, abs=0.02)
-    assert pixels[2].max() == -1
+def slopes(*sizes: tuple[int, int]) -> list[dict]:
+    """Winners of these sizes, the third one turned; losers of twice the size."""
+    return [{"prompt": f"person {i}", "chosen": slope(height, width, i == 2), "rejected": slope(2 * height, 2 * width)}
+            for i, (height, width) in enumerate(sizes)]  # fmt: skip
 
 
-@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
-def test_a_rotated_photo_is_set_upright(orientation):
-    upright = slope(96, 64)
-    turned = upright.rotate({1: 0, 3: 180, 6: 90, 8: 270}[orientation], expand=True)
-    pixels = trainer.to_pixels(encoded(turned, orientation), (72, 56), "")
-    assert torch.equal(pixels, trainer.to_pixels(encoded(upright), (72, 56), ""))
+CROPS = [  # of 96 x 64, 60 x 90, 96 x 64 and 128 x 128: 84 x 56 and 56 x 84 in the buckets' scale
+    ({"aspect_ratio_buckets": True}, [[2, 0, 80, 56], [0, 2, 56, 80], [2, 0, 80, 56], [0, 0, 64, 64]],
+     [[0, 2], [1], [3]]),
+    ({"height": 48, "width": 64}, [[24, 0, 48, 64], [0, 4, 48, 64], [24, 0, 48, 64], [8, 0, 48, 64]], [[0, 1, 2, 3]]),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "CMYK"])
-def test_images_of_every_mode_are_read(mode):
-    image = slope(64, 64).convert(mode)
-    file = io.BytesIO()
-    image.save(file, "TIFF")
-    pixels = trainer.to_pixels(file.getvalue(), (64, 64), "")
-    expected = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) / 127.5 - 1
-    torch.testing.assert_close(pixels, expected)
+@pytest.mark.parametrize(("settings", "crops", "buckets"), CROPS)
+def test_pixels_of_both_sides_are_those_of_the_crop_that_is_told(settings, crops, buckets, folder, pipe, monkeypatch):
+    seen, own, sizes = {}, trainer.UNet.to_latents, [(96, 64), (60, 90), (96, 64), (128, 128)]
+
+    def to_latents(family, pipe, pixels):
+        seen.setdefault(tuple(pixels.shape[2:]), []).extend(pixels.unflatten(0, (-1, 2)))
+        return own(family, pipe, pixels)
+
+    monkeypatch.setattr(trainer.UNet, "to_latents", to_latents)
+    pairs = encode(write_data(folder, slopes(*sizes)), pipe, **settings)
+    assert pairs.sizes.tolist() == [[*size, *crop] for size, crop in zip(sizes, crops, strict=True)]
+    assert sorted(bucket.tolist() for bucket in pairs.buckets) == buckets
+    for latents, (height, width), (top, left, *size) in zip(pairs.latents, sizes, crops, strict=True):
+        assert tuple(latents.shape) == (2, 8, size[0] // 4, size[1] // 4)
+        scale = max(size[0] / height, size[1] / width)
+        x = ((left + torch.arange(size[1]) + 0.5) / scale - 0.5) / (width - 1)
+        y = ((top + torch.arange(size[0]) + 0.5) / scale - 0.5) / (height - 1)
+        for side in seen[tuple(size)].pop(0):
+            torch.testing.assert_close(side[0], (2 * x - 1).expand(size), rtol=0, atol=0.03)
+            torch.testing.assert_close(side[1], (2 * y - 1)[:, None].expand(size), rtol=0, atol=0.03)
 
 
-@pytest.fixture
-def prepared(monkeypatch) -> dict[str, trainer.Pairs]:
-    """The Pairs of the last start."""
-    found, prepare = {}, trainer.prepare_data
-
-    def prepare_data(*args):
-        pairs, validation = prepare(*args)
-        found.update(pairs)
-        return pairs, validation
-
-    monkeypatch.setattr(trainer, "prepare_data", prepare_data)
-    return found
-
-
-def sized(number: int, winner: bytes, loser: bytes) -> dict:
-    return {"chosen": winner, "rejected": loser, "prompt": f"person {number}"}
-
-
-def portrait_landscape_square() -> list[dict]:
-    """(height, width) of the winners: 96 x 64, 60 x 90, 64 x 64, 96 x 64 by its camera, 128 x 128."""
-    return [
-        sized(0, encoded(slope(96, 64)), encoded(slope(48, 32))),
-        sized(1, encoded(slope(60, 90)), encoded(slope(90, 60))),
-        sized(2, encoded(slope(64, 64)), encoded(slope(70, 64))),
-        sized(3, encoded(slope(64, 96), orientation=6), encoded(slope(90, 64))),
-        sized(4, encoded(slope(128, 128)), encoded(slope(64, 128))),
-    ]
-
-
-def test_a_run_on_mixed_sizes(tmp_path, prepared):
-    rows = portrait_landscape_square()
-    folder = write_data(tmp_path / "pairs", rows, rows[1:4])
-    train(folder, tmp_path / "run", aspect_ratio_buckets=True, max_train_steps=2)
-    pairs = prepared["train"]
-    assert [tuple(latents.shape) for latents in pairs.latents] == [
-        (1, 2, 8, 14, 20),  # 56 x 80, of 60 x 90
-        (2, 2, 8, 16, 16),
-        (2, 2, 8, 20, 14),
-    ]
-    assert pairs.bucket.tolist() == [2, 0, 1, 2, 1]
-    assert pairs.place.tolist() == [0, 0, 0, 1, 1]
-    # original size, top and left of the crop, target: 96 x 64 is scaled by 56 / 64 to 84 x 56, 60 x 90 to 56 x 84
-    assert pairs.time_ids.tolist() == [
-        [96, 64, 2, 0, 80, 56],
-        [60, 90, 0, 2, 56, 80],
-        [64, 64, 0, 0, 64, 64],
-        [96, 64, 2, 0, 80, 56],
-        [128, 128, 0, 0, 64, 64],
-    ]
-    assert [tuple(latents.shape) for latents in prepared["validation"].latents] == [
-        (1, 2, 8, 14, 20), (1, 2, 8, 16, 16), (1, 2, 8, 20, 14),
-    ]  # fmt: skip
-
-
-def test_a_run_on_one_size_that_is_no_square(tmp_path, prepared):
-    folder = write_data(tmp_path / "pairs", portrait_landscape_square()[:3])
-    train(folder, tmp_path / "run", height=48, width=80, max_train_steps=1)
-    assert [tuple(latents.shape) for latents in prepared["train"].latents] == [(3, 2, 8, 12, 20)]
-    # 96 x 64 becomes 120 x 80, 60 x 90 becomes 53.3 x 80, 64 x 64 becomes 80 x 80
-    assert prepared["train"].time_ids.tolist() == [
-        [96, 64, 36, 0, 48, 80], [60, 90, 3, 0, 48, 80], [64, 64, 16, 0, 48, 80],
-    ]  # fmt: skip
+def test_every_pair_of_every_bucket_is_trained_and_none_for_want_of_others(folder, tmp_path, monkeypatch):
+    batches, own = [], trainer.make_batch
+    monkeypatch.setattr(trainer, "make_batch", lambda *of: batches.append([row for row, _ in of[1]]) or own(*of))
+    write_data(folder, slopes(*[(64, 64)] * 7, *[(96, 64)] * 2))
+    train(folder, tmp_path / "run", aspect_ratio_buckets=True, train_batch_size=4, max_train_steps=11)
+    assert len(batches) == 11
+    for batch in batches:
+        assert len(batch) == (2 if max(batch) > 6 else 4)
+        assert len(set(batch)) >= len(batch) - 1  # once more alone where one epoch ends and the next begins
+        assert len({row > 6 for row in batch}) == 1
+    assert {row for batch in batches for row in batch} == set(range(9))
 
 
 # ---- Encoded once ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def calls(monkeypatch) -> Counter:
-    """How often images were looked at and encoded, and captions encoded; call number ["stop", name] is interrupted."""
-    counter = Counter()
+def encodings(monkeypatch) -> Counter:
+    """How often each caption was encoded, and how many "pairs"; the pair number "stop" is interrupted."""
+    counts, to_latents, encode_text = Counter(), trainer.UNet.to_latents, trainer.UNet.encode_text
 
-    def counted(name: str):
-        function = getattr(trainer, name)
+    def count_pairs(self, pipe, pixels):
+        counts["pairs"] += len(pixels) // 2
+        if 0 < counts["stop"] <= counts["pairs"]:
+            raise KeyboardInterrupt
+        return to_latents(self, pipe, pixels)
 
-        def call(*args, **kwargs):
-            counter[name] += len(args[1]) if name == "encode_captions" else 1
-            if counter[name] == counter["stop", name]:
-                raise KeyboardInterrupt
-            return function(*args, **kwargs)
+    def count_captions(self, pipe, prompts, **options):
+        counts.update(prompts)
+        return encode_text(self, pipe, prompts, **options)
 
-        return call
-
-    for name in ("measure_images", "to_pixels", "encode_captions"):
-        monkeypatch.setattr(trainer, name, counted(name))
-    return counter
-
-
-def test_a_second_start_neither_checks_nor_encodes(folder, weights, tmp_path, calls):
-    start = ONE_STEP | {"encoded_dir": folder / "run" / "cache"}
-    assert_equal(weights, train(folder / "pairs", folder / "run", overwrite=True, **start))
-    assert_equal(weights, train(folder / "pairs", tmp_path / "elsewhere", **start))
-    assert (calls["measure_images"], calls["to_pixels"]) == (0, 0)
-    assert calls["encode_captions"] == 6  # at each start one for the shape, the prompt to draw and the empty one
+    monkeypatch.setattr(trainer.UNet, "to_latents", count_pairs)
+    monkeypatch.setattr(trainer.UNet, "encode_text", count_captions)
+    return counts
 
 
-@pytest.mark.parametrize(("stop", "left"), [("measure_images", 2), ("to_pixels", 4)])
-def test_an_interrupted_start_is_carried_on(stop, left, weights, tmp_path, calls):
-    settings = ONE_STEP | pick_a_pic(tmp_path / "pairs")
-    calls["stop", stop] = {"measure_images": 3, "to_pixels": 5}[stop]  # in the third of four pairs
+def test_a_second_start_and_a_copied_folder_encode_nothing(folder, tmp_path, encodings):
+    settings = ONE_STEP | {"validation_prompts": "one to draw"} | FORMATS["path1 and path2"](folder)
+    weights = train(folder, tmp_path / "one", **settings)
+    assert encodings == {caption: 1 for caption, *_ in WANTED} | {"pairs": 4, "": 1, "one to draw": 1}
+    assert sorted(path.name.split("-")[0] for path in (folder / "encoded").iterdir()) == ["captions", "latents"]
+    assert not list((tmp_path / "one").rglob("latents*"))
+    shutil.copytree(folder, tmp_path / "copy")
+    for path in (tmp_path / "copy").rglob("*"):
+        path.touch()
+    copied = {"train_data_dir": tmp_path / "copy" / settings["train_data_dir"].relative_to(folder)}
+    for run, place in (("two", {}), ("three", copied)):
+        encodings.clear()
+        assert_equal(weights, train(folder, tmp_path / run, **settings | place))
+        assert encodings == {"": 1, "one to draw": 1}
+
+
+def test_an_interrupted_start_is_carried_on(folder, tmp_path, encodings, monkeypatch):
+    monkeypatch.setattr(trainer, "PART", 3)
+    write_data(folder, make_rows(7))
+    encodings["stop"] = 6  # in the second of three parts
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, tmp_path / "run", **settings)
-    assert len(list((tmp_path / "run" / "cache").glob("*.partial"))) == 1
-    calls.clear()
-    assert_equal(weights, train(tmp_path, tmp_path / "run", **settings))
-    assert calls[stop] == left  # without the calls for two pairs
-    assert {path.suffix for path in (tmp_path / "run" / "cache").iterdir()} == {".bin"}
+        train(folder, tmp_path / "run", **ONE_STEP)
+    assert len(list((folder / "encoded").iterdir())) == 1
+    encodings.clear()
+    weights = train(folder, tmp_path / "run", **ONE_STEP)
+    assert encodings["pairs"] == 4
+    assert_equal(weights, train(write_data(tmp_path / "whole", make_rows(7)), tmp_path / "other", **ONE_STEP))
 
 
-def test_a_cut_cache_is_not_read(folder, weights, tmp_path):
-    for cache in shutil.copytree(folder / "run" / "cache", tmp_path / "cache").iterdir():
-        cache.write_bytes(cache.read_bytes()[:-8])
-    start = ONE_STEP | {"encoded_dir": tmp_path / "cache"}
-    assert_equal(weights, train(folder / "pairs", tmp_path / "run", **start))
+@torch.no_grad()
+def test_latents_are_those_of_the_pipelines_vae_with_its_scale_and_shift(folder, pipe):
+    write_data(folder, ROWS)
+    for vae, shift, scale in ((pipe.vae, 0, 0.25), (tiny_vae(4, scaling_factor=0.5, shift_factor=0.75), 0.75, 0.5)):
+        mine = StableDiffusionPipeline(**pipe.components | {"vae": vae}, requires_safety_checker=False)
+        for latents, (_, *sides) in zip(encode(folder, mine).latents, WANTED, strict=True):
+            images = mine.image_processor.preprocess([Image.open(io.BytesIO(side)) for side in sides])
+            expected = scale * (vae.encode(images).latent_dist.mode() - shift)
+            torch.testing.assert_close(latents.float(), expected, atol=2e-3, rtol=2e-3)
+    assert len(list((folder / "encoded").iterdir())) == 2  # another VAE, other files
+    encode(folder, pipe, resolution=32)
+    assert len(list((folder / "encoded").iterdir())) == 3
 
 
-def test_a_folder_of_images_may_be_named_relatively(tmp_path, monkeypatch):
-    row = make_rows(1)[0]
-    for side, name in (("jpg_1", "w"), ("jpg_0", "l")):
-        (tmp_path / "pairs" / "a" / name).mkdir(parents=True)
-        (tmp_path / "pairs" / "a" / name / "1.jpg").write_bytes(row[side])
-    (tmp_path / "pairs" / "a" / "1.txt").write_text(row["caption"])
-    monkeypatch.chdir(tmp_path)
-    split = trainer.load_splits(trainer.parse_args(["--train_data_dir", "pairs"]))["train"]
-    assert split.images(0) == (row["jpg_1"], row["jpg_0"])
+def test_the_samplers_own_latents_are_used_where_they_fit(folder, pipe, encodings):
+    latents = torch.randn(4, 2, 8, 16, 16, generator=torch.Generator().manual_seed(0)).half()
+    write_data(folder, [row | {f"latents_{side}": own[side].numpy().tobytes() for side in (0, 1)}
+                        for row, own in zip(ROWS, latents, strict=True)])  # fmt: skip
+    record, made = folder / "preference_data.json", {"shape": [8, 16, 16], "dtype": "float16", "scaling_factor": 0.25}
+    record.write_text(json.dumps({"latents": made | {"vae_hash": trainer.weights_hash(pipe.vae)}}))
+    for pair, own, row in zip(encode(folder, pipe).latents, latents, ROWS, strict=True):
+        assert torch.equal(pair, own if row["label_0"] else own.flip(0))
+    assert encodings["pairs"] == 0
+    assert tuple(encode(folder, pipe, resolution=32).latents[0].shape) == (2, 8, 8, 8)
+    assert encodings["pairs"] == 4
+    record.write_text(json.dumps({"latents": made | {"vae_hash": "another VAE's"}}))
+    encode(folder, pipe)
+    assert encodings["pairs"] == 8
+
+
+# ---- LoRAs and U-Nets of earlier stages, and of others --------------------------------------------------------------
+
+ATTENTION = {  # layers with their ranks and alphas
+    "mid_block.attentions.0.transformer_blocks.0.attn1.to_q": (2, 1.0),
+    "up_blocks.0.attentions.1.transformer_blocks.1.attn2.to_out.0": (4, 8.0),
+}
+ALL = ATTENTION | {
+    "down_blocks.1.attentions.0.transformer_blocks.0.ff.net.0.proj": (2, 2.0),
+    "down_blocks.0.resnets.0.conv1": (3, 6.0),
+    "up_blocks.0.attentions.0.proj_in": (1, 0.5),
+}
+PLAIN = {name: (rank, float(rank)) for name, (rank, _) in ATTENTION.items()}  # of formats that know no alpha
+
+
+def random_lora(module: torch.nn.Module, layers: dict) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]:
+    """down, up and alpha of each layer."""
+    lora, generator = {}, torch.Generator().manual_seed(0)
+    for name, (rank, alpha) in layers.items():
+        out, *rest = module.get_submodule(name).weight.shape
+        shapes = (rank, *rest), (out, rank, *[1] * len(rest[1:]))
+        lora[name] = (*(torch.randn(shape, generator=generator) for shape in shapes), alpha)
+    return lora
+
+
+def adapted(unet: torch.nn.Module, lora: dict, whole: bool = False, **options) -> torch.nn.Module:
+    """The U-Net with this LoRA by PEFT's own hand; `whole`: in PEFT's own wrapper."""
+    ranks, alphas = {name: len(one[0]) for name, one in lora.items()}, {name: one[2] for name, one in lora.items()}
+    patterns = {"rank_pattern": ranks, "alpha_pattern": alphas, "target_modules": list(lora)}
+    unet, config = copy.deepcopy(unet), LoraConfig(r=2, lora_alpha=7, **patterns, **options)
+    model = get_peft_model(unet, config) if whole else unet.add_adapter(config) or unet
+    for name, (down, up, _) in lora.items():
+        layer = unet.get_submodule(name)
+        layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = down, up
+    return model
+
+
+def kohya(lora: dict, prefix: str = "lora_unet_") -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name.replace('.', '_')}.{end}": torch.as_tensor(value) for name, values in lora.items()
+            for end, value in zip(("lora_down.weight", "lora_up.weight", "alpha"), values, strict=True)}  # fmt: skip
+
+
+def processors(lora: dict, prefix: str) -> dict[str, torch.Tensor]:
+    """As diffusers wrote them until 0.21."""
+    places = {f"{prefix}{name.removesuffix('.0')}".rpartition("."): values for name, values in lora.items()}
+    return {f"{parent}.processor.{leaf}_lora.{end}.weight": value for (parent, _, leaf), (*values, _) in places.items()
+            for end, value in zip(("down", "up"), values, strict=True)}  # fmt: skip
+
+
+def unet_keys(state: dict) -> dict[str, torch.Tensor]:
+    return {f"unet.{key}": value for key, value in state.items() if "lora_" in key}
+
+
+def save_diffusers(folder: Path, unet: torch.nn.Module) -> None:
+    layers, metadata = get_peft_model_state_dict(unet), unet.peft_config["default"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(folder, layers, unet_lora_adapter_metadata=metadata)
+
+
+LORAS = {
+    "kohya": (ALL, lambda at, unet, lora: save_file(kohya(lora), at / LORA)),
+    "diffusers": (ALL, lambda at, unet, lora: save_diffusers(at, adapted(unet, lora))),
+    "diffusers, lora.down": (PLAIN, lambda at, unet, lora: StableDiffusionPipeline.save_lora_weights(
+        at, convert_state_dict_to_diffusers(get_peft_model_state_dict(adapted(unet, lora))))),
+    "save_lora_adapter": (ALL, lambda at, unet, lora: adapted(unet, lora).save_lora_adapter(at)),
+    "PEFT": (ALL, lambda at, unet, lora: adapted(unet, lora, True).save_pretrained(at)),
+    "PEFT, rsLoRA": (ALL, lambda at, unet, lora: adapted(unet, lora, True, use_rslora=True).save_pretrained(at)),
+    "default.": (PLAIN, lambda at, unet, lora: save_file(unet_keys(adapted(unet, lora).state_dict()), at / LORA)),
+    "processors": (PLAIN, lambda at, unet, lora: save_file(processors(lora, "unet."), at / LORA)),
+    "bare processors": (PLAIN, lambda at, unet, lora: save_file(processors(lora, ""), at / LORA)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", LORAS)
+def test_a_lora_of_others_is_what_is_merged_by_hand(kind, pipe, tmp_path):
+    layers, write = LORAS[kind]
+    lora = random_lora(pipe.unet, layers)
+    write(tmp_path, pipe.unet, lora)
+    parts, unet = trainer.read_lora(pipe, str(tmp_path)), copy.deepcopy(pipe.unet)
+    assert parts.keys() == {"unet"}
+    trainer.load_lora(unet, parts["unet"], "default")
+    unet.fuse_lora()
+    for name, weight in pipe.unet.named_parameters():
+        name, _, end = name.rpartition(".")
+        if end == "weight" and name in lora:
+            down, up, alpha = lora[name]
+            scale = alpha / (len(down) ** 0.5 if "rsLoRA" in kind else len(down))
+            weight = weight + scale * (up.flatten(1) @ down.flatten(1)).view_as(weight)
+        layer = unet.get_submodule(name)
+        merged = getattr(getattr(layer, "base_layer", layer), end)
+        torch.testing.assert_close(merged, weight, atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_kohyas_sdxl_file_with_both_text_encoders(tmp_path):
+    sdxl, weights, expected = load(tiny_sdxl(tmp_path / "sdxl")), {}, {}
+    for part, prefix, name, theirs in (
+        ("unet", "lora_unet_", "down_blocks.1.attentions.0.proj_in", "input_blocks.3.1.proj_in"),
+        ("text_encoder", "lora_te1_", "encoder.layers.0.self_attn.q_proj", ""),
+        ("text_encoder_2", "lora_te2_", "encoder.layers.1.mlp.fc1", ""),
+    ):
+        name = next(one for one, _ in sdxl.components[part].named_modules() if one.endswith(name))
+        lora = random_lora(sdxl.components[part], {name: (2, 1.0)})[name]
+        weights |= kohya({theirs or f"text_model.{name.removeprefix('text_model.')}": lora}, prefix)
+        expected[part] = {name: (*lora[:2], 0.5)}
+    save_file(weights, tmp_path / "lora.safetensors")
+    parts = trainer.read_lora(sdxl, str(tmp_path / "lora.safetensors"))
+    torch.testing.assert_close(parts, expected, rtol=0, atol=0)
+
+
+def test_loras_that_are_none_for_this_model(pipe, tmp_path):
+    lora = random_lora(pipe.unet, ATTENTION)
+    scale = {f"lora_unet_{next(iter(ATTENTION)).replace('.', '_')}.dora_scale": torch.ones(96, 1)}
+    query = "attentions.0.transformer_blocks.0.attn1.to_q"
+    deeper = {f"down_blocks.{block}.{query}.lora_{side}.weight": torch.ones(shape)
+              for block in "123" for side, shape in (("A", (2, 96)), ("B", (96, 2)))}  # fmt: skip
+    for weights, told in (
+        (kohya(lora) | scale, "is a DoRA"),
+        (unet_keys(get_peft_model_state_dict(adapted(pipe.unet, lora, use_dora=True))), "is a DoRA"),
+        (unet_keys(deeper), r"2 of its tensors have no place .*unet\.down_blocks\.2\."),
+    ):
+        save_file(weights, tmp_path / LORA)
+        with pytest.raises(trainer.UserError, match=told):
+            trainer.read_lora(pipe, str(tmp_path))
+
+
+def test_the_part_of_a_second_text_encoder_is_named_where_there_is_none(pipe, folder, tmp_path, capsys):
+    second = {"text_model.encoder.layers.0.self_attn.q_proj": (torch.ones(2, 96), torch.ones(96, 2), 1.0)}
+    save_file(kohya(random_lora(pipe.unet, ATTENTION)) | kohya(second, "lora_te2_"), tmp_path / LORA)
+    train(write_data(folder, ROWS), tmp_path / "run", initial_lora=tmp_path / LORA, **ONE_STEP)
+    assert "text_encoder_2" in capsys.readouterr().out
+
+
+def test_what_is_saved_with_all_layers_is_read_back(pipe, folder, tmp_path):
+    settings = {"lora_layers": "all", "rank": 2, "lora_alpha": 3, "checkpointing_steps": 1}
+    train(write_data(folder, ROWS), tmp_path / "run", **ONE_STEP, **settings)
+    trained = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
+    layers = trainer.read_lora(pipe, str(tmp_path / "run"))["unet"]
+    assert layers.keys() >= ALL.keys()
+    assert {scale for *_, scale in layers.values()} == {1.5}
+    assert_equal(trained, {f"model.{name}.lora_{side}.default.weight": value for name, (*values, _) in layers.items()
+                           for side, value in zip("AB", values, strict=True)})  # fmt: skip
+
+
+def test_the_kohya_export_has_each_layers_own_alpha(pipe, folder, tmp_path):
+    given = kohya(random_lora(pipe.unet, ALL))
+    save_file(given, tmp_path / "lora.safetensors")
+    settings = {"initial_lora": tmp_path / "lora.safetensors", "learning_rate": 1e-12, "export_kohya": True}
+    train(write_data(folder, ROWS), tmp_path / "run", **ONE_STEP, **settings)
+    exported = load_file(tmp_path / "run" / "run.kohya.safetensors")
+    torch.testing.assert_close(exported, given, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("inside", ["unet", "."])
+def test_an_earlier_stages_unet_is_found_with_or_without_its_variant(inside, pipe, tmp_path):
+    model, other = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.unet).half()
+    for variant in (None, "fp16"):
+        other.conv_in.bias.data += 1
+        other.save_pretrained(tmp_path / str(variant) / inside, variant=variant)
+        args = args_of(full_unet=True, initial_unet=tmp_path / str(variant), variant="fp16")
+        trainer.load_initial_model(model, "unet", args)
+        assert_equal(model.state_dict(), copy.deepcopy(other).float().state_dict())

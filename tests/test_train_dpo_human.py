@@ -1,692 +1,829 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The laws of train_dpo_human.py, and its runs on the embedded world."""
+"""The laws of train_dpo_human.py: its method, its model families, and its runs on the embedded world."""
 
-import io
+import fcntl
+import itertools
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
+import diffusers
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from PIL import Image
+import torch.nn.functional as F
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
 from safetensors.torch import load_file
-from tiny_human.figures import BREAKS, all_attributes, draw
 
 import train_dpo_human as trainer
 
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = ROOT / "train_dpo_human.py"
-PIPELINE = ROOT / "tests" / "tiny_human" / "pipeline"
-SMALL = {
-    **{"train_batch_size": 2, "max_train_steps": 4, "logging_steps": 2, "checkpointing_steps": 2, "report_to": "none"},
-    **{"num_validation_images": 1, "validation_inference_steps": 1, "validation_draws": 1, "learning_rate": 1e-3},
-}
+# isort: off
+from train_helpers import data as _data, models as _models  # noqa: F401, the fixtures
+from train_helpers import FAMILIES, LORA, PIPELINE, ROOT, SMALL, HalfPrecision, assert_equal, drawn_latents, flags
+from train_helpers import interrupt, load, logged, losses_of, make_rows, names_in, read_metrics, read_weights, run_main
+from train_helpers import train, two_processes, with_scheduler, write_data
 
 
-# ---- Fixtures: a small data set in the format of make_preference_data.py --------------------------------------------
+LOSSES = ["sigmoid", "hinge", "ipo"]
+LOG_2 = pytest.approx(math.log(2), abs=1e-6)
 
 
-def jpeg(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=95, subsampling=0)
-    return file.getvalue()
+def rand(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_rows(count: int, first: int = 0) -> list[dict]:
-    """Right figures against broken ones; the winner's side alternates."""
-    rows = []
-    for i in range(first, first + count):
-        attributes = all_attributes()[37 * i % len(all_attributes())]
-        right, wrong = draw(attributes, seed=i), draw(attributes, seed=i, broken=BREAKS[i % len(BREAKS)])
-        sides = [right, wrong] if i % 2 else [wrong, right]
-        rows.append({
-            "jpg_0": jpeg(sides[0].image), "jpg_1": jpeg(sides[1].image), "caption": right.caption,
-            "label_0": float(i % 2), "label_1": float(1 - i % 2),
-        })  # fmt: skip
-    return rows
+# ---- The loss -------------------------------------------------------------------------------------------------------
 
 
-def write_data(folder: Path, train: list[dict], validation: list[dict] | None = None) -> Path:
-    (folder / "data").mkdir(parents=True)
-    for name, rows in (("train", train), ("validation", validation)):
-        if rows:
-            Dataset.from_list(rows).to_parquet(folder / "data" / f"{name}-00000-of-00001.parquet")
-    return folder
+def errors(scale: float = 1.0) -> list[torch.Tensor]:
+    return list(scale * (0.1 + torch.rand(4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)))
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("datasets"))
-    return write_data(tmp_path_factory.mktemp("pairs"), make_rows(10), make_rows(3, first=50))
+def at_logit(logit: float, loss_type: str, label: float = 1.0) -> tuple[float, float]:
+    """Loss and weight of a pair with this logit."""
+    zero = torch.zeros(1, dtype=torch.float64)
+    loss, found, weight = trainer.dpo_loss(zero - logit, zero, zero, zero, 1, loss_type, label)
+    assert found.item() == logit
+    return loss.item(), weight.item()
 
 
-def flags(settings: dict) -> list[str]:
-    return [
-        word
-        for name, value in settings.items()
-        for word in ([f"--{name}"] if value is True else [f"--{name}", str(value)])
-    ]
-
-
-def train(data: Path, output: Path, **settings) -> dict[str, torch.Tensor]:
-    """Runs main() in this process; returns the weights that it wrote."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    settings = SMALL | {"train_data_dir": data, "output_dir": output} | settings
-    trainer.main(trainer.parse_args(flags(settings)))
-    lora = output / "pytorch_lora_weights.safetensors"
-    return load_file(lora if lora.exists() else output / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
-
-
-def killed(*_) -> None:
-    raise KeyboardInterrupt
-
-
-def read_metrics(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-# ---- The method -----------------------------------------------------------------------------------------------------
-
-
-def errors(seed: int = 0) -> list[torch.Tensor]:
-    return list(0.1 + torch.rand(4, 8, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
-
-
-def test_loss_is_log_2_at_the_reference():
+@pytest.mark.parametrize(("loss_type", "start"), zip(LOSSES, (math.log(2), 1, 0.25), strict=True))
+def test_at_the_reference_the_loss_is_log_2(loss_type, start):
     err_w, err_l, *_ = errors()
-    loss, margin = trainer.dpo_loss(err_w, err_l, err_w, err_l, beta=2500)
-    assert loss.item() == pytest.approx(math.log(2))
-    assert torch.equal(margin, torch.zeros_like(margin))
+    loss, logit, weight = trainer.dpo_loss(err_w, err_l, err_w, err_l, 2500, loss_type)
+    assert loss.tolist() == pytest.approx([start] * 8)
+    assert logit.tolist() == [0] * 8
+    assert weight.tolist() == [0.5 if loss_type == "sigmoid" else 1] * 8
 
 
-def test_loss_equals_both_public_formulas():
+def test_the_loss_equals_both_public_formulas_at_their_betas():
     err_w, err_l, ref_err_w, ref_err_l = errors()
-    ours, _ = trainer.dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta=25)
-    # diffusers train_diffusion_dpo.py
+    ours = trainer.dpo_loss(err_w, err_l, ref_err_w, ref_err_l, beta=25)[0].mean().item()
+    # diffusers, train_diffusion_dpo.py
     logits = (ref_err_w - ref_err_l) - (err_w - err_l)
-    assert ours.item() == pytest.approx(-torch.nn.functional.logsigmoid(25 * logits).mean().item())
-    # SalesforceAIResearch/DiffusionDPO train.py
+    assert ours == pytest.approx(-F.logsigmoid(25 * logits).mean().item())
+    # SalesforceAIResearch/DiffusionDPO, train.py, and diffusers, train_diffusion_dpo_sdxl.py
     inside = -0.5 * 50 * ((err_w - err_l) - (ref_err_w - ref_err_l))
-    assert ours.item() == pytest.approx(-torch.nn.functional.logsigmoid(inside).mean().item())
+    assert ours == pytest.approx(-F.logsigmoid(inside).mean().item())
 
 
-@pytest.mark.parametrize("label", [1.0, 0.9, 0.6])
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
-def test_loss_lowers_the_winners_error_and_raises_the_losers(loss_type, label):
-    values = [0.01 * error for error in errors()]
-
-    def loss(err_w, err_l):
-        return trainer.dpo_loss(err_w, err_l, values[2], values[3], 1, loss_type, label)[0].item()
-
-    h = 1e-6
-    assert loss(values[0] + h, values[1]) > loss(values[0] - h, values[1])
-    assert loss(values[0], values[1] + h) < loss(values[0], values[1] - h)
+@pytest.mark.parametrize("label", [1.0, 0.6])
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_gradient_lowers_the_winners_error_and_raises_the_losers(loss_type, label):
+    err_w, err_l, *ref = errors(scale=0.01)
+    trainer.dpo_loss(err_w.requires_grad_(), err_l.requires_grad_(), *ref, 1, loss_type, label)[0].sum().backward()
+    assert (err_w.grad > 0).all()
+    assert torch.equal(err_l.grad, -err_w.grad)
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo"])
-def test_a_label_below_a_half_turns_the_sign_and_a_tie_pulls_back_to_the_reference(loss_type):
-    zero = torch.zeros(1, dtype=torch.float64)
-
-    def slope(margin: float, label: float) -> float:
-        h = 1e-7
-        above, below = (trainer.dpo_loss(zero, m + zero, zero, zero, 10, loss_type, label)[0].item()
-                        for m in (margin + h, margin - h))  # fmt: skip
-        return (above - below) / (2 * h)
-
-    assert slope(0, 0.1) > 0 > slope(0, 0.9)
-    assert slope(0, 0.5) == pytest.approx(0, abs=1e-6)
-    assert slope(0.2, 0.5) > 0 > slope(-0.2, 0.5)
+@pytest.mark.parametrize("loss_type", LOSSES)
+def test_the_weight_is_the_slope_of_the_loss_also_for_soft_labels(loss_type):
+    h, weight = 1e-6, {}
+    for logit, label in itertools.product((-2.0, -0.3, 0.0, 0.2, 0.7, 2.0), (1.0, 0.9, 0.6, 0.5, 0.1)):
+        above, below = (at_logit(logit + step, loss_type, label)[0] for step in (h, -h))
+        weight[logit, label] = at_logit(logit, loss_type, label)[1]
+        assert weight[logit, label] == pytest.approx((below - above) / (2 * h), abs=1e-7)
+    assert weight[0, 0.1] < 0 < weight[0, 0.9]  # a label below a half turns the sign
+    assert weight[0, 0.5] == pytest.approx(0)
+    assert weight[2, 0.5] < 0 < weight[-2, 0.5]  # a tie pulls back to the reference
 
 
-def test_label_smoothing_equals_the_conservative_dpo_formula():
-    err_w, err_l, ref_err_w, ref_err_l = errors()
-    ours, margin = trainer.dpo_loss(err_w, err_l, ref_err_w, ref_err_l, 25, label=torch.full((8,), 0.9))
-    logits = 25 * margin
-    theirs = -0.9 * torch.nn.functional.logsigmoid(logits) - 0.1 * torch.nn.functional.logsigmoid(-logits)
-    assert ours.item() == pytest.approx(theirs.mean().item(), rel=1e-6)
+def test_ipo_is_smallest_at_a_logit_of_one_half():
+    assert [at_logit(logit, "ipo")[0] for logit in (0.4, 0.5, 0.6)] == pytest.approx([0.01, 0, 0.01])
 
 
-# Diffusion-SDPO: a linear model theta -> theta * input for winner and loser shows what a step does to the winner
-
-
-def winner_after_a_step(safeguarded: bool, mu: float = 0.0, seed: int = 0) -> tuple[float, float]:
-    """The winner's error before and after one small step of gradient descent in the space of outputs."""
-    generator = torch.Generator().manual_seed(seed)
-    w = torch.randn(1, 2, 4, 4, generator=generator, dtype=torch.float64)
-    residual_w, residual_l = 0.1 * w, w + 0.1 * torch.randn(1, 2, 4, 4, generator=generator, dtype=torch.float64)
-    scale = trainer.safeguard_scale(residual_w, residual_l, mu) if safeguarded else torch.ones(1)
-    step = -residual_w + scale.item() * residual_l  # shared weights: both gradients move both outputs
-    return residual_w.square().mean().item(), (residual_w + 1e-3 * step).square().mean().item()
-
-
-def test_the_safeguard_keeps_the_winners_error_from_rising():
-    before, after = winner_after_a_step(safeguarded=False)
-    assert after > before  # plain Diffusion-DPO: the aligned loser drags the winner along
-    before, after = winner_after_a_step(safeguarded=True)
-    assert after == pytest.approx(before, rel=1e-4)
-    before, after = winner_after_a_step(safeguarded=True, mu=0.5)
-    assert after < before
-
-
-def test_the_safeguards_factor_is_the_closed_form_and_1_where_gradients_oppose():
-    g_w, g_l = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    g_l = g_l + torch.tensor([3.0, -3.0, 0.0]).view(3, 1, 1, 1) * g_w
+def test_the_safeguards_factor_is_the_closed_form_and_a_step_then_lowers_the_winners_error_by_mu():
+    g_w, g_l = rand(2, 3, 4, 8, 8)
+    g_l = g_l + torch.tensor([3.0, -3.0, 0.1]).view(3, 1, 1, 1) * g_w
     scale = trainer.safeguard_scale(g_w, g_l, 0.25)
+    size, aligned = g_w.square().sum((1, 2, 3)), (g_w * g_l).sum((1, 2, 3))
+    bound = (0.75 * size / aligned).tolist()
+    assert scale.tolist() == pytest.approx([bound[0], 1, min(1, bound[2])])
+    change = -size + scale * aligned  # of the winner's error, along -g_w + scale g_l
+    assert change[0].item() == pytest.approx(-0.25 * size[0].item(), rel=1e-4)
+    assert (change < -0.2499 * size).all()
+
+
+def test_what_is_logged_follows_from_the_predictions_by_the_docstrings_formula():
+    x_0, now, ref, noise = (rand(6, 4, 8, 8, seed=seed) for seed in range(4))
+    path = trainer.NoisePath(*torch.tensor([[1, 5, 9], [0.9, 0.8, 0.6], [0.4, 0.6, 0.8], [0.3, 0.2, 0.1]]), "epsilon")
+    losses, _ = losses_of(now, ref, x_0, noise[:3], path, "--beta_dpo", 3, "--lambda_stat", 7)
     for i in range(3):
-        inner = (g_w[i] * g_l[i]).sum().item()
-        expected = min(1, 0.75 * g_w[i].square().sum().item() / inner) if inner > 0 else 1
-        assert scale[i].item() == pytest.approx(expected, rel=1e-5)
-    assert scale[0] < 1
-    assert scale[1] == 1
+        err, ref_err = ([(side[j] - noise[i]).square().mean().item() for j in (i, i + 3)] for side in (now, ref))
+        logit = 3 * ((ref_err[0] - err[0]) - (ref_err[1] - err[1]))
+        moved = path.c[i] * path.s[i] / path.a[i] * (now[i] - ref[i])  # by one reverse step, of epsilon
+        stat, dpo = 7 * moved.mean((1, 2)).square().sum().item(), math.log(1 + math.exp(-logit))
+        expected = {
+            "loss": dpo + stat, "loss/dpo": dpo, "loss/statistics": stat, "dpo_weight": 1 / (1 + math.exp(logit)),
+            "error/winner": err[0], "error/winner_over_reference": err[0] - ref_err[0], "loser_scale": 1,
+            "error/loser": err[1], "error/loser_over_reference": err[1] - ref_err[1],
+            "error/winner_relative": err[0] / ref_err[0] - 1, "rewards/margins": logit,
+            "prediction_norm": np.mean([now[j].norm() / ref[j].norm() for j in (i, i + 3)]).item(),
+            "rewards/accuracies": float(logit > 0),
+        }  # fmt: skip
+        assert {name: values[i].item() for name, values in losses.items()} == pytest.approx(expected, rel=1e-4)
 
 
-def test_scaling_a_gradient_leaves_the_value():
-    x = torch.tensor([2.0, 3.0], requires_grad=True)
-    y = trainer.scale_gradient(x.square(), torch.tensor([0.5, 0.0]))
-    y.sum().backward()
-    assert y.tolist() == [4, 9]
-    assert x.grad.tolist() == [2, 0]
+def test_the_safeguard_holds_back_the_loser_alone_and_only_where_the_pair_pushes_the_winner_up():
+    noise, residual = rand(2, 4, 8, 8), rand(2, 4, 8, 8, seed=1)
+    path = trainer.NoisePath(*torch.full((4, 2), 0.5), "epsilon")
+    now = torch.cat([noise + residual, noise + 3 * residual])  # the losers' gradients point the same way
+    size = residual.square().mean((1, 2, 3), keepdim=True)
+    better = torch.tensor([0.1, 0.9]).view(2, 1, 1, 1)  # logits: below ipo's minimum of one half, and above it
+    ref = torch.cat([noise + residual * (1 + better / size).sqrt(), noise + 3 * residual])
+    case = (now, ref, rand(4, 4, 8, 8), noise, path, "--beta_dpo", 1, "--lambda_stat", 0, "--loss_type", "ipo")
+    plain, gradient = losses_of(*case)
+    guarded, held = losses_of(*case, "--winner_safeguard", 0.4)
+    assert plain["rewards/margins"].tolist() == pytest.approx([0.1, 0.9], abs=1e-5)
+    assert torch.equal(plain["loss"], guarded["loss"])
+    assert guarded["loser_scale"].tolist() == pytest.approx([0.2, 1])  # (1 - mu) / 3
+    torch.testing.assert_close(held, gradient * torch.tensor([1, 1, 0.2, 1]).view(4, 1, 1, 1))
 
 
-def test_ipo_is_smallest_at_its_margin():
-    zero = torch.zeros(1, dtype=torch.float64)
-    losses = [trainer.dpo_loss(zero, m + zero, zero, zero, 100, "ipo")[0].item() for m in (0.004, 0.005, 0.006)]
-    assert losses[1] == pytest.approx(0)
-    assert min(losses) == losses[1]
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_predict_x0_inverts_add_noise(prediction_type):
-    scheduler = DDPMScheduler(beta_schedule="scaled_linear", prediction_type=prediction_type)
-    x_0, noise = torch.randn(2, 5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    t = torch.tensor([0, 10, 400, 800, 999])
-    alpha_bar = scheduler.alphas_cumprod[t]
-    x_t = trainer.add_noise(x_0, noise, alpha_bar)
-    target = trainer.training_target(x_0, noise, alpha_bar, prediction_type)
-    torch.testing.assert_close(x_t, scheduler.add_noise(x_0, noise, t))
-    if prediction_type == "v_prediction":
-        torch.testing.assert_close(target, scheduler.get_velocity(x_0, noise, t))
-    torch.testing.assert_close(trainer.predict_x0(target, x_t, alpha_bar, prediction_type), x_0, atol=2e-5, rtol=1e-4)
-
+# ---- Noise paths and draws ------------------------------------------------------------------------------------------
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
-SCHEDULES = {
-    "sd": DDPMScheduler(**SD),
-    "400 steps": DDPMScheduler(**SD, num_train_timesteps=400),
-    "zero terminal snr": DDPMScheduler(**SD, rescale_betas_zero_snr=True),
+DDPM = {"sd": SD, "400 steps": SD | {"num_train_timesteps": 400}, "zero snr": SD | {"rescale_betas_zero_snr": True}}
+SCHEDULERS = {
+    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
+    "flow, dynamic": FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9),
 }
+for kind, name in itertools.product(("epsilon", "v_prediction", "sample"), DDPM):
+    SCHEDULERS[f"{kind}, {name}"] = DDPMScheduler(**DDPM[name], prediction_type=kind)
 
 
-def statistics_loss(x0: torch.Tensor, ref_x0: torch.Tensor, t: int, schedule: str = "sd") -> float:
-    alpha_bar = SCHEDULES[schedule].alphas_cumprod
-    before = alpha_bar[t - 1] if t else torch.tensor(1.0)
-    means = (value.mean(dim=(2, 3)) for value in (x0, ref_x0))
-    return trainer.statistics_matching_loss(*means, alpha_bar[t].expand(len(x0)), before.expand(len(x0))).item()
+def path_of(scheduler) -> trainer.NoisePath:
+    family = trainer.SD3() if isinstance(scheduler, FlowMatchEulerDiscreteScheduler) else trainer.UNet()
+    return family.path(SimpleNamespace(scheduler=scheduler), 400)
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("t", [0, 1, 162, -1])
-def test_statistics_loss_is_that_of_the_schedulers_own_step(schedule, prediction_type, t):
-    scheduler = DDPMScheduler.from_config(SCHEDULES[schedule].config, prediction_type=prediction_type)
-    t = t % scheduler.config.num_train_timesteps
-    if prediction_type == "epsilon" and scheduler.alphas_cumprod[t] == 0:
-        pytest.skip("no image follows from epsilon there; the trainer refuses it")
-    x_t, ours, theirs = torch.randn(3, 3, 4, 8, 8, generator=torch.Generator().manual_seed(1))
-    steps = [
-        scheduler.step(prediction, t, x_t, generator=torch.Generator().manual_seed(5)).prev_sample.double()
-        for prediction in (ours, theirs)
-    ]
-    expected = (steps[0].mean((2, 3)) - steps[1].mean((2, 3))).square().sum(1).mean().item()
-    alpha_bar = scheduler.alphas_cumprod[t].expand(3)
-    x0 = [trainer.predict_x0(prediction, x_t, alpha_bar, prediction_type) for prediction in (ours, theirs)]
-    assert statistics_loss(*x0, t, schedule) == pytest.approx(expected, rel=3e-3)
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_the_path_is_the_schedulers_own(name):
+    """t, x_t, the target, the predicted x_0, and two real reverse steps: c and the statistics loss."""
+    path, scheduler = path_of(SCHEDULERS[name]), SCHEDULERS[name]
+    if path.kind == "flow":  # each point of the schedule one of its steps
+        mu = calculate_shift(400, 256, 4096, 0.5, 0.9) if scheduler.config.use_dynamic_shifting else None
+        scheduler = scheduler.from_config(scheduler.config)
+        scheduler.set_timesteps(sigmas=np.linspace(1, 1e-3, 1000), mu=mu)
+    assert path.kind == name.partition(",")[0]
+    torch.testing.assert_close(path.t.float(), scheduler.timesteps.flip(0).float())
+    x_0, noise, *predictions = rand(4, 3, 4, 8, 8)
+    for point in (0, 1, 162, len(path.t) - 1):
+        a, s, times = path.a[point], path.s[point], scheduler.timesteps[-1 - point].expand(3)
+        x_t, target = trainer.add_noise(x_0, noise, a, s), trainer.training_target(x_0, noise, a, s, path.kind)
+        if path.kind == "flow":
+            noised, wanted = scheduler.scale_noise(x_0, times, noise), noise - x_0
+        else:
+            noised, velocity = scheduler.add_noise(x_0, noise, times), scheduler.get_velocity(x_0, noise, times)
+            wanted = {"epsilon": noise, "sample": x_0, "v_prediction": velocity}[path.kind]
+        torch.testing.assert_close(x_t, noised)
+        torch.testing.assert_close(target, wanted)
+        if path.kind == "epsilon" and a == 0:
+            continue  # no image follows from epsilon there; the script refuses it
+        torch.testing.assert_close(trainer.predict_x0(target, x_t, a, s, path.kind), x_0, atol=1e-4, rtol=1e-3)
+        steps = []
+        for prediction in predictions:
+            scheduler._step_index, generator = None, torch.Generator().manual_seed(5)
+            steps.append(scheduler.step(prediction, times[0], x_t, generator=generator).prev_sample.double())
+        x0, moved = [trainer.predict_x0(one, x_t, a, s, path.kind) for one in predictions], steps[0] - steps[1]
+        near = {"rtol": 2e-3, "atol": 2e-3 * moved.abs().max().item(), "check_dtype": False}
+        torch.testing.assert_close(path.c[point] * (x0[0] - x0[1]), moved, **near)
+        loss = trainer.statistics_matching_loss(*(one.mean((2, 3)) for one in x0), path.c[point].expand(3))
+        assert loss.tolist() == pytest.approx(moved.mean((2, 3)).square().sum(1).tolist(), rel=5e-3)
 
 
-def test_statistics_loss_ignores_the_order_of_pixels_and_sees_a_shift():
-    x0 = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    shuffled = x0.flatten(2)[:, :, torch.randperm(64)].view_as(x0)
-    assert statistics_loss(shuffled, x0, 500) == pytest.approx(0, abs=1e-12)
-    assert statistics_loss(x0 + 0.1, x0, 0) == pytest.approx(4 * 0.1**2, rel=1e-4)
+def test_the_statistics_loss_ignores_the_order_of_pixels_and_sees_a_shift():
+    x_0, c = rand(2, 4, 8, 8), torch.tensor([1.0, 0.5])
+    shuffled = x_0.flatten(2)[:, :, torch.randperm(64)].view_as(x_0)
+    loss = [trainer.statistics_matching_loss(one.mean((2, 3)), x_0.mean((2, 3)), c) for one in (shuffled, x_0 + 0.1)]
+    assert loss[0].tolist() == pytest.approx([0, 0], abs=1e-12)
+    assert loss[1].tolist() == pytest.approx([4 * 0.1**2, 4 * 0.05**2], rel=1e-4)
 
 
-# ---- Draws ----------------------------------------------------------------------------------------------------------
+def test_by_default_statistics_matching_weighs_as_much_for_flow_as_10000_for_sd():
+    sd = path_of(SCHEDULERS["epsilon, sd"])
+    assert trainer.default_lambda_stat(sd) == trainer.default_lambda_stat(path_of(SCHEDULERS["sample, sd"])) == 10_000
+    weight = 10_000 * (sd.c * sd.s / sd.a).square().mean().item()  # of a difference in epsilon
+    flows = [path_of(FlowMatchEulerDiscreteScheduler(shift=shift)) for shift in (1.0, 3.0)]
+    found = [trainer.default_lambda_stat(flow) for flow in flows]
+    weights = [own * (flow.c * flow.s).square().mean().item() for own, flow in zip(found, flows, strict=True)]
+    assert weights == pytest.approx([weight] * 2, rel=2e-3)
+    assert found[1] == pytest.approx(360_000, rel=0.01)
 
 
-def test_draws_are_functions_of_seed_pair_and_visit():
-    visits = [(row, visit) for row in range(4) for visit in range(2)]
-    noise, t = trainer.draw_noise(0, "train", visits, (2, 4, 4), (0, 1000))
-    again, t_again = trainer.draw_noise(0, "train", visits[4:], (2, 4, 4), (0, 1000))
-    assert torch.equal(noise[4:], again)
-    assert torch.equal(t[4:], t_again)
-    assert len(set(noise[:, 0, 0, 0].tolist())) == 8
-    for other in (
-        trainer.draw_noise(1, "train", visits, (2, 4, 4), (0, 1000)),
-        trainer.draw_noise(0, "x", visits, (2, 4, 4), (0, 1000)),
-    ):
-        assert not torch.equal(noise, other[0])
-        assert not torch.equal(t, other[1])
+def test_timesteps_are_uniform_in_their_range_or_logit_normal():
+    quantile = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    assert trainer.draw_timesteps(quantile[::10], 900, 1000).tolist() == list(range(900, 1000))
+    logit = torch.special.logit((trainer.draw_timesteps(quantile, 0, 1000, "logit_normal") + 0.5) / 1000)
+    assert (logit.mean().item(), logit.std().item()) == pytest.approx((0, 1), abs=0.01)
 
 
-def test_timesteps_are_uniform_in_their_range():
-    _, t = trainer.draw_noise(0, "train", [(row, 0) for row in range(2000)], (1,), (900, 1000))
-    assert (t.min().item(), t.max().item()) == (900, 999)
-    assert t.float().mean().item() == pytest.approx(949.5, abs=4 * 28.9 / 2000**0.5)
+def test_noise_and_quantile_are_functions_of_seed_stream_pair_and_visit():
+    visits = [(pair, visit) for pair in range(200) for visit in range(2)]
+    noise, quantile = trainer.draw_noise(0, "train", visits, (2, 4, 4), 1000)
+    again = trainer.draw_noise(0, "train", visits[7:9], (2, 4, 4), 1000)
+    assert torch.equal(noise[7:9], again[0])
+    assert torch.equal(quantile[7:9], again[1])
+    assert len(set(noise[:, 0, 0, 0].tolist())) == 400
+    assert (noise.mean().item(), noise.std().item()) == pytest.approx((0, 1), abs=0.03)
+    assert (quantile.mean().item(), quantile.std().item()) == pytest.approx((0.5, 12**-0.5), abs=0.04)
+    for seed, stream in ((1, "train"), (0, "validation")):
+        other = trainer.draw_noise(seed, stream, visits, (2, 4, 4), 1000)
+        assert not (noise == other[0]).any()
+        assert not torch.equal(quantile, other[1])
 
 
-def test_ranks_and_micro_batches_share_out_the_positions():
-    args = trainer.parse_args(["--train_batch_size", "3", "--gradient_accumulation_steps", "2"])
-    where = [trainer.positions(s, m, rank, args, 2) for s in range(2) for m in range(2) for rank in range(2)]
-    assert [position for part in where for position in part] == list(range(24))
+GRIDS = {"none": [150, 450, 750, 1050], "logit_normal": [288, 505, 694, 911]}
 
 
-def pairs_in_buckets(counts: list[int], per_step: int) -> trainer.Pairs:
-    bucket = np.repeat(np.arange(len(counts)), counts)
-    latents = [torch.zeros(count, 2, 4, 2 + i, 2) for i, count in enumerate(counts)]
-    place = np.concatenate([np.arange(count) for count in counts])
-    total = sum(counts)
-    return trainer.Pairs(
-        latents,
-        bucket,
-        place,
-        place,
-        torch.ones(total),
-        torch.zeros(total, 6, dtype=torch.long),
-        per_step,
-        place,
-        [],
-        {},
-    )
+@pytest.mark.parametrize(("scheme", "points"), GRIDS.items())
+def test_a_batch_holds_winners_then_losers_and_the_held_out_grid_follows_draw_timesteps(scheme, points):
+    pairs = trainer.Pairs(
+        latents=[torch.tensor([i, -i]).half().view(2, 1, 1, 1).expand(2, 4, 2, 2) for i in range(3)],
+        label=torch.tensor([1, 0.5, 0.7]), sizes=torch.arange(18).view(3, 6), row=[5, 6, 7], caption=["a", "b", "a"],
+        buckets=[np.arange(3)], key="", text={"a": {"embeds": torch.ones(3)}, "b": {"embeds": torch.zeros(3)}},
+        paths={(2, 2): trainer.NoisePath(*(torch.arange(1200) + k for k in range(4)), "epsilon")},
+    )  # fmt: skip
+    command = f"--pretrained_model_name_or_path none --weighting_scheme {scheme} --timestep_range 0 1200"
+    args, visits = trainer.parse_args(command.split()), [(2, 0), (1, 1), (2, 2), (0, 3)]
+    batch, trained = (trainer.make_batch(pairs, visits, held, args, torch.device("cpu")) for held in (True, False))
+    assert (batch.x_0.shape, batch.x_0.dtype, batch.noise.shape) == ((8, 4, 2, 2), torch.float32, (4, 4, 2, 2))
+    assert batch.x_0[:, 0, 0, 0].tolist() == [2, 1, 2, 0, -2, -1, -2, 0]
+    assert [values.tolist() for values in batch.path[:4]] == [[point + k for point in points] for k in range(4)]
+    assert batch.label.tolist() == pytest.approx([0.7, 0.5, 0.7, 1])
+    assert batch.text["embeds"][:, 0].tolist() == [1, 0, 1, 1]
+    assert batch.sizes[:, 0].tolist() == [12, 6, 12, 0]
+    assert not (trained.noise == batch.noise).any()
 
 
-def test_every_epoch_sees_every_pair_once():
-    pairs = pairs_in_buckets([10], 4)
-    visits = trainer.visits_at(0, range(30), pairs)
-    epochs = [[row for row, epoch in visits if epoch == e] for e in range(3)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert epochs[0] != epochs[1] != epochs[2]
+@pytest.mark.parametrize(("counts", "size"), [([10], 4), ([7, 2, 9], 4), ([64, 1], 16), ([5], 16)])
+def test_every_pair_comes_once_an_epoch_and_no_batch_mixes_buckets(counts, size):
+    ends = np.cumsum(counts)
+    buckets = [np.arange(end - count, end) for count, end in zip(counts, ends, strict=True)]
+    batches, other = (list(itertools.islice(trainer.endless_batches(seed, buckets, size), 60)) for seed in (0, 1))
+    seen = Counter(visit for batch in batches for visit in batch)
+    assert max(seen.values()) == 1
+    whole = min(epoch for _, epoch in batches[-1]) - 1  # what an epoch leaves over comes in the next one's batches
+    assert whole >= 2
+    assert all(seen[pair, epoch] for pair in range(sum(counts)) for epoch in range(whole))
+    for batch in batches:
+        pairs = [pair for pair, _ in batch]
+        (bucket,) = set(np.searchsorted(ends, pairs, side="right").tolist())
+        full = min(size, counts[bucket])
+        assert len(pairs) == full
+        # in a batch of an epoch's last and the next one's first pairs, a pair may meet itself, with other noise
+        assert max(Counter(pairs).values()) <= (2 if counts[bucket] % full else 1)
+    orders = [[pair for batch in batches for pair, own in batch if own == epoch] for epoch in range(2)]
+    assert orders[0] != orders[1]
+    assert batches != other
 
 
-def test_with_buckets_a_step_has_one_size_and_no_pair_is_forgotten():
-    pairs = pairs_in_buckets([7, 2, 9], 4)
-    length = 4 + 4 + 8
-    visits = trainer.visits_at(0, range(2 * length), pairs)
-    assert {epoch for _, epoch in visits[:length]} == {0}
-    many = trainer.visits_at(0, range(20 * length), pairs)
-    assert {row for row, _ in many} == set(range(18))  # what one epoch leaves over comes in another
-    for start in range(0, 2 * length, 4):
-        assert len({pairs.bucket[row] for row, _ in visits[start : start + 4]}) == 1
-    batch = trainer.make_batch(pairs, visits[:4], torch.zeros(4, 4, 2, 2), torch.zeros(4), torch.device("cpu"))
-    assert batch.x_0.shape[0] == 8
+# ---- Model families -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_predict_equals_to_the_last_bit_what_the_pipelines_own_call_gets(models, name):
+    pipe, family, seen = load(models[name]), FAMILIES[name], []
+    assert type(family) is trainer.FAMILIES[type(pipe).__name__]
+    model = getattr(pipe, family.model)
+    model.register_forward_hook(lambda _, *call: seen.append(call), with_kwargs=True)
+    pipe("a person in red", num_inference_steps=2, guidance_scale=1, height=64, width=48, output_type="latent")
+    calls, text = seen[:2], family.encode_text(pipe, ["a person in red"])
+    sizes = torch.tensor([[64, 48, 0, 0, 64, 48]])
+    for args, named, (own, *_) in calls:
+        x_t, t = args or (named["hidden_states"], named["timestep"])
+        assert torch.equal(family.predict(model, x_t, t.expand(1), text, sizes), own)
+        assert own.std() > 0
+    if name == "sdxl":
+        assert torch.equal(calls[0][1]["added_cond_kwargs"]["time_ids"], sizes.float())
+        assert not torch.equal(family.predict(model, x_t, t.expand(1), text, sizes + 8), own)
+    if name == "sd3":  # a dynamic shift
+        path = family.path(pipe, (64 // 8 // 2) * (48 // 8 // 2))
+        torch.testing.assert_close(path.s[[999, 0]], pipe.scheduler.sigmas[:2])
+        assert not torch.allclose(path.s[0], family.path(pipe, 64).s[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_pixels_and_latents_use_the_vaes_scale_shift_mean_and_std_as_the_pipeline_does(models, name):
+    pipe, family = load(models[name]), FAMILIES[name]
+    options = {"num_inference_steps": 1, "height": 64, "width": 48}
+    drawn = {kind: pipe("a person", generator=torch.Generator().manual_seed(0), output_type=kind, **options).images
+             for kind in ("latent", "pt")}  # fmt: skip
+    pixels = family.to_pixels(pipe, drawn["latent"])
+    torch.testing.assert_close(pipe.image_processor.postprocess(pixels, output_type="pt"), drawn["pt"])
+    again = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mode()).sample
+    torch.testing.assert_close(family.to_pixels(pipe, family.to_latents(pipe, pixels)), again)
+
+
+OTHERS = [
+    *(diffusers.EDMEulerScheduler(), diffusers.LCMScheduler(), diffusers.TCDScheduler()),
+    *(FlowMatchEulerDiscreteScheduler(), diffusers.DDIMScheduler()),
+    DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
+]
+
+
+@pytest.mark.parametrize("scheduler", OTHERS, ids=lambda value: type(value).__name__)
+def test_a_scheduler_of_another_kind_is_refused_by_name(scheduler):
+    family = trainer.SD3() if isinstance(scheduler, diffusers.DDIMScheduler) else trainer.UNet()
+    with pytest.raises(trainer.UserError, match=type(scheduler).__name__):
+        family.path(SimpleNamespace(scheduler=scheduler), 1)
+
+
+def test_the_sampler_draws_finite_latents_whatever_scheduler_the_model_came_with(models):
+    pipe, kinds = load(models["sd"]), [diffusers.DEISMultistepScheduler, diffusers.SASolverScheduler]
+    for own in (*(kind(beta_end=0.012) for kind in kinds), DPMSolverMultistepScheduler(lower_order_final=False)):
+        pipe.scheduler = own
+        pipe.scheduler = trainer.UNet().sampler(pipe)
+        assert pipe.scheduler.config.beta_end == own.config.beta_end
+        assert pipe.scheduler.config.lower_order_final
+        latents = pipe("a person", num_inference_steps=3, output_type="latent", height=64, width=64).images
+        assert latents.isfinite().all()
+
+
+@pytest.mark.parametrize(("kind", "last"), [("v_prediction", [999, 1000]), ("epsilon", [0, 999])])
+def test_zero_terminal_snr(data, tmp_path, kind, last):
+    model = with_scheduler(tmp_path / "model", rescale_betas_zero_snr=True, prediction_type=kind)
+    settings = {"pretrained_model_name_or_path": model, "max_train_steps": 1}
+    if kind == "epsilon":
+        with pytest.raises(trainer.UserError, match=r"zero terminal SNR.* --timestep_range 0 999"):
+            train(data, tmp_path / "run", **settings)
+    weights = train(data, tmp_path / "fine", timestep_range=last, **settings)
+    (first,) = read_metrics(tmp_path / "fine")
+    assert first["loss/dpo"] == LOG_2
+    assert all(np.isfinite(list(first.values())))
+    assert all(value.isfinite().all() for value in weights.values())
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
 
+WHOLE = {
+    **{"gradient_accumulation_steps": 2, "logging_steps": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 2},
+    **{"run_validation": True, "lora_alpha": 12},
+}
+
 
 @pytest.fixture(scope="module")
 def finished(data, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("runs") / "lora"
-    train(data, output, gradient_accumulation_steps=2, max_train_steps=6, checkpoints_total_limit=2)
-    return output
+    """A run with all that one writes; nobody changes its folder."""
+    train(data, tmp_path_factory.mktemp("runs") / "lora", **WHOLE)
+    return tmp_path_factory.getbasetemp() / "runs0" / "lora"
 
 
-def test_a_run_writes_what_it_promises(finished):
-    names = {path.name for path in finished.iterdir()}
-    assert names == {
-        *("pytorch_lora_weights.safetensors", "README.md", "metrics.jsonl", "training_settings.json"),
-        *("validation.png", "validation", "checkpoint-4", "checkpoint-6", "cache"),
-    }  # fmt: skip
-    logged, held_out = read_metrics(finished)[-2:]
-    assert {*trainer.METRICS, "grad_norm", "lr", "pairs_per_second", "step"} == logged.keys()
-    assert {f"validation/{name}" for name in trainer.METRICS} | {"step"} == held_out.keys()
-    assert held_out["validation/loss/dpo"] != pytest.approx(math.log(2), abs=1e-6)
+def test_what_a_run_writes(data, finished):
+    told = {"README.md", "metrics.jsonl", "training_settings.json", "validation.png", "validation", ".lock"}
+    assert names_in(finished) == {LORA, *told, "checkpoint-3", "checkpoint-4"}
+    assert names_in(finished / "validation") == {"step-000004.png"}
+    assert names_in(finished / "checkpoint-4") == {"model.safetensors", "state.pt", "run.json", LORA}
+    assert_equal(read_weights(finished), read_weights(finished / "checkpoint-4"))
+    assert {name.split("-")[0] for name in names_in(data / "encoded")} == {"latents", "captions"}
+    lines = read_metrics(finished)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
+    trained, held_out = lines[-2:]
+    logged_names = trained.keys() - {"step", "grad_norm", "lr", "pairs_per_second"}
+    assert {f"validation/{name}" for name in logged_names} == held_out.keys() - {"step"}
+    assert trained["loss"] == pytest.approx(trained["loss/dpo"] + trained["loss/statistics"])
+    assert held_out["validation/loss/dpo"] != LOG_2
     card = (finished / "README.md").read_text()
-    assert "load_lora_weights" in card
-    assert "validation.png" in card
-    assert Image.open(finished / "validation.png").width > 200
+    assert 'pipe.load_lora_weights("lora")' in card
+    assert "](validation.png)" in card
 
 
-def test_the_first_step_starts_at_the_reference(data, tmp_path):
-    train(data, tmp_path / "run", max_train_steps=1, logging_steps=1, checkpointing_steps=9)
-    first = read_metrics(tmp_path / "run")[0]
-    assert first["loss/dpo"] == pytest.approx(math.log(2), abs=1e-6)
-    assert first["loss/statistics"] == 0
-    assert first["grad_norm"] > 0
-
-
-def test_the_lora_changes_a_pipelines_images_and_at_scale_0_does_not(finished):
-    pipe = StableDiffusionPipeline.from_pretrained(PIPELINE, torch_dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
-
-    def latents(scale: float) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        options = {"num_inference_steps": 2, "output_type": "latent", "cross_attention_kwargs": {"scale": scale}}
-        return pipe("a person", generator=generator, **options).images
-
-    base = latents(1)
-    pipe.load_lora_weights(finished)
-    assert not torch.allclose(latents(1), base, atol=1e-4)
-    torch.testing.assert_close(latents(0), base)
-
-
-def test_alpha_reaches_the_pipeline(data, tmp_path):
-    train(data, tmp_path / "run", rank=2, lora_alpha=6, max_train_steps=1)
-    pipe = StableDiffusionPipeline.from_pretrained(PIPELINE, torch_dtype=torch.float32)
-    pipe.load_lora_weights(tmp_path / "run")
-    config = next(iter(pipe.unet.peft_config.values()))
-    assert (config.r, config.lora_alpha) == (2, 6)
-
-
-RESUMED = {
-    "accumulation": {"gradient_accumulation_steps": 2},
-    "whole U-Net, averaged": {"full_unet": True, "ema": 0.9},
-    "text encoder": {"train_text_encoder": True, "text_encoder_rank": 2, "precompute_reference": 1},
-    "8-bit Adam": {"use_8bit_adam": True, "lr_scheduler": "cosine"},
+FIRST = {"max_train_steps": 1, "train_batch_size": 5}
+STARTS = {
+    "LoRA, bf16": ("sd", {"mixed_precision": "bf16"}),
+    "thrifty": ("sd", {"gradient_checkpointing": True}),
+    "whole U-Net": ("sd", {"full_unet": True}),
+    "whole U-Net, bf16": ("sd", {"full_unet": True, "mixed_precision": "bf16"}),
+    "text encoder": ("sd", {"train_text_encoder": True}),
+    "text encoder alone": ("sd", {"train_text_encoder": True, "freeze_unet": True}),
+    "SDXL": ("sdxl", {"height": 48, "width": 32, "train_text_encoder": True}),
+    "SD 3": ("sd3", {}),
+    "SD 3 without T5": ("sd3 without T5", {"train_text_encoder": True}),
+    "whole SD 3": ("sd3", {"full_unet": True}),
 }
 
 
-@pytest.mark.parametrize("options", RESUMED.values(), ids=RESUMED.keys())
-def test_a_resumed_run_equals_an_uninterrupted_one(data, tmp_path, monkeypatch, options):
-    options = options | {"learning_rate": 1e-4, "logging_steps": 1}
-    whole = train(data, tmp_path / "whole", **options)
-    own = trainer.optimisation_step
-    monkeypatch.setattr(trainer, "optimisation_step", lambda run, step: killed() if step == 3 else own(run, step))
-    with pytest.raises(KeyboardInterrupt):
-        train(data, tmp_path / "parts", **options)
-    monkeypatch.undo()
-    parts = train(data, tmp_path / "parts", **options, resume_from_checkpoint="latest")
-    assert_equal(whole, parts)
-    logged = [
-        [entry["loss"] for entry in read_metrics(tmp_path / run) if "loss" in entry] for run in ("whole", "parts")
-    ]
-    assert logged[0] == logged[1]
+@pytest.fixture(scope="module")
+def plain(data, tmp_path_factory) -> Path:
+    """One step of a LoRA."""
+    train(data, tmp_path_factory.mktemp("plain") / "run", pretrained_model_name_or_path=PIPELINE, **FIRST)
+    return tmp_path_factory.getbasetemp() / "plain0" / "run"
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_the_first_step_starts_at_the_reference(data, models, plain, tmp_path, monkeypatch, name):
+    (model, options), seen = STARTS[name], []
+    family, predict = type(FAMILIES[model]), type(FAMILIES[model]).predict
+    monkeypatch.setattr(family, "predict", lambda own, *args: seen.append(args) or predict(own, *args))
+    weights = train(data, tmp_path / "run", pretrained_model_name_or_path=models[model], **FIRST, **options)
+    (first,), (base,) = read_metrics(tmp_path / "run"), read_metrics(plain)
+    assert first["loss/dpo"] == base["loss/dpo"] == LOG_2
+    assert (first["loss/statistics"], first["rewards/margins"], first["error/winner_over_reference"]) == (0, 0, 0)
+    assert first["grad_norm"] > 0
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    if model == "sd" and "mixed_precision" not in options:  # whatever is trained, it is the base model's error
+        assert first["error/winner"] == pytest.approx(base["error/winner"], rel=1e-5)
+    if name == "thrifty":
+        for key, value in read_weights(plain).items():
+            torch.testing.assert_close(weights[key], value, atol=1e-5, rtol=1e-3)
+    if "full_unet" not in options:
+        parts = {"text_encoder", "text_encoder_2"} - ({"text_encoder_2"} if model == "sd" else set())
+        parts = (parts if "train_text_encoder" in options else set()) | {FAMILIES[model].model}
+        assert {key.split(".")[0] for key in weights} == parts - ({"unet"} if "freeze_unet" in options else set())
+    _, _, t, _, sizes = seen[0]
+    assert torch.equal(*t.chunk(2))
+    if name == "SDXL":  # 64 x 64 pixels, scaled by 3 / 4, 8 cut off on each side
+        assert sizes.tolist() == [[64, 64, 0, 8, 48, 32]] * 10
+    if name == "SD 3":  # 48 x 48 pixels: 3 x 3 tokens decide the shift
+        paths = [family().path(load(models[model]), tokens).t for tokens in (9, 1)]
+        assert [torch.isin(t, own).all().item() for own in paths] == [True, False]
+
+
+SAVED = {
+    "attention": ("sd", ["attention"], {"lora_alpha": 12}),
+    "all layers": ("sd", ["all"], {"train_text_encoder": True, "lora_alpha": 3}),
+    "layers by name": ("sd", ["to_q", "conv1", "ff.net.2"], {}),
+    "SDXL": ("sdxl", ["all"], {"train_text_encoder": True, "text_encoder_rank": 2}),
+    "SD 3": ("sd3", ["all"], {"train_text_encoder": True}),
+}
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_a_saved_lora_gives_a_pipeline_the_outputs_of_training(data, models, tmp_path, monkeypatch, name):
+    (model, layers, options), seen, own = SAVED[name], [], trainer.pair_losses
+    monkeypatch.setattr(trainer, "pair_losses", lambda policy, *rest: seen.append(policy) or own(policy, *rest))
+    settings = {"pretrained_model_name_or_path": models[model], "lora_layers": layers, "export_kohya": model != "sd3"}
+    settings |= {"rank": 4, "learning_rate": 3e-2, "max_train_steps": 2}
+    weights = train(data, tmp_path / "run", **settings | options)
+    assert any("conv1" in key or "norm1.linear" in key for key in weights) == (layers != ["attention"])
+    policy, pipe, base, family = seen[0], load(models[model]), load(models[model]), FAMILIES[model]
+    pipe.load_lora_weights(tmp_path / "run")
+    x_t, t, sizes = rand(1, pipe.vae.config.latent_channels, 8, 8), torch.tensor([500]), torch.tensor([[64] * 6])
+    with torch.no_grad():
+        text = family.encode_text(policy.pipe if "train_text_encoder" in options else base, ["a person in red"])
+        for key, value in family.encode_text(pipe, ["a person in red"]).items():
+            torch.testing.assert_close(text[key], value)
+        three = (policy.model, getattr(pipe, family.model), getattr(base, family.model))
+        trained, loaded, untrained = (family.predict(one, x_t, t, text, sizes) for one in three)
+    torch.testing.assert_close(loaded, trained, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(untrained, trained, atol=1e-2)
+    if model != "sd3":
+        kohya = load_file(tmp_path / "run" / "run.kohya.safetensors")
+        parts = {"sd": {"te"}, "sdxl": {"te1", "te2"}}[model] if "train_text_encoder" in options else set()
+        assert {key.split("_")[1] for key in kohya} == {"unet", *parts}
+        alphas = {value.item() for key, value in kohya.items() if key.startswith("lora_unet") and "alpha" in key}
+        assert alphas == {options.get("lora_alpha", 4)}
+        ours, theirs = drawn_latents(models[model], tmp_path / "run"), drawn_latents(models[model], kohya)
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(ours, drawn_latents(models[model]), atol=1e-2)
+
+
+def test_layers_that_are_not_there_are_refused(data, tmp_path):
+    with pytest.raises(trainer.UserError, match=r"is called nonsense, q$"):
+        train(data, tmp_path / "run", lora_layers=["to_q", "nonsense", "q"])
+
+
+# ---- Stages ---------------------------------------------------------------------------------------------------------
+
+STILL = {"max_train_steps": 1, "learning_rate": 1e-12}
+
+
+@pytest.fixture(scope="module")
+def stage_1(data, tmp_path_factory) -> Path:
+    train(data, tmp_path_factory.mktemp("stages") / "1", rank=3, lora_alpha=6, max_train_steps=3, learning_rate=1e-2)
+    return tmp_path_factory.getbasetemp() / "stages0" / "1"
+
+
+def reference_errors(run: Path) -> list[float]:
+    first = read_metrics(run)[0]
+    return [first[f"error/{side}"] - first[f"error/{side}_over_reference"] for side in ("winner", "loser")]
+
+
+def test_a_stage_starts_where_the_one_before_ended_and_is_measured_against_it_or_the_base(data, stage_1, tmp_path):
+    before, loss = read_weights(stage_1), {}
+    for against in ("initial", "base"):
+        weights = train(data, tmp_path / against, initial_lora=stage_1, reference=against, **STILL)
+        assert weights.keys() == before.keys()
+        for key in weights:
+            torch.testing.assert_close(weights[key], before[key], atol=1e-6, rtol=0)
+        loss[against] = read_metrics(tmp_path / against)[0]["loss/dpo"]
+    assert loss == {"initial": LOG_2, "base": pytest.approx(loss["base"])}
+    assert abs(loss["base"] - math.log(2)) > 1e-3
+    train(data, tmp_path / "plain", **STILL)
+    assert reference_errors(tmp_path / "base") == pytest.approx(reference_errors(tmp_path / "plain"), rel=1e-5)
+    assert reference_errors(tmp_path / "initial") != pytest.approx(reference_errors(tmp_path / "plain"), rel=1e-3)
+    pipe = load(PIPELINE)
+    pipe.load_lora_weights(tmp_path / "base")
+    (config,) = pipe.unet.peft_config.values()
+    assert (config.r, config.lora_alpha) == (3, 6)
+
+
+def test_the_reference_does_not_move_while_a_later_stage_trains(data, stage_1, tmp_path):
+    for rate in (1e-12, 1e-3):
+        settings = {"max_train_steps": 3, "logging_steps": 3, "learning_rate": rate}
+        train(data, tmp_path / str(rate), initial_lora=stage_1, **settings)
+    assert reference_errors(tmp_path / "0.001") == pytest.approx(reference_errors(tmp_path / "1e-12"), rel=1e-5)
+
+
+def test_a_whole_unet_starts_from_a_lora_or_a_unet_in_a_folder_or_on_the_hub(data, stage_1, tmp_path, monkeypatch):
+    merged = load(PIPELINE)
+    merged.load_lora_weights(stage_1)
+    merged.fuse_lora()
+    merged.unload_lora_weights()
+    hub = tmp_path / "hub" / "models--someone--stage-1"  # as if it had been fetched
+    merged.unet.save_pretrained(hub / "snapshots" / ("0" * 40) / "unet")
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("0" * 40)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    expected, folder = merged.unet.state_dict(), hub / "snapshots" / ("0" * 40)
+    starts = {"lora": {"initial_lora": stage_1}, "folder": {"initial_unet": folder}}
+    starts |= {"bare": {"initial_unet": folder / "unet"}, "hub": {"initial_unet": "someone/stage-1"}}
+    starts["base"] = starts["folder"] | {"reference": "base"}
+    for name, initial in starts.items():
+        for key, value in train(data, tmp_path / name, full_unet=True, **initial, **STILL).items():
+            torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=1e-4)
+        is_log_2 = read_metrics(tmp_path / name)[0]["loss/dpo"] == LOG_2
+        assert is_log_2 == (name != "base")
+
+
+def test_a_frozen_lora_stays_frozen(data, stage_1, tmp_path):
+    settings = {"train_text_encoder": True, "freeze_unet": True, "text_encoder_rank": 2, "max_train_steps": 2}
+    weights = train(data, tmp_path / "run", initial_lora=stage_1, **settings)
+    assert_equal(read_weights(stage_1), {name: value for name, value in weights.items() if name.startswith("unet.")})
+    assert any(name.startswith("text_encoder.") and ".up." in name and value.any() for name, value in weights.items())
+
+
+def test_ema_writes_the_average_and_trains_on(data, models, tmp_path):
+    settings = {"full_unet": True, "checkpointing_steps": 1, "max_train_steps": 3}
+    settings |= {"pretrained_model_name_or_path": models["sdxl"]}
+    latest = train(data, tmp_path / "plain", **settings)
+    average = train(data, tmp_path / "run", ema=0.2, **settings)
+    weights = [load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2, 3)]
+    for key, value in average.items():
+        first, second, third = (saved[f"model.{key}"] for saved in weights)
+        assert torch.equal(third, latest[key])  # the average is not trained on
+        mean = first + 9 / 11 * (second - first)  # diffusers' decay begins as 0, 2 / 11, 3 / 12
+        torch.testing.assert_close(value, mean + 0.8 * (third - mean), atol=1e-7, rtol=1e-5)
+
+
+# ---- Resume ---------------------------------------------------------------------------------------------------------
+
+RESUMED = {
+    "accumulation": ("sd", WHOLE),
+    "whole U-Net, averaged": ("sdxl", {"full_unet": True, "ema": 0.9}),
+    "whole U-Net, 8-bit Adam": ("sdxl", {"full_unet": True, "use_8bit_adam": True, "lr_scheduler": "cosine"}),
+    "text encoders": ("sdxl", {"train_text_encoder": True, "text_encoder_rank": 2}),
+    "SD 3": ("sd3", {}),
+}
+
+
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_equals_an_uninterrupted_one(data, models, finished, tmp_path, name):
+    whole, (model, options) = finished, RESUMED[name]
+    if name != "accumulation":
+        whole = tmp_path / "whole"
+        options = options | {"logging_steps": 1, "pretrained_model_name_or_path": models[model]}
+        train(data, whole, **options)
+    ended = interrupt(data, tmp_path / "run", 4 * options.get("gradient_accumulation_steps", 1), **options)
+    assert isinstance(ended, KeyboardInterrupt)
+    assert_equal(read_weights(whole), train(data, tmp_path / "run", resume_from_checkpoint="latest", **options))
+    assert logged(whole) == logged(tmp_path / "run")
+
+
+def test_copied_and_touched_folders_are_no_other_run_and_not_encoded_again(data, tmp_path, monkeypatch):
+    whole = train(data, tmp_path / "whole", pretrained_model_name_or_path=PIPELINE)
+    interrupt(data, tmp_path / "run", 3, pretrained_model_name_or_path=PIPELINE)
+    moved, model = shutil.copytree(data, tmp_path / "data"), shutil.copytree(PIPELINE, tmp_path / "model")
+    for path in (*moved.rglob("*"), *model.rglob("*")):
+        os.utime(path, (0, 0))
+    monkeypatch.setattr(trainer.UNet, "to_latents", lambda *_: pytest.fail("encoded again"))
+    again = {"pretrained_model_name_or_path": model, "resume_from_checkpoint": "latest"}
+    assert_equal(whole, train(moved, tmp_path / "run", **again))
+    assert names_in(moved / "encoded") == names_in(data / "encoded")
+
+
+def test_a_changed_setting_model_or_data_is_named(data, finished, tmp_path):
+    output, rows = shutil.copytree(finished, tmp_path / "run"), make_rows(10)
+    rows[4]["caption"] = "someone else"
+    other = with_scheduler(tmp_path / "model", prediction_type="epsilon")
+    world = {"beta_dpo": 500, "lambda_stat": 1e6, "resolution": 64}
+    cases = {
+        r"learning_rate \(0.001 there, 0.002 here\)$": {"learning_rate": 2e-3},
+        r"rank \(8 there, 4 here\)$": {"rank": 4},
+        r"pairs_per_step \(4 there, 6 here\)$": {"train_batch_size": 3},
+        r"data \(": {"train_data_dir": write_data(tmp_path / "pairs", rows, make_rows(3, first=50))},
+        r"model \(": {"pretrained_model_name_or_path": other, **world},
+    }
+    for told, changed in cases.items():
+        with pytest.raises(trainer.UserError, match=f"checkpoint-4 is of another run: {told}"):
+            train(data, output, **WHOLE | changed, resume_from_checkpoint="latest")
 
 
 def test_kill_9_leaves_complete_checkpoints_and_resume_gives_the_uninterrupted_weights(data, tmp_path):
-    settings = {"max_train_steps": 12, "num_validation_images": 1}
-    whole = train(data, tmp_path / "whole", **settings)
-    killed = tmp_path / "killed"
-    command = flags(SMALL | settings | {"train_data_dir": data, "output_dir": killed})
-    process = subprocess.Popen([sys.executable, SCRIPT, *command], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    deadline = time.time() + 90
-    while not (killed / "checkpoint-4").exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (killed / "pytorch_lora_weights.safetensors").exists()
-    for checkpoint in trainer.checkpoints(killed):
-        assert {path.name for path in checkpoint.iterdir()} == {
-            "model.safetensors", "state.pt", "run.json", "pytorch_lora_weights.safetensors",
-        }  # fmt: skip
-    assert_equal(whole, train(data, killed, **settings, resume_from_checkpoint="latest"))
-    assert not list(killed.glob("*.partial"))
+    output, settings = tmp_path / "run", {"max_train_steps": 10, "checkpointing_steps": 1}
+    command = flags(SMALL | settings | {"train_data_dir": data, "output_dir": output})
+    process = subprocess.Popen([sys.executable, ROOT / "train_dpo_human.py", *command], stdout=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not (output / "checkpoint-3").exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (output / LORA).exists()
+    for checkpoint in trainer.checkpoints(output):
+        assert names_in(checkpoint) == {"model.safetensors", "state.pt", "run.json", LORA}
+    resumed = train(data, output, **settings, resume_from_checkpoint="latest")
+    assert_equal(train(data, tmp_path / "whole", **settings), resumed)
+    assert not list(output.glob("*.partial"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_leaves_and_latest_carries_on(data, tmp_path, monkeypatch, capsys, number):
-    settings = {"checkpointing_steps": 99, "logging_steps": 1}
-    whole = train(data, tmp_path / "whole", **settings)
-    own = trainer.optimisation_step
-
-    def signalled(run, step):
-        if step == 1:
-            os.kill(os.getpid(), number)
-        return own(run, step)
-
-    before = signal.getsignal(number)
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "optimisation_step", signalled)
-        with pytest.raises(SystemExit) as stop:
-            train(data, tmp_path / "parts", **settings)
-    assert stop.value.code == 128 + number
-    assert f"stopped by {number.name} after step 2" in capsys.readouterr().out
-    assert [path.name for path in trainer.checkpoints(tmp_path / "parts")] == ["checkpoint-2"]
-    assert signal.getsignal(number) == before
-    assert_equal(whole, train(data, tmp_path / "parts", **settings, resume_from_checkpoint="latest"))
+def test_a_signal_saves_and_leaves_and_latest_carries_on(data, finished, tmp_path):
+    output, settings = tmp_path / "run", WHOLE | {"checkpointing_steps": 99}
+    ended = interrupt(data, output, 3, lambda: os.kill(os.getpid(), signal.SIGTERM), **settings)
+    assert isinstance(ended, SystemExit)
+    assert ended.code == 128 + signal.SIGTERM
+    assert [path.name for path in trainer.checkpoints(output)] == ["checkpoint-2"]
+    assert_equal(read_weights(finished), train(data, output, **settings, resume_from_checkpoint="latest"))
+    assert logged(finished) == logged(output)
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(data, tmp_path, monkeypatch):
-    import resource
+def test_a_second_start_in_one_output_folder_ends_with_one_line(data, finished, tmp_path):
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(trainer.UserError, match=f"^another run is writing to --output_dir {tmp_path}$"):
+            train(data, tmp_path)
+    with pytest.raises(trainer.UserError, match=f"^{finished} holds a run already: .*--resume_from_checkpoint latest"):
+        train(data, finished)
 
-    settings = {"max_train_steps": 4, "checkpointing_steps": 2, "checkpoints_total_limit": 1}
-    own, limits = trainer.write_checkpoint, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def on_a_full_disk(run, step, *rest):
-        if step == 4:  # no file may grow beyond 50 kB
-            resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-        try:
-            own(run, step, *rest)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-    monkeypatch.setattr(trainer, "write_checkpoint", on_a_full_disk)
-    with pytest.raises(
-        trainer.UserError, match=r"cannot write .*checkpoint-4: .* \(last complete checkpoint: checkpoint-2\)"
-    ):
-        train(data, tmp_path / "run", **settings)
-    assert [path.name for path in trainer.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+def test_a_full_disk_keeps_the_last_good_checkpoint(data, finished, tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:  # from the third step on no file grows beyond 50 kB
+        ended = interrupt(
+            data, tmp_path / "run", 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1])), **WHOLE
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not isinstance(ended, KeyboardInterrupt | AssertionError)
+    assert [path.name for path in trainer.checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
+    assert_equal(read_weights(finished), train(data, tmp_path / "run", **WHOLE, resume_from_checkpoint="latest"))
     assert not list((tmp_path / "run").glob("*.partial"))
-    monkeypatch.undo()
-    assert_equal(train(data, tmp_path / "run", **settings, resume_from_checkpoint="latest"),
-                 train(data, tmp_path / "whole", **settings))  # fmt: skip
 
 
-def test_early_stopping_waits_for_its_patience(data, tmp_path, capsys):
-    """Without learning the accuracy moves by rounding alone: the step to stop at is told by the history itself."""
-    settings = {"max_train_steps": 40, "validation_steps": 1, "learning_rate": 1e-12, "early_stopping_patience": 2}
+# ---- Steps that must not count --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_moves_nothing_and_names_the_rows(data, tmp_path, monkeypatch, kind):
+    own, before, calls = trainer.pair_losses, {}, itertools.count(1)
+
+    def losses(policy, *rest):
+        before.update(policy=policy, weights={name: value.clone() for name, value in policy.trained().items()})
+        found = own(policy, *rest)
+        if next(calls) == 3:
+            found["loss"].register_hook(lambda gradient: gradient * math.inf)
+            found["loss"] = found["loss"] * torch.tensor([1, math.nan if kind == "loss" else 1])
+        return found
+
+    monkeypatch.setattr(trainer, "pair_losses", losses)
+    *_, pairs = itertools.islice(trainer.endless_batches(0, [np.arange(10)], 2), 3)
+    rows = sorted(pair for pair, _ in (pairs if kind == "gradient" else pairs[1:]))
+    with pytest.raises(trainer.UserError, match=f"not finite in step 3, rows {', '.join(map(str, rows))} of the data"):
+        train(data, tmp_path / "run", logging_steps=1)
+    assert_equal(before["weights"], before["policy"].trained())
+    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2]
+    assert [path.name for path in trainer.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+
+
+def test_under_fp16_a_step_that_overflows_moves_neither_weights_nor_average_nor_schedule(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("accelerate.Accelerator", HalfPrecision)
+    settings = {"logging_steps": 1, "checkpointing_steps": 1, "max_train_steps": 2, "ema": 0.9}
+    train(data, tmp_path / "run", lr_scheduler="linear", **settings)
+    entries = read_metrics(tmp_path / "run")
+    assert [entry["grad_norm"] is None for entry in entries] == [True, False]  # infinity is null in metrics.jsonl
+    assert [entry["lr"] for entry in entries] == [1e-3, 1e-3]
+    saved = [torch.load(tmp_path / "run" / f"checkpoint-{step}" / "state.pt") for step in (1, 2)]
+    assert [state["ema"]["optimization_step"] for state in saved] == [0, 1]
+    weights = [load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2)]
+    assert [any(own[name].any() for name in own if "lora_B" in name) for own in weights] == [False, True]
+
+
+def test_the_alarm_rings_once_where_the_winners_error_keeps_rising(data, models, tmp_path, monkeypatch, capsys):
+    rising = [0.02 * i for i in range(10)]
+    cases = ([0.2] * 10, rising, rising[1:], rising[::-1], [0.2 * error for error in rising])  # up to 5 % is noise
+    assert [trainer.keeps_rising(errors) for errors in cases] == [False, True, False, False, False]
+    own, calls = trainer.pair_losses, itertools.count()
+
+    def losses(*args):
+        found = own(*args)
+        return found | {"error/winner_relative": torch.full_like(found["loss"], 0.02 * next(calls))}
+
+    monkeypatch.setattr(trainer, "pair_losses", losses)
+    settings = {"logging_steps": 1, "max_train_steps": 13, "pretrained_model_name_or_path": models["sdxl"]}
     train(data, tmp_path / "run", **settings)
-    history = [
-        line["validation/rewards/accuracies"] for line in read_metrics(tmp_path / "run") if "validation/loss" in line
-    ]
-    stops = [n for n in range(1, len(history) + 1) if trainer.no_longer_improves(history[:n], patience=2)]
-    assert stops == [len(history)]
-    assert len(history) < 40
-    assert f"stopped early, after step {len(history)}" in capsys.readouterr().out
+    assert "".join(capsys.readouterr()).count("the run diverges") == 1
 
 
-@pytest.mark.parametrize(
-    ("history", "patience", "stops"),
-    [
-        ([0.5, 0.5, 0.5], 2, True),  # as good is no new best
-        ([0.5, 0.5], 2, False),  # not yet patience + 1 of them
-        ([0.5, 0.4, 0.6], 2, False),
-        ([0.5, 0.6, 0.4, 0.5], 2, True),
-        ([0.5, 0.6, 0.4, 0.5], 3, False),
-        ([0.9, 0.1, 0.1, 0.1, 0.1], None, False),
-    ],
-)
-def test_early_stopping_stops_without_a_new_best(history, patience, stops):
-    assert trainer.no_longer_improves(history, patience) == stops
+# ---- Schedules, validation, processes -------------------------------------------------------------------------------
 
 
-def test_the_full_unet_loads_and_differs_from_the_base(data, tmp_path):
-    train(data, tmp_path / "run", full_unet=True, max_train_steps=2)
-    tuned = UNet2DConditionModel.from_pretrained(tmp_path / "run", subfolder="unet").state_dict()
-    base = UNet2DConditionModel.from_pretrained(PIPELINE, subfolder="unet").state_dict()
-    assert tuned.keys() == base.keys()
-    assert any(not torch.equal(tuned[name], base[name].float()) for name in base)
+def test_warm_up_epochs_and_no_validation(data, models, tmp_path):
+    settings = {"lr_warmup_steps": 4, "logging_steps": 1, "num_train_epochs": 2, "train_batch_size": 3}
+    settings |= {"gradient_accumulation_steps": 2, "pretrained_model_name_or_path": models["sdxl"]}
+    train(data, tmp_path / "run", **settings)
+    entries = read_metrics(tmp_path / "run")  # 20 pairs in steps of 6
+    assert [entry["lr"] for entry in entries] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4])
+    assert not [name for entry in entries for name in entry if name.startswith("validation")]
+    assert not [name for name in names_in(tmp_path / "run") if name.startswith("validation")]
+    assert "validation.png" not in (tmp_path / "run" / "README.md").read_text()
 
 
-def test_bf16_trains_fp32_weights(data, tmp_path):
-    weights = train(data, tmp_path / "run", mixed_precision="bf16", max_train_steps=2)
-    assert {weight.dtype for weight in weights.values()} == {torch.float32}
-    moved = torch.cat([weight.flatten() for name, weight in weights.items() if "lora_B" in name or "lora.up" in name])
-    assert (moved != 0).float().mean() > 0.9
+def test_validation_does_not_depend_on_the_batch_size_and_draws_what_a_pipeline_draws(data, tmp_path, monkeypatch):
+    own, drawn, measured = trainer.draw_images, [], []
+    monkeypatch.setattr(trainer, "draw_images", lambda *args: drawn.append((args[1], own(*args))) or drawn[-1][1])
+    for size in (1, 3):
+        settings = {"run_validation": True, "num_validation_images": 3, "train_batch_size": size}
+        train(data, tmp_path / str(size), **settings, **STILL)
+        measured.append(read_metrics(tmp_path / str(size))[-1])
+        assert measured[-1]["validation/loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+    for key in ("validation/error/winner", "validation/error/loser", "validation/prediction_norm"):
+        assert measured[0][key] == pytest.approx(measured[1][key], rel=1e-5)
+    pixels = [np.stack(images).astype(int) for _, images in drawn]
+    pipe, options = load(PIPELINE), {"num_inference_steps": 1, "guidance_scale": 1.2, "height": 64, "width": 64}
+    seeds = [torch.Generator().manual_seed(trainer.image_seed(0, prompt, 0)) for prompt in drawn[0][0]]
+    images = pipe(drawn[0][0], generator=seeds, **options).images
+    assert len(pixels) == 4  # before and after, in chunks of 1 and at once
+    assert max(np.abs(own - np.stack(images)).max() for own in pixels) <= 1
 
 
-def test_memory_flags_do_not_change_the_result(data, tmp_path):
-    plain = train(data, tmp_path / "plain", max_train_steps=2)
-    thrifty = train(data, tmp_path / "thrifty", max_train_steps=2, gradient_checkpointing=True)
-    for name in plain:
-        torch.testing.assert_close(plain[name], thrifty[name], atol=1e-5, rtol=1e-3)
+def test_two_processes_train_the_same_weights_as_one_and_resume_bit_for_bit(data, models, tmp_path):
+    settings = {"pretrained_model_name_or_path": models["sdxl"], "train_text_encoder": True, "max_train_steps": 3}
+    settings |= {"learning_rate": 1e-4, "gradient_checkpointing": True, "run_validation": True}
+    two = settings | {"gradient_accumulation_steps": 2}
+    resumed = two | {"resume_from_checkpoint": tmp_path / "two" / "checkpoint-2"}
+    two_processes(tmp_path, data, {"two": two, "resumed": resumed})
+    assert_equal(read_weights(tmp_path / "two"), read_weights(tmp_path / "resumed"))
+    one = train(data, tmp_path / "one", **settings, train_batch_size=4)
+    for key, value in read_weights(tmp_path / "two").items():  # Adam makes a step of a gradient that is nearly 0
+        assert (value - one[key]).abs().mean() < 2e-5
+    for theirs, ours in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
+        for key in theirs.keys() & {"loss", "error/winner", "grad_norm", "validation/loss", "validation/error/loser"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3)
 
 
-def test_epsilon_and_v_prediction_run(data, tmp_path):
-    first = {}
-    for prediction_type in ("epsilon", "v_prediction"):
-        model = shutil.copytree(PIPELINE, tmp_path / f"model-{prediction_type}")
-        config = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-        config["prediction_type"] = prediction_type
-        (model / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
-        settings = {"pretrained_model_name_or_path": model, "resolution": 64, "max_train_steps": 1, "logging_steps": 1}
-        train(data, tmp_path / prediction_type, **settings)
-        first[prediction_type] = read_metrics(tmp_path / prediction_type)[0]
-        assert first[prediction_type]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-6)
-    assert first["epsilon"]["error/winner"] != pytest.approx(first["v_prediction"]["error/winner"])
+# ---- diffusers' own command lines, of examples/research_projects/diffusion_dpo --------------------------------------
 
-
-def test_warm_up_is_not_ignored(data, tmp_path):
-    train(data, tmp_path / "run", lr_warmup_steps=4, logging_steps=1, max_train_steps=3)
-    rates = [entry["lr"] for entry in read_metrics(tmp_path / "run") if "lr" in entry]
-    assert rates == pytest.approx([0, 2.5e-4, 5e-4])
-
-
-# ---- Data -----------------------------------------------------------------------------------------------------------
-
-
-def test_latents_of_the_data_set_are_used_where_they_fit(data, tmp_path, capsys):
-    vae = AutoencoderKL.from_pretrained(PIPELINE, subfolder="vae")
-    rows = make_rows(4)
-    for row in rows:
-        for side in (0, 1):
-            pixels = torch.from_numpy(np.array(Image.open(io.BytesIO(row[f"jpg_{side}"])))).permute(2, 0, 1)[None]
-            with torch.no_grad():
-                latents = vae.encode(pixels / 127.5 - 1).latent_dist.mode() * vae.config.scaling_factor
-            row[f"latents_{side}"] = latents.half().numpy().tobytes()
-    folder = write_data(tmp_path / "pairs", rows)
-    metadata = {
-        "shape": [8, 16, 16],
-        "dtype": "float16",
-        "scaling_factor": 0.25,
-        "vae_hash": trainer.weights_hash(vae),
-    }
-    (folder / "preference_data.json").write_text(json.dumps({"latents": metadata}))
-    given = train(folder, tmp_path / "given", max_train_steps=2)
-    assert "VAE" not in capsys.readouterr().out
-    (folder / "preference_data.json").write_text(json.dumps({"latents": metadata | {"vae_hash": "of another VAE"}}))
-    encoded = train(folder, tmp_path / "encoded", max_train_steps=2)
-    assert "another VAE" in capsys.readouterr().out
-    caches = [next((tmp_path / run / "cache").glob("latents-*")).read_bytes() for run in ("given", "encoded")]
-    a, b = (torch.frombuffer(bytearray(cache), dtype=torch.float16).float() for cache in caches)
-    torch.testing.assert_close(a, b, atol=5e-3, rtol=5e-3)
-    assert given.keys() == encoded.keys()
-
-
-def test_winners_come_first(data):
-    splits = trainer.load_splits(trainer.parse_args(["--train_data_dir", str(data)]))
-    assert splits["train"].winner.tolist() == [1, 0] * 5
-    assert splits["train"].dropped == {}
-
-
-def test_a_named_data_set_is_read_by_its_split(data, tmp_path, capsys):
-    train(data, tmp_path / "run", dataset_name=data, dataset_split_name="validation", max_train_steps=1)
-    assert "3 to train on, 0 held out" in capsys.readouterr().out
-
-
-def test_both_sides_are_cropped_alike():
-    wide, tall = Image.new("RGB", (90, 60)), Image.new("RGB", (60, 90))
-    assert trainer.to_pixels(jpeg(wide), (64, 48), "").shape == trainer.to_pixels(jpeg(tall), (64, 48), "").shape
-
-
-def test_ties_are_left_out_and_counted(tmp_path, capsys):
-    rows = make_rows(5)
-    rows[1] |= {"label_0": 0.5, "label_1": 0.5}
-    train(write_data(tmp_path / "pairs", rows), tmp_path / "run", max_train_steps=1)
-    assert "4 to train on, 0 held out, 1 ties left out" in capsys.readouterr().out
-
-
-def test_pairs_made_again_in_the_same_folder_are_seen(tmp_path):
-    folder = write_data(tmp_path / "pairs", make_rows(5), make_rows(2, first=50))
-    (folder / "README.md").write_text(
-        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*\n---\n"
-    )
-    args = trainer.parse_args(flags(SMALL | {"train_data_dir": folder, "output_dir": tmp_path / "run"}))
-    assert [len(split.rows) for split in trainer.load_splits(args).values()] == [5, 2]
-    shutil.rmtree(folder / "data")
-    write_data(folder, make_rows(7))
-    assert [len(split.rows) for split in trainer.load_splits(args).values()] == [7]
-
-
-# ---- Processes ------------------------------------------------------------------------------------------------------
-
-LAUNCH = {
-    "DDP": "--multi_gpu",
-    "FSDP": "--use_fsdp --fsdp_version 2 --fsdp_auto_wrap_policy TRANSFORMER_BASED_WRAP "
-    "--fsdp_transformer_layer_cls_to_wrap BasicTransformerBlock,ResnetBlock2D --fsdp_cpu_ram_efficient_loading false",
+COMMON = """--output_dir={output} --mixed_precision=no --dataset_name={data} --gradient_accumulation_steps=2
+--gradient_checkpointing --use_8bit_adam --rank=8 --learning_rate=1e-5 --report_to=tensorboard --lr_scheduler=constant
+--lr_warmup_steps=0 --max_train_steps=2 --checkpointing_steps=1 --run_validation --seed=0 --report_to=tensorboard
+--push_to_hub"""
+README = {
+    "sd": "--pretrained_model_name_or_path={model} --resolution=64 --train_batch_size=4 --validation_steps=2",
+    "sdxl": "--pretrained_model_name_or_path={model} --pretrained_vae_model_name_or_path={vae} --train_batch_size=2 "
+    "--validation_steps=1",
 }
-DRIVER = """
-import runpy, sys
-from accelerate.state import AcceleratorState, DistributedType, PartialState
-
-own = AcceleratorState.__init__
-
-def init(self, *args, fsdp_plugin=None, **kwargs):  # accelerate leaves CPUs out of what may become FSDP
-    fresh = not AcceleratorState._shared_state
-    own(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-    if fresh and fsdp_plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
-        self.fsdp_plugin = fsdp_plugin
-        self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-AcceleratorState.__init__ = init
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
-def two_processes(kind: str, folder: Path, data: Path, output: Path, **settings) -> str:
-    """Runs the script as `accelerate launch` does with two processes; returns what it printed."""
-    driver = folder / "driver.py"
-    driver.write_text(DRIVER)
-    settings = SMALL | {"train_data_dir": data, "output_dir": output, "train_batch_size": 1} | settings
-    launcher = f"-m accelerate.commands.launch {LAUNCH[kind]} --num_processes 2 --num_machines 1 --mixed_precision no"
-    launcher += " --dynamo_backend no --main_process_port 0"
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
-    command = [sys.executable, *launcher.split(), driver, SCRIPT, *flags(settings)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.parametrize("kind", LAUNCH)
-def test_two_processes_train_the_same_weights_as_one_and_resume_bit_for_bit(data, tmp_path, kind):
-    settings = {"max_train_steps": 3, "checkpointing_steps": 2, "precompute_reference": 1}
-    one = train(data, tmp_path / "one", **settings)
-    told = two_processes(kind, tmp_path, data, tmp_path / "two", **settings, report_to="tensorboard")
-    assert "1 pairs x 1 accumulated x 2 processes = 2 pairs a step" in told
-    assert list((tmp_path / "two" / "logs").rglob("events.out*"))
-    assert (tmp_path / "two" / "validation.png").is_file()
-    two = load_file(tmp_path / "two" / "pytorch_lora_weights.safetensors")
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=5e-4, rtol=2e-2)
-    logged = [[line["loss"] for line in read_metrics(tmp_path / run) if "loss" in line] for run in ("one", "two")]
-    assert logged[0] == pytest.approx(logged[1], rel=1e-3)
-    two_processes(kind, tmp_path, data, tmp_path / "two", **settings, resume_from_checkpoint="latest")
-    assert_equal(two, load_file(tmp_path / "two" / "pytorch_lora_weights.safetensors"))
-
-
-def test_fsdp_trains_the_whole_unet(data, tmp_path):
-    settings = {"max_train_steps": 2, "full_unet": True, "learning_rate": 1e-4}
-    one = train(data, tmp_path / "one", **settings)
-    two_processes("FSDP", tmp_path, data, tmp_path / "two", **settings)
-    two = load_file(tmp_path / "two" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(one[name], two[name], atol=5e-4, rtol=2e-2)
+@pytest.mark.parametrize("name", README)
+def test_diffusers_command_line_runs_and_uploads_weights_card_and_picture(data, models, tmp_path, monkeypatch, name):
+    calls, output, vae = [], tmp_path / "diffusion-dpo", tmp_path / "vae"
+    url = huggingface_hub.RepoUrl("https://huggingface.co/someone/diffusion-dpo")
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda *args, **named: calls.append((args, named)) or url)
+    monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **named: calls.append(named))
+    load(models["sdxl"]).vae.save_pretrained(vae)
+    command = f"{README[name]} {COMMON}".format(model=models[name], vae=vae, data=data, output=output)
+    extra = f"--hub_token hf_secret --encoded_dir {output}/encoded --validation_inference_steps 2"
+    extra += " --num_validation_images 1"
+    run_main([*command.split(), *extra.split()])
+    (created, options), upload = calls
+    assert (created, options["token"]) == (("diffusion-dpo",), "hf_secret")
+    assert (upload["repo_id"], upload["token"]) == ("someone/diffusion-dpo", "hf_secret")
+    assert Path(upload["folder_path"]) == output
+    written = {path.relative_to(output).as_posix(): path for path in output.rglob("*") if path.is_file()}
+    assert {"checkpoint-1/model.safetensors", ".lock", "metrics.jsonl", "training_settings.json"} <= written.keys()
+    assert list((output / "logs").rglob("events.out*"))
+    patterns = {key: upload[key] for key in ("allow_patterns", "ignore_patterns")}
+    sent = set(huggingface_hub.utils.filter_repo_objects(written, **patterns))
+    assert sent == {LORA, "README.md", "validation.png"}
+    assert not [name for name, path in written.items() if b"hf_secret" in path.read_bytes()]
+    card = (output / "README.md").read_text()
+    assert 'load_lora_weights("someone/diffusion-dpo")' in card
+    assert not [place for place in (tmp_path, data, models[name].parent, "/tmp", ROOT) if str(place) in card]
+    settings = json.loads((output / "training_settings.json").read_text())["settings"]
+    assert settings["resolution"] == {"sd": 64, "sdxl": 48}[name]  # SDXL's command names none: the model's own
+    weights = read_weights(output)
+    assert {key.split(".")[0] for key in weights} == {"unet"}
+    assert all(value.any() for key, value in weights.items() if ".up." in key)
