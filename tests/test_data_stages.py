@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 from test_make_preference_data import SCORER, data, data_of, difference, make, read_image, rows_of, write_inputs
-from test_train_models import tiny_sdxl
+from train_helpers import tiny_sdxl
 from tiny_human import figures
 
 

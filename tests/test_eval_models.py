@@ -14,7 +14,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from test_eval_human import PROMPTS, WORLD, ev, flags, pixels, run, write_inputs
-from test_train_models import tiny_sdxl
+from train_helpers import tiny_sdxl
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 

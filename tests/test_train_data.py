@@ -423,7 +423,7 @@ def test_every_pair_of_every_bucket_is_trained_and_none_for_want_of_others(folde
     assert len(batches) == 11
     for batch in batches:
         assert len(batch) == (2 if max(batch) > 6 else 4)
-        assert len(set(batch)) >= len(batch) - 1  # once more alone where one epoch ends and the next begins
+        assert max(Counter(batch).values()) <= 2  # and twice only where one epoch ends and the next begins
         assert len({row > 6 for row in batch}) == 1
     assert {row for batch in batches for row in batch} == set(range(9))
 

@@ -356,8 +356,8 @@ def test_the_sampler_draws_finite_latents_whatever_scheduler_the_model_came_with
 
 @pytest.mark.parametrize(("kind", "last"), [("v_prediction", [999, 1000]), ("epsilon", [0, 999])])
 def test_zero_terminal_snr(data, tmp_path, kind, last):
-    model = with_scheduler(tmp_path / "model", rescale_betas_zero_snr=True, prediction_type=kind)
-    settings = {"pretrained_model_name_or_path": model, "max_train_steps": 1}
+    model = with_scheduler(PIPELINE, tmp_path / "model", rescale_betas_zero_snr=True, prediction_type=kind)
+    settings = {"model": model, "max_train_steps": 1}
     if kind == "epsilon":
         with pytest.raises(trainer.UserError, match=r"zero terminal SNR.* --timestep_range 0 999"):
             train(data, tmp_path / "run", **settings)
@@ -370,17 +370,22 @@ def test_zero_terminal_snr(data, tmp_path, kind, last):
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
 
-WHOLE = {
-    **{"gradient_accumulation_steps": 2, "logging_steps": 1, "checkpointing_steps": 1, "checkpoints_total_limit": 2},
-    **{"run_validation": True, "lora_alpha": 12},
-}
+
+@pytest.fixture(scope="module")
+def whole(models) -> dict:
+    """The settings of `finished`."""
+    return {
+        **{"model": models["sdxl"], "gradient_accumulation_steps": 2, "logging_steps": 1, "run_validation": True},
+        **{"checkpointing_steps": 1, "checkpoints_total_limit": 2},
+    }
 
 
 @pytest.fixture(scope="module")
-def finished(data, tmp_path_factory) -> Path:
+def finished(data, whole, tmp_path_factory) -> Path:
     """A run with all that one writes; nobody changes its folder."""
-    train(data, tmp_path_factory.mktemp("runs") / "lora", **WHOLE)
-    return tmp_path_factory.getbasetemp() / "runs0" / "lora"
+    output = tmp_path_factory.mktemp("runs") / "lora"
+    train(data, output, **whole)
+    return output
 
 
 def test_what_a_run_writes(data, finished):
@@ -420,8 +425,9 @@ STARTS = {
 @pytest.fixture(scope="module")
 def plain(data, tmp_path_factory) -> Path:
     """One step of a LoRA."""
-    train(data, tmp_path_factory.mktemp("plain") / "run", pretrained_model_name_or_path=PIPELINE, **FIRST)
-    return tmp_path_factory.getbasetemp() / "plain0" / "run"
+    output = tmp_path_factory.mktemp("plain")
+    train(data, output, model=PIPELINE, **FIRST)
+    return output
 
 
 @pytest.mark.parametrize("name", STARTS)
@@ -429,9 +435,9 @@ def test_the_first_step_starts_at_the_reference(data, models, plain, tmp_path, m
     (model, options), seen = STARTS[name], []
     family, predict = type(FAMILIES[model]), type(FAMILIES[model]).predict
     monkeypatch.setattr(family, "predict", lambda own, *args: seen.append(args) or predict(own, *args))
-    weights = train(data, tmp_path / "run", pretrained_model_name_or_path=models[model], **FIRST, **options)
+    weights = train(data, tmp_path / "run", model=models[model], **FIRST, **options)
     (first,), (base,) = read_metrics(tmp_path / "run"), read_metrics(plain)
-    assert first["loss/dpo"] == base["loss/dpo"] == LOG_2
+    assert first["loss/dpo"] == LOG_2
     assert (first["loss/statistics"], first["rewards/margins"], first["error/winner_over_reference"]) == (0, 0, 0)
     assert first["grad_norm"] > 0
     assert {value.dtype for value in weights.values()} == {torch.float32}
@@ -466,7 +472,7 @@ SAVED = {
 def test_a_saved_lora_gives_a_pipeline_the_outputs_of_training(data, models, tmp_path, monkeypatch, name):
     (model, layers, options), seen, own = SAVED[name], [], trainer.pair_losses
     monkeypatch.setattr(trainer, "pair_losses", lambda policy, *rest: seen.append(policy) or own(policy, *rest))
-    settings = {"pretrained_model_name_or_path": models[model], "lora_layers": layers, "export_kohya": model != "sd3"}
+    settings = {"model": models[model], "lora_layers": layers, "export_kohya": model != "sd3"}
     settings |= {"rank": 4, "learning_rate": 3e-2, "max_train_steps": 2}
     weights = train(data, tmp_path / "run", **settings | options)
     assert any("conv1" in key or "norm1.linear" in key for key in weights) == (layers != ["attention"])
@@ -504,8 +510,9 @@ STILL = {"max_train_steps": 1, "learning_rate": 1e-12}
 
 @pytest.fixture(scope="module")
 def stage_1(data, tmp_path_factory) -> Path:
-    train(data, tmp_path_factory.mktemp("stages") / "1", rank=3, lora_alpha=6, max_train_steps=3, learning_rate=1e-2)
-    return tmp_path_factory.getbasetemp() / "stages0" / "1"
+    output = tmp_path_factory.mktemp("stage-1")
+    train(data, output, rank=3, lora_alpha=6, max_train_steps=3, learning_rate=1e-2)
+    return output
 
 
 def reference_errors(run: Path) -> list[float]:
@@ -539,20 +546,22 @@ def test_the_reference_does_not_move_while_a_later_stage_trains(data, stage_1, t
     assert reference_errors(tmp_path / "0.001") == pytest.approx(reference_errors(tmp_path / "1e-12"), rel=1e-5)
 
 
-def test_a_whole_unet_starts_from_a_lora_or_a_unet_in_a_folder_or_on_the_hub(data, stage_1, tmp_path, monkeypatch):
-    merged = load(PIPELINE)
+def test_a_whole_unet_starts_from_a_lora_or_a_unet_in_a_folder_or_on_the_hub(data, stage_1, tmp_path):
+    merged, hub = load(PIPELINE), tmp_path / "cache" / "models--someone--stage-1"  # as if it had been fetched
     merged.load_lora_weights(stage_1)
     merged.fuse_lora()
     merged.unload_lora_weights()
-    hub = tmp_path / "hub" / "models--someone--stage-1"  # as if it had been fetched
-    merged.unet.save_pretrained(hub / "snapshots" / ("0" * 40) / "unet")
+    folder, expected = hub / "snapshots" / ("0" * 40), merged.unet.state_dict()
+    merged.unet.save_pretrained(folder / "unet")
     (hub / "refs").mkdir()
-    (hub / "refs" / "main").write_text("0" * 40)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    expected, folder = merged.unet.state_dict(), hub / "snapshots" / ("0" * 40)
-    starts = {"lora": {"initial_lora": stage_1}, "folder": {"initial_unet": folder}}
-    starts |= {"bare": {"initial_unet": folder / "unet"}, "hub": {"initial_unet": "someone/stage-1"}}
-    starts["base"] = starts["folder"] | {"reference": "base"}
+    (hub / "refs" / "main").write_text(folder.name)
+    starts = {
+        "lora": {"initial_lora": stage_1},
+        "folder": {"initial_unet": folder},
+        "bare": {"initial_unet": folder / "unet"},
+        "hub": {"initial_unet": "someone/stage-1", "cache_dir": tmp_path / "cache"},
+        "base": {"initial_unet": folder, "reference": "base"},
+    }
     for name, initial in starts.items():
         for key, value in train(data, tmp_path / name, full_unet=True, **initial, **STILL).items():
             torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=1e-4)
@@ -568,8 +577,7 @@ def test_a_frozen_lora_stays_frozen(data, stage_1, tmp_path):
 
 
 def test_ema_writes_the_average_and_trains_on(data, models, tmp_path):
-    settings = {"full_unet": True, "checkpointing_steps": 1, "max_train_steps": 3}
-    settings |= {"pretrained_model_name_or_path": models["sdxl"]}
+    settings = {"model": models["sdxl"], "full_unet": True, "checkpointing_steps": 1, "max_train_steps": 3}
     latest = train(data, tmp_path / "plain", **settings)
     average = train(data, tmp_path / "run", ema=0.2, **settings)
     weights = [load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2, 3)]
@@ -583,7 +591,6 @@ def test_ema_writes_the_average_and_trains_on(data, models, tmp_path):
 # ---- Resume ---------------------------------------------------------------------------------------------------------
 
 RESUMED = {
-    "accumulation": ("sd", WHOLE),
     "whole U-Net, averaged": ("sdxl", {"full_unet": True, "ema": 0.9}),
     "whole U-Net, 8-bit Adam": ("sdxl", {"full_unet": True, "use_8bit_adam": True, "lr_scheduler": "cosine"}),
     "text encoders": ("sdxl", {"train_text_encoder": True, "text_encoder_rank": 2}),
@@ -591,46 +598,48 @@ RESUMED = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
-def test_a_resumed_run_equals_an_uninterrupted_one(data, models, finished, tmp_path, name):
-    whole, (model, options) = finished, RESUMED[name]
+def assert_same_run(one: Path, other: Path) -> None:
+    assert_equal(read_weights(one), read_weights(other))
+    assert logged(one) == logged(other)
+
+
+@pytest.mark.parametrize("name", ["accumulation", *RESUMED])
+def test_a_resumed_run_equals_an_uninterrupted_one(data, models, whole, finished, tmp_path, name):
+    output, expected, settings, last = tmp_path / "run", finished, whole, 8
     if name != "accumulation":
-        whole = tmp_path / "whole"
-        options = options | {"logging_steps": 1, "pretrained_model_name_or_path": models[model]}
-        train(data, whole, **options)
-    ended = interrupt(data, tmp_path / "run", 4 * options.get("gradient_accumulation_steps", 1), **options)
-    assert isinstance(ended, KeyboardInterrupt)
-    assert_equal(read_weights(whole), train(data, tmp_path / "run", resume_from_checkpoint="latest", **options))
-    assert logged(whole) == logged(tmp_path / "run")
+        model, options = RESUMED[name]
+        expected, settings, last = tmp_path / "whole", options | {"logging_steps": 1, "model": models[model]}, 4
+        train(data, expected, **settings)
+    assert isinstance(interrupt(data, output, last, **settings), KeyboardInterrupt)
+    train(data, output, resume_from_checkpoint="latest", **settings)
+    assert_same_run(expected, output)
 
 
-def test_copied_and_touched_folders_are_no_other_run_and_not_encoded_again(data, tmp_path, monkeypatch):
-    whole = train(data, tmp_path / "whole", pretrained_model_name_or_path=PIPELINE)
-    interrupt(data, tmp_path / "run", 3, pretrained_model_name_or_path=PIPELINE)
-    moved, model = shutil.copytree(data, tmp_path / "data"), shutil.copytree(PIPELINE, tmp_path / "model")
+def test_copied_and_touched_folders_are_no_other_run_and_not_encoded_again(data, models, tmp_path, monkeypatch):
+    expected = train(data, tmp_path / "whole", model=models["sdxl"])
+    interrupt(data, tmp_path / "run", 3, model=models["sdxl"])
+    moved, model = shutil.copytree(data, tmp_path / "data"), shutil.copytree(models["sdxl"], tmp_path / "model")
     for path in (*moved.rglob("*"), *model.rglob("*")):
         os.utime(path, (0, 0))
     monkeypatch.setattr(trainer.UNet, "to_latents", lambda *_: pytest.fail("encoded again"))
-    again = {"pretrained_model_name_or_path": model, "resume_from_checkpoint": "latest"}
-    assert_equal(whole, train(moved, tmp_path / "run", **again))
+    assert_equal(expected, train(moved, tmp_path / "run", model=model, resume_from_checkpoint="latest"))
     assert names_in(moved / "encoded") == names_in(data / "encoded")
 
 
-def test_a_changed_setting_model_or_data_is_named(data, finished, tmp_path):
+def test_a_changed_setting_model_or_data_is_named(data, models, whole, finished, tmp_path):
     output, rows = shutil.copytree(finished, tmp_path / "run"), make_rows(10)
     rows[4]["caption"] = "someone else"
-    other = with_scheduler(tmp_path / "model", prediction_type="epsilon")
-    world = {"beta_dpo": 500, "lambda_stat": 1e6, "resolution": 64}
+    other = with_scheduler(models["sdxl"], tmp_path / "model", prediction_type="v_prediction")
     cases = {
         r"learning_rate \(0.001 there, 0.002 here\)$": {"learning_rate": 2e-3},
-        r"rank \(8 there, 4 here\)$": {"rank": 4},
+        r"rank \(8 there, 4 here\)$": {"rank": 4, "lora_alpha": 8},
         r"pairs_per_step \(4 there, 6 here\)$": {"train_batch_size": 3},
         r"data \(": {"train_data_dir": write_data(tmp_path / "pairs", rows, make_rows(3, first=50))},
-        r"model \(": {"pretrained_model_name_or_path": other, **world},
+        r"model \(": {"model": other},
     }
     for told, changed in cases.items():
         with pytest.raises(trainer.UserError, match=f"checkpoint-4 is of another run: {told}"):
-            train(data, output, **WHOLE | changed, resume_from_checkpoint="latest")
+            train(data, output, **whole | changed, resume_from_checkpoint="latest")
 
 
 def test_kill_9_leaves_complete_checkpoints_and_resume_gives_the_uninterrupted_weights(data, tmp_path):
@@ -650,14 +659,14 @@ def test_kill_9_leaves_complete_checkpoints_and_resume_gives_the_uninterrupted_w
     assert not list(output.glob("*.partial"))
 
 
-def test_a_signal_saves_and_leaves_and_latest_carries_on(data, finished, tmp_path):
-    output, settings = tmp_path / "run", WHOLE | {"checkpointing_steps": 99}
+def test_a_signal_saves_and_leaves_and_latest_carries_on(data, whole, finished, tmp_path):
+    output, settings = tmp_path / "run", whole | {"checkpointing_steps": 99}
     ended = interrupt(data, output, 3, lambda: os.kill(os.getpid(), signal.SIGTERM), **settings)
     assert isinstance(ended, SystemExit)
     assert ended.code == 128 + signal.SIGTERM
     assert [path.name for path in trainer.checkpoints(output)] == ["checkpoint-2"]
-    assert_equal(read_weights(finished), train(data, output, **settings, resume_from_checkpoint="latest"))
-    assert logged(finished) == logged(output)
+    train(data, output, **settings, resume_from_checkpoint="latest")
+    assert_same_run(finished, output)
 
 
 def test_a_second_start_in_one_output_folder_ends_with_one_line(data, finished, tmp_path):
@@ -669,18 +678,21 @@ def test_a_second_start_in_one_output_folder_ends_with_one_line(data, finished, 
         train(data, finished)
 
 
-def test_a_full_disk_keeps_the_last_good_checkpoint(data, finished, tmp_path):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:  # from the third step on no file grows beyond 50 kB
-        ended = interrupt(
-            data, tmp_path / "run", 5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1])), **WHOLE
-        )
+def test_a_full_disk_keeps_the_last_good_checkpoint(data, whole, finished, tmp_path):
+    output, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill() -> None:  # no file grows beyond 50 kB
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+
+    try:
+        ended = interrupt(data, output, 5, fill, **whole)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not isinstance(ended, KeyboardInterrupt | AssertionError)
-    assert [path.name for path in trainer.checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
-    assert_equal(read_weights(finished), train(data, tmp_path / "run", **WHOLE, resume_from_checkpoint="latest"))
-    assert not list((tmp_path / "run").glob("*.partial"))
+    assert [path.name for path in trainer.checkpoints(output)] == ["checkpoint-1", "checkpoint-2"]
+    train(data, output, **whole, resume_from_checkpoint="latest")
+    assert_same_run(finished, output)
+    assert not list(output.glob("*.partial"))
 
 
 # ---- Steps that must not count --------------------------------------------------------------------------------------
@@ -708,10 +720,10 @@ def test_a_step_that_is_not_finite_moves_nothing_and_names_the_rows(data, tmp_pa
     assert [path.name for path in trainer.checkpoints(tmp_path / "run")] == ["checkpoint-2"]
 
 
-def test_under_fp16_a_step_that_overflows_moves_neither_weights_nor_average_nor_schedule(data, tmp_path, monkeypatch):
+def test_under_fp16_an_overflow_moves_neither_weights_nor_average_nor_schedule(data, models, tmp_path, monkeypatch):
     monkeypatch.setattr("accelerate.Accelerator", HalfPrecision)
     settings = {"logging_steps": 1, "checkpointing_steps": 1, "max_train_steps": 2, "ema": 0.9}
-    train(data, tmp_path / "run", lr_scheduler="linear", **settings)
+    train(data, tmp_path / "run", model=models["sdxl"], lr_scheduler="linear", **settings)
     entries = read_metrics(tmp_path / "run")
     assert [entry["grad_norm"] is None for entry in entries] == [True, False]  # infinity is null in metrics.jsonl
     assert [entry["lr"] for entry in entries] == [1e-3, 1e-3]
@@ -732,7 +744,7 @@ def test_the_alarm_rings_once_where_the_winners_error_keeps_rising(data, models,
         return found | {"error/winner_relative": torch.full_like(found["loss"], 0.02 * next(calls))}
 
     monkeypatch.setattr(trainer, "pair_losses", losses)
-    settings = {"logging_steps": 1, "max_train_steps": 13, "pretrained_model_name_or_path": models["sdxl"]}
+    settings = {"logging_steps": 1, "max_train_steps": 13, "model": models["sdxl"]}
     train(data, tmp_path / "run", **settings)
     assert "".join(capsys.readouterr()).count("the run diverges") == 1
 
@@ -742,8 +754,7 @@ def test_the_alarm_rings_once_where_the_winners_error_keeps_rising(data, models,
 
 def test_warm_up_epochs_and_no_validation(data, models, tmp_path):
     settings = {"lr_warmup_steps": 4, "logging_steps": 1, "num_train_epochs": 2, "train_batch_size": 3}
-    settings |= {"gradient_accumulation_steps": 2, "pretrained_model_name_or_path": models["sdxl"]}
-    train(data, tmp_path / "run", **settings)
+    train(data, tmp_path / "run", model=models["sdxl"], gradient_accumulation_steps=2, **settings)
     entries = read_metrics(tmp_path / "run")  # 20 pairs in steps of 6
     assert [entry["lr"] for entry in entries] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4])
     assert not [name for entry in entries for name in entry if name.startswith("validation")]
@@ -751,26 +762,28 @@ def test_warm_up_epochs_and_no_validation(data, models, tmp_path):
     assert "validation.png" not in (tmp_path / "run" / "README.md").read_text()
 
 
-def test_validation_does_not_depend_on_the_batch_size_and_draws_what_a_pipeline_draws(data, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
+def test_validation_draws_what_a_pipeline_draws_whatever_the_batch_size(data, models, tmp_path, monkeypatch, name):
     own, drawn, measured = trainer.draw_images, [], []
     monkeypatch.setattr(trainer, "draw_images", lambda *args: drawn.append((args[1], own(*args))) or drawn[-1][1])
     for size in (1, 3):
         settings = {"run_validation": True, "num_validation_images": 3, "train_batch_size": size}
-        train(data, tmp_path / str(size), **settings, **STILL)
+        train(data, tmp_path / str(size), model=models[name], **settings, **STILL)
         measured.append(read_metrics(tmp_path / str(size))[-1])
-        assert measured[-1]["validation/loss/dpo"] == pytest.approx(math.log(2), abs=1e-5)
+        assert measured[-1]["validation/loss/dpo"] == pytest.approx(math.log(2), abs=1e-4)
     for key in ("validation/error/winner", "validation/error/loser", "validation/prediction_norm"):
-        assert measured[0][key] == pytest.approx(measured[1][key], rel=1e-5)
-    pixels = [np.stack(images).astype(int) for _, images in drawn]
-    pipe, options = load(PIPELINE), {"num_inference_steps": 1, "guidance_scale": 1.2, "height": 64, "width": 64}
-    seeds = [torch.Generator().manual_seed(trainer.image_seed(0, prompt, 0)) for prompt in drawn[0][0]]
-    images = pipe(drawn[0][0], generator=seeds, **options).images
-    assert len(pixels) == 4  # before and after, in chunks of 1 and at once
-    assert max(np.abs(own - np.stack(images)).max() for own in pixels) <= 1
+        assert measured[0][key] == pytest.approx(measured[1][key], rel=1e-4)
+    pipe, size = load(models[name]), {"sd": 64}.get(name, 48)
+    pipe.scheduler, prompts = FAMILIES[name].sampler(pipe), drawn[0][0]
+    seeds = [torch.Generator().manual_seed(trainer.image_seed(0, prompt, 0)) for prompt in prompts]
+    options = {"num_inference_steps": 1, "guidance_scale": {"sd3": 4.5}.get(name, 5), "height": size, "width": size}
+    images = np.stack(pipe(prompts, generator=seeds, **options).images)
+    assert len(drawn) == 4  # before and after, in chunks of 1 and at once
+    assert max(np.abs(np.stack(own).astype(int) - images).max() for _, own in drawn) <= 1
 
 
 def test_two_processes_train_the_same_weights_as_one_and_resume_bit_for_bit(data, models, tmp_path):
-    settings = {"pretrained_model_name_or_path": models["sdxl"], "train_text_encoder": True, "max_train_steps": 3}
+    settings = {"model": models["sdxl"], "train_text_encoder": True, "max_train_steps": 3}
     settings |= {"learning_rate": 1e-4, "gradient_checkpointing": True, "run_validation": True}
     two = settings | {"gradient_accumulation_steps": 2}
     resumed = two | {"resume_from_checkpoint": tmp_path / "two" / "checkpoint-2"}
@@ -815,7 +828,7 @@ def test_diffusers_command_line_runs_and_uploads_weights_card_and_picture(data, 
     written = {path.relative_to(output).as_posix(): path for path in output.rglob("*") if path.is_file()}
     assert {"checkpoint-1/model.safetensors", ".lock", "metrics.jsonl", "training_settings.json"} <= written.keys()
     assert list((output / "logs").rglob("events.out*"))
-    patterns = {key: upload[key] for key in ("allow_patterns", "ignore_patterns")}
+    patterns = {key: upload.get(key) for key in ("allow_patterns", "ignore_patterns")}
     sent = set(huggingface_hub.utils.filter_repo_objects(written, **patterns))
     assert sent == {LORA, "README.md", "validation.png"}
     assert not [name for name, path in written.items() if b"hf_secret" in path.read_bytes()]

@@ -93,12 +93,13 @@ def data(tmp_path_factory) -> Iterator[Path]:
 
 
 def flags(settings: dict) -> list[str]:
-    """The command line of settings: True is a flag without a value, False none, a list several values."""
+    """The command line of settings: True is a flag without a value, False none, a list several values; `model` is
+    short for the longest name."""
     words = [] if settings.get("run_validation", True) else ["--no-run_validation"]
     for name, value in settings.items():
         if value is not False:
             values = [] if value is True else value if isinstance(value, list | tuple) else [value]
-            words += [f"--{name}", *map(str, values)]
+            words += [f"--{'pretrained_model_name_or_path' if name == 'model' else name}", *map(str, values)]
     return words
 
 
@@ -306,9 +307,9 @@ def models(tmp_path_factory) -> dict[str, Path]:
     return {"sd": PIPELINE, "sdxl": tiny_sdxl(folder / "sdxl"), **sd3}
 
 
-def with_scheduler(folder: Path, **config) -> Path:
-    """A copy of the embedded world's model with other settings of its scheduler."""
-    file = shutil.copytree(PIPELINE, folder) / "scheduler" / "scheduler_config.json"
+def with_scheduler(model: Path, folder: Path, **config) -> Path:
+    """A copy of a model with other settings of its scheduler."""
+    file = shutil.copytree(model, folder) / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | config))
     return folder
 
