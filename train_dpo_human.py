@@ -891,10 +891,10 @@ def load_model(args: argparse.Namespace, dtype: torch.dtype) -> tuple[DiffusionP
 def load_initial_model(model: torch.nn.Module, part: str, args: argparse.Namespace) -> None:
     """The U-Net or transformer of an earlier stage, in a folder or on the hub, under unet/ or not, takes the base's
     place; UserError where there is none that fits."""
-    told = None
+    told, same = None, {"torch_dtype": model.dtype, "cache_dir": args.cache_dir}
     for options in ({"subfolder": part, "variant": args.variant}, {"variant": args.variant}, {"subfolder": part}, {}):
         try:
-            other = type(model).from_pretrained(args.initial_unet, torch_dtype=model.dtype, **options)
+            other = type(model).from_pretrained(args.initial_unet, **same, **options)
             model.load_state_dict(other.state_dict())
             return
         except (OSError, RuntimeError) as error:  # not there, or of other sizes
@@ -1451,7 +1451,8 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--resolution, --height and --width must be multiples of {family.multiple} for this model")
     if args.export_kohya and family.model != "unet":
         raise UserError("--export_kohya: kohya's format is for U-Nets; ComfyUI loads this LoRA as it is")
-    path = family.path(pipe, 1)
+    patch = getattr(model.config, "patch_size", 1)
+    path = family.path(pipe, args.height * args.width // (pipe.vae_scale_factor * patch) ** 2)
     low, high = args.timestep_range = args.timestep_range or [0, len(path.t)]
     if not low < high <= len(path.t):
         raise UserError(f"--timestep_range {low} {high}: LOW < HIGH <= {len(path.t)} is needed")
@@ -1469,7 +1470,7 @@ def main(args: argparse.Namespace) -> None:
         args.encoded_dir = str((folder if folder.exists() else Path(args.cache_dir or HF_DATASETS_CACHE)) / "encoded")
     Path(args.encoded_dir).mkdir(parents=True, exist_ok=True)
     pipe.to(device)
-    pairs, patch = {}, getattr(model.config, "patch_size", 1)
+    pairs = {}
     for name, table in tables.items():
         pairs[name] = encode_pairs(name, splits[name], table, folder, pipe, family, dropped[name], args, accelerator)
         for height, width in {tuple(pair.shape[2:]) for pair in pairs[name].latents}:
