@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableDiffusionXLPipeline
 from test_make_preference_data import SCORER, data, data_of, difference, make, read_image, rows_of, write_inputs
-from train_helpers import tiny_sdxl
 from tiny_human import figures
+from train_helpers import tiny_sdxl
 
 
 SHORT = ["--num_images_per_prompt", 4, "--num_inference_steps", 10, "--draft_steps", 0]
