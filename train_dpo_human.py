@@ -47,7 +47,7 @@ Without arguments it trains on human-preferences/ in the embedded world (tests/t
 
 To change the loss, edit `dpo_loss`; its weight follows from it.
 To change the timesteps, `draw_timesteps`; the held-out pairs follow it.
-To read other columns, add a line to LAYOUTS.
+To read other columns, put a line first in LAYOUTS; labels in words become 1, 0 and 0.5 in `choose_pairs`.
 To train another kind of model, write a class like `UNet` and name its pipeline in FAMILIES.
 To log something new, give it a name in the dict that `pair_losses` returns, one value a pair.
 
@@ -122,7 +122,7 @@ class UserError(Exception):
 
 
 class NoisePath(NamedTuple):
-    """x_t = a x_0 + s noise at each of the T points of a model's schedule; (T,) each."""
+    """x_t = a x_0 + s noise at each of the T points of a model's schedule, least noise first; (T,) each."""
 
     t: Tensor  # what the model is told
     a: Tensor
@@ -164,8 +164,8 @@ def dpo_loss(
     The logit is positive where the policy improved on the winner, against the reference, more than on the loser.
     `beta` multiplies that improvement as it is; public code with a factor 0.5 means the same loss by twice the beta.
     `label` (B,) is the probability that the winner is the better one: 1, or 0.5 for a tie. "ipo" is IPO's loss times
-    beta^2: the same minimum, logit = 1 / 2, with gradients of the size of the others'. The weight, -dloss/dlogit, is
-    the pair's in the gradient: near 0 it has nothing left to teach.
+    beta^2: the same minimum, logit = 1 / 2, with gradients of the size of the others'. The weight is the loss's own
+    slope, the pair's share in the gradient: near 0 it has nothing left to teach.
     """
 
     def loss_if_better(logit: Tensor) -> Tensor:
@@ -173,14 +173,15 @@ def dpo_loss(
             return F.relu(1 - logit)
         return (logit - 0.5).square() if loss_type == "ipo" else -F.logsigmoid(logit)
 
-    def loss_of(logit: Tensor) -> Tensor:
-        return label * loss_if_better(logit) + (1 - label) * loss_if_better(-logit)
+    def loss_of(margin: Tensor) -> tuple[Tensor, Tensor]:
+        logit = margin  # to cap or bend it: here
+        return label * loss_if_better(logit) + (1 - label) * loss_if_better(-logit), logit
 
-    logit = beta * ((ref_err_w - err_w) - (ref_err_l - err_l))
+    margin = beta * ((ref_err_w - err_w) - (ref_err_l - err_l))
     with torch.enable_grad():
-        point = logit.detach().requires_grad_()
-        (slope,) = torch.autograd.grad(loss_of(point).sum(), point)
-    return loss_of(logit), logit, -slope
+        point = margin.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(loss_of(point)[0].sum(), point)
+    return *loss_of(margin), -slope
 
 
 def predict_x0(prediction: Tensor, x_t: Tensor, a: Tensor, s: Tensor, kind: str) -> Tensor:
@@ -228,7 +229,8 @@ def default_lambda_stat(path: NoisePath) -> float:
 
 
 def draw_timesteps(quantile: Tensor, low: int, high: int, scheme: str = "none") -> Tensor:
-    """Points of the schedule in [low, high) at quantiles (B,) in (0, 1): uniform, or SD 3's logit-normal; (B,) long.
+    """Points of the schedule in [low, high), least noise first, at quantiles (B,) in (0, 1): uniform, or SD 3's
+    logit-normal; (B,) long. A scheme is an inverse distribution function: quantile ** 0.5 leans to much noise.
 
     Training draws the quantiles; held-out pairs are measured at evenly spaced ones.
     """
@@ -313,7 +315,7 @@ class UNet:
         values = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **options)
         return {name: value for name, value in zip(names, values, strict=False) if value is not None}
 
-    def predict(self, model: Callable, x_t: Tensor, t: Tensor, text: dict[str, Tensor], sizes: Tensor) -> Tensor:
+    def predict(self, model: torch.nn.Module, x_t: Tensor, t: Tensor, text: dict, sizes: Tensor) -> Tensor:
         """The bare model call, x_t (B, C, h, w), t (B,), text (B, ...); sizes (B, 6), SDXL: original height and
         width, top and left of the crop, height and width, in pixels -> (B, C, h, w)."""
         added = None
@@ -321,6 +323,10 @@ class UNet:
             added = {"text_embeds": text["pooled_prompt_embeds"], "time_ids": sizes}
         embeds = text["prompt_embeds"]
         return model(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+    def unpack(self, pipe: DiffusionPipeline, latents: Tensor, height: int, width: int) -> Tensor:
+        """Latents (B, C, h, w) of what the pipeline's call returns as such; the image's size in pixels."""
+        return latents
 
     def latent_scale(self, vae: torch.nn.Module) -> tuple[Tensor, Tensor]:
         """Mean and factor, (1, C or 1, 1, 1), of latents = (the VAE's - mean) * factor."""
@@ -355,7 +361,7 @@ class SD3(UNet):
 
         config, name = pipe.scheduler.config, type(pipe.scheduler).__name__
         if name != "FlowMatchEulerDiscreteScheduler":
-            raise UserError(f"the model's scheduler, {name}, is no FlowMatchEulerDiscreteScheduler, which SD 3 needs")
+            raise UserError(f"the model's scheduler, {name}, is no FlowMatchEulerDiscreteScheduler, as flow needs")
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
         sigma = scheduler.sigmas
         if config.use_dynamic_shifting:
@@ -374,7 +380,7 @@ class SD3(UNet):
         """As U-Nets' pipelines; the second and third encoder read the same prompts."""
         return super().encode_text(pipe, prompts, prompt_2=None, prompt_3=None, **options)
 
-    def predict(self, model: Callable, x_t: Tensor, t: Tensor, text: dict[str, Tensor], sizes: Tensor) -> Tensor:
+    def predict(self, model: torch.nn.Module, x_t: Tensor, t: Tensor, text: dict, sizes: Tensor) -> Tensor:
         """The bare model call; sizes are not read."""
         text = {"encoder_hidden_states": text["prompt_embeds"], "pooled_projections": text["pooled_prompt_embeds"]}
         return model(hidden_states=x_t, timestep=t, **text, return_dict=False)[0]
@@ -395,7 +401,7 @@ class Layout(NamedTuple):
     caption: str
 
 
-LAYOUTS = (
+LAYOUTS = (  # the first that fits is taken
     Layout("jpg_0", "jpg_1", "label_0", "caption"),  # Pick-a-Pic and make_preference_data.py
     Layout("chosen", "rejected", None, "prompt"),  # open-image-preferences
     Layout("path1", "path2", None, "prompt"),  # HPDv3
@@ -953,8 +959,8 @@ def read_lora(pipe: DiffusionPipeline, source: str) -> dict[str, dict[str, tuple
         metadata |= json.loads(config.read_text(encoding="utf-8"))
     metadata |= {f"{denoiser}.{key}": value for key, value in metadata.items() if "." not in key}
     state = {key.removeprefix("base_model.model.").replace(".default.", "."): value for key, value in state.items()}
-    bare = ("down_blocks.", "mid_block.", "up_blocks.", "transformer_blocks.")
-    state = {f"{denoiser}.{key}" if key.startswith(bare) else key: value for key, value in state.items()}
+    bare = {name for name, _ in getattr(pipe, denoiser).named_children()}
+    state = {f"{denoiser}.{key}" if key.partition(".")[0] in bare else key: value for key, value in state.items()}
     if any("dora_scale" in key or "lora_magnitude_vector" in key for key in state):
         raise UserError(f"{source} is a DoRA, not a LoRA")
     try:
@@ -1023,18 +1029,17 @@ class Policy(torch.nn.Module):
     def __init__(self, pipe: DiffusionPipeline, family: UNet, model: torch.nn.Module, args: argparse.Namespace):
         super().__init__()
         self.pipe, self.family, self.model = pipe, family, model
-        encoders = text_encoders(pipe) if args.train_text_encoder else {}
-        encoders.pop("text_encoder_3", None)  # SD 3's T5: no LoRA format knows it
-        self.text_encoders = torch.nn.ModuleDict(encoders)
+        encoders = text_encoders(pipe).items() if args.train_text_encoder else ()  # the CLIPs; T5 has no LoRA format
+        self.text_encoders = torch.nn.ModuleDict({name: one for name, one in encoders if "CLIP" in type(one).__name__})
         self.dtype = next(model.parameters()).dtype
-        self.call = torch.compile(model.forward) if args.compile else model.__call__
+        self.call = [torch.compile(model) if args.compile else model]  # in a list, or it were a second submodule
 
     def forward(self, x_t: Tensor, t: Tensor, text: dict[str, Tensor] | list[str], sizes: Tensor) -> Tensor:
         """The prediction for winners and losers x_t (2B, C, h, w), which share t (B,), text and sizes (B, 6)."""
         if isinstance(text, list):
             text = self.family.encode_text(self.pipe, text)
         text = {name: value.repeat(2, *[1] * (value.ndim - 1)) for name, value in text.items()}
-        return self.family.predict(self.call, x_t.to(self.dtype), t.repeat(2), text, sizes.repeat(2, 1))
+        return self.family.predict(self.call[0], x_t.to(self.dtype), t.repeat(2), text, sizes.repeat(2, 1))
 
     def adapted(self) -> dict[str, torch.nn.Module]:
         """The modules that have a LoRA, by their names in the pipeline."""
@@ -1149,8 +1154,8 @@ def held_out_metrics(
         batches += [visits[start : start + size] for start in range(0, len(visits), size)]
     mine, total = batches[accelerator.process_index :: accelerator.num_processes], Counter()
     for visits in tqdm(mine or batches[:1], "held-out pairs", leave=False, disable=not accelerator.is_main_process):
+        batch = make_batch(pairs, visits, True, args, accelerator.device)
         with accelerator.autocast():
-            batch = make_batch(pairs, visits, True, args, accelerator.device)
             losses = pair_losses(policy, frozen, batch, args)
         total.update({name: value.sum() for name, value in losses.items()} | {"count": len(visits)})
     sums = torch.tensor([bool(mine) * float(value) for value in total.values()], device=accelerator.device)
@@ -1188,6 +1193,7 @@ def draw_images(
         seeds = [torch.Generator().manual_seed(image_seed(args.seed, prompt, 0)) for prompt in prompts[some]]
         with accelerator.autocast():
             latents = pipe(**inputs, **size, **guided, generator=seeds, output_type="latent").images
+        latents = family.unpack(pipe, latents, args.height, args.width)
         pixels = [family.to_pixels(pipe, x_0[None]) for x_0 in latents]  # in fp32: SDXL's VAE overflows in fp16
         images += [pipe.image_processor.postprocess(one)[0] for one in pixels]
     pipe.vae.to("cpu")
@@ -1445,14 +1451,14 @@ def main(args: argparse.Namespace) -> None:
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     pipe, family = load_model(args, dtype)
     model = getattr(pipe, family.model)
-    args.resolution = args.resolution or model.config.sample_size * pipe.vae_scale_factor
+    usual = getattr(pipe, "default_sample_size", None) or model.config.sample_size
+    args.resolution = args.resolution or usual * pipe.vae_scale_factor
     args.height, args.width = args.height or args.resolution, args.width or args.resolution
     if any(side % family.multiple for side in (args.resolution, args.height, args.width)):
         raise UserError(f"--resolution, --height and --width must be multiples of {family.multiple} for this model")
     if args.export_kohya and family.model != "unet":
         raise UserError("--export_kohya: kohya's format is for U-Nets; ComfyUI loads this LoRA as it is")
-    patch = getattr(model.config, "patch_size", 1)
-    path = family.path(pipe, args.height * args.width // (pipe.vae_scale_factor * patch) ** 2)
+    path = family.path(pipe, args.height * args.width // family.multiple**2)
     low, high = args.timestep_range = args.timestep_range or [0, len(path.t)]
     if not low < high <= len(path.t):
         raise UserError(f"--timestep_range {low} {high}: LOW < HIGH <= {len(path.t)} is needed")
@@ -1474,7 +1480,8 @@ def main(args: argparse.Namespace) -> None:
     for name, table in tables.items():
         pairs[name] = encode_pairs(name, splits[name], table, folder, pipe, family, dropped[name], args, accelerator)
         for height, width in {tuple(pair.shape[2:]) for pair in pairs[name].latents}:
-            pairs[name].paths[height, width] = family.path(pipe, height * width // patch**2)
+            tokens = height * width * pipe.vae_scale_factor**2 // family.multiple**2
+            pairs[name].paths[height, width] = family.path(pipe, tokens)
     pipe.vae.to("cpu")
     pipe.scheduler = family.sampler(pipe)
     prompts = list(dict.fromkeys(pairs.get("validation", pairs["train"]).caption))[: args.num_validation_images]
