@@ -81,7 +81,7 @@ import textwrap
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,10 +102,9 @@ from tqdm.auto import tqdm
 
 if TYPE_CHECKING:  # imported where they are used, so that a typing error is told at once
     from accelerate import Accelerator
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
     from diffusers import DiffusionPipeline
     from diffusers.training_utils import EMAModel
-    from filelock import FileLock
 
 WORLD = Path(__file__).resolve().parent / "tests" / "tiny_human"
 TEXT_ENCODER_LAYERS = ["q_proj", "k_proj", "v_proj", "out_proj"]
@@ -228,15 +227,15 @@ def default_lambda_stat(path: NoisePath) -> float:
 # ---- Draws: what a step sees is a function of (seed, position) ------------------------------------------------------
 
 
-def draw_timesteps(quantile: Tensor, low: int, high: int, scheme: str = "none") -> Tensor:
-    """Points of the schedule in [low, high), least noise first, at quantiles (B,) in (0, 1): uniform, or SD 3's
+def draw_timesteps(quantile: Tensor, points: int, scheme: str = "none") -> Tensor:
+    """Which of the schedule's points, least noise first, lie at quantiles (B,) in (0, 1): uniform, or SD 3's
     logit-normal; (B,) long. A scheme is an inverse distribution function: quantile ** 0.5 leans to much noise.
 
     Training draws the quantiles; held-out pairs are measured at evenly spaced ones.
     """
     if scheme == "logit_normal":
         quantile = torch.special.ndtri(quantile).sigmoid()
-    return low + (quantile * (high - low)).long()
+    return (quantile * points).long()
 
 
 def draw_noise(
@@ -267,14 +266,13 @@ def endless_batches(seed: int, buckets: list[np.ndarray], size: int) -> Iterator
     for epoch in itertools.count():
         ready = []
         for number, pairs in enumerate(buckets):
-            order = np.random.default_rng((seed, epoch, number)).permutation(len(pairs))
-            rows, full = waiting[number] + [(int(pairs[i]), epoch) for i in order], min(size, len(pairs))
-            end = len(rows) // full * full
-            ready += [(number, rows[start : start + full]) for start in range(0, end, full)]
-            waiting[number] = rows[end:]
-        turns = np.random.default_rng((seed, epoch)).permutation([number for number, _ in ready])  # the buckets mixed
-        queues = [iter([batch for own, batch in ready if own == number]) for number in range(len(buckets))]
-        yield from (next(queues[number]) for number in turns)
+            order = np.random.default_rng((seed, epoch, number)).permutation(pairs).tolist()
+            rows, full = waiting[number] + [(pair, epoch) for pair in order], min(size, len(pairs))
+            ready.append([rows[end - full : end] for end in range(full, len(rows) + 1, full)])
+            waiting[number] = rows[len(ready[number]) * full :]
+        turns = np.repeat(np.arange(len(buckets)), [len(batches) for batches in ready])
+        for number in np.random.default_rng((seed, epoch)).permutation(turns):  # the buckets mixed
+            yield ready[number].pop(0)
 
 
 # ---- Model families: everything that depends on the kind of model ---------------------------------------------------
@@ -298,8 +296,10 @@ class UNet:
         alpha_bar = DDPMScheduler.from_config(config).alphas_cumprod
         before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
         c = before.sqrt() * (1 - alpha_bar / before) / (1 - alpha_bar)
-        t, a, s = torch.arange(len(alpha_bar)), alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
-        return NoisePath(t, a, s, c, config.prediction_type)
+        path = torch.arange(len(alpha_bar)), alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), c
+        if config.prediction_type == "epsilon":  # of pure noise, at zero terminal SNR, it says nothing about the image
+            path = [values[alpha_bar > 0] for values in path]
+        return NoisePath(*path, config.prediction_type)
 
     def sampler(self, pipe: DiffusionPipeline) -> Any:
         """DPM-Solver++ multistep with the model's schedule, as the paper samples."""
@@ -309,10 +309,11 @@ class UNet:
         return DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **options)
 
     def encode_text(self, pipe: DiffusionPipeline, prompts: list[str], **options: Any) -> dict[str, Tensor]:
-        """The prompts' embeddings (B, ...) by the pipeline's own encoders, under the names that its call takes."""
+        """The prompts' embeddings (B, ...) by the pipeline's own encoders, under the names that its call takes; with
+        do_classifier_free_guidance=True also those of the empty prompt."""
         names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-        options |= {"device": pipe.text_encoder.device, "num_images_per_prompt": 1}
-        values = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **options)
+        options = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1} | options
+        values = pipe.encode_prompt(prompts, device=pipe.text_encoder.device, **options)
         return {name: value for name, value in zip(names, values, strict=False) if value is not None}
 
     def predict(self, model: torch.nn.Module, x_t: Tensor, t: Tensor, text: dict, sizes: Tensor) -> Tensor:
@@ -392,20 +393,11 @@ FAMILIES = {"StableDiffusionPipeline": UNet, "StableDiffusionXLPipeline": UNet, 
 # ---- Data: where pairs come from ------------------------------------------------------------------------------------
 
 
-class Layout(NamedTuple):
-    """Column names of one way to write pairs down. Without `label_0`, image_0 is the winner."""
-
-    image_0: str
-    image_1: str
-    label_0: str | None
-    caption: str
-
-
-LAYOUTS = (  # the first that fits is taken
-    Layout("jpg_0", "jpg_1", "label_0", "caption"),  # Pick-a-Pic and make_preference_data.py
-    Layout("chosen", "rejected", None, "prompt"),  # open-image-preferences
-    Layout("path1", "path2", None, "prompt"),  # HPDv3
-    Layout("image_0", "image_1", "prefer_0", "prompt"),  # invoke-training
+LAYOUTS = (  # columns of images, label (None: the first image is the winner) and caption; the first that fits is taken
+    ("jpg_0", "jpg_1", "label_0", "caption"),  # Pick-a-Pic and make_preference_data.py
+    ("chosen", "rejected", None, "prompt"),  # open-image-preferences
+    ("path1", "path2", None, "prompt"),  # HPDv3
+    ("image_0", "image_1", "prefer_0", "prompt"),  # invoke-training
 )
 
 
@@ -446,20 +438,16 @@ def rows_of_folders(folder: Path) -> list[dict[str, str]]:
     return rows
 
 
-def first_rows(stream: IterableDataset, count: int, cache_dir: str | None) -> Dataset:
-    """The first rows of a streamed data set, which reads no more of it; kept by `datasets` for the next start."""
+def first_rows(place: tuple[str, str | None], split: str, count: int) -> Iterator[dict[str, Any]]:
+    """The first rows of a data set on the hub, of which no more is read."""
     import datasets
 
-    rows = stream.take(count)
-    return datasets.Dataset.from_generator(lambda: iter(rows), features=stream.features, cache_dir=cache_dir)
+    yield from datasets.load_dataset(*place, split=split, streaming=True).decode(False).take(count)
 
 
 def read_source(args: argparse.Namespace) -> tuple[dict[str, Dataset], Path]:
     """The splits, "train" and perhaps "validation", of --dataset_name or --train_data_dir, whatever their columns are
     called, and the folder that paths in them start at.
-
-    A folder's parquet files are named one by one, because a folder that was made again under its old name would come
-    out of the cache of `datasets` as it was.
     """
     import datasets
 
@@ -471,40 +459,28 @@ def read_source(args: argparse.Namespace) -> tuple[dict[str, Dataset], Path]:
         names = datasets.get_dataset_split_names(*place)
         split = split or next((name for name in ("train", "validation") if name in names), names[0])
         rows = datasets.load_dataset(*place, split=split, streaming=count is not None, **cache)
-        splits = {split: rows if count is None else first_rows(rows.decode(False), count, args.cache_dir)}
+        if count is not None:  # kept by `datasets` for the other processes and the next start
+            own = {"place": place, "split": split, "count": count}
+            rows = datasets.Dataset.from_generator(first_rows, features=rows.features, gen_kwargs=own, **cache)
+        splits = {split: rows}
     elif not source.exists():
         raise UserError(f"no folder {source}: make pairs with make_preference_data.py, or set --train_data_dir")
     elif source.is_file():
         kind = "parquet" if source.suffix == ".parquet" else "json"
         splits = datasets.load_dataset(kind, data_files={"train": str(source)}, **cache)
-    else:
-        files = {name: sorted(map(str, source.glob(f"data/{name}-*.parquet"))) for name in ("train", "validation")}
-        if files := {name: paths for name, paths in files.items() if paths}:
-            splits = datasets.load_dataset("parquet", data_files=files, **cache)
-        elif rows := rows_of_folders(source):
-            splits = {"train": datasets.Dataset.from_list(rows)}
-        else:
-            again = {"download_mode": "force_redownload", "verification_mode": "no_checks"}
-            splits = datasets.load_dataset(str(source), place[1], **again, **cache)
-    if split or "train" not in splits:
-        name = split or next(iter(splits))
-        if name not in splits:
-            raise UserError(f"{source} has no split {name!r}, only {', '.join(splits)}")
+    elif not any(source.glob("data/*.parquet")) and (rows := rows_of_folders(source)):
+        splits = {"train": datasets.Dataset.from_list(rows)}
+    else:  # by its files' names and times: a folder that was made again would come out of the cache as it was
+        builder = datasets.load_dataset_builder(str(source), args.dataset_config_name, **cache)
+        splits = datasets.load_dataset(builder.name, data_files=builder.config.data_files, **cache)
+    name = split or ("train" if "train" in splits else next(iter(splits)))
+    if name not in splits:
+        raise UserError(f"{source} has no split {name!r}, only {', '.join(splits)}")
+    if name != "train":
         splits = {"train": splits[name]}
     if count is not None:
         splits["train"] = splits["train"].select(range(min(count, len(splits["train"]))))
     return dict(splits), source.parent if source.is_file() else source
-
-
-def find_layout(columns: list[str], args: argparse.Namespace) -> Layout:
-    """The first of LAYOUTS, with the columns that flags name, which the rows have."""
-    named = (args.image_0_column, args.image_1_column, args.label_0_column, args.caption_column)
-    known = [Layout(*(own or usual for own, usual in zip(named, layout, strict=True))) for layout in LAYOUTS]
-    for layout in known:
-        if all(column in columns for column in layout if column):
-            return layout
-    missing = [column for column in known[0] if column not in columns]
-    raise UserError(f"the data has no column {', '.join(missing)} (it has {', '.join(columns)})")
 
 
 def choose_pairs(rows: Dataset, args: argparse.Namespace) -> tuple[pd.DataFrame, Counter]:
@@ -513,9 +489,16 @@ def choose_pairs(rows: Dataset, args: argparse.Namespace) -> tuple[pd.DataFrame,
     A table with the columns row (in `rows`), winner and loser (names of image columns), label (the probability that
     the winner is the better one) and caption.
     """
-    layout, columns = find_layout(rows.column_names, args), rows.column_names
-    label_1 = layout.label_0.replace("0", "1") if "0" in (layout.label_0 or "") else None
-    wanted = {layout.caption, layout.label_0, label_1, "has_label"} - {layout.image_0, layout.image_1}
+    columns = rows.column_names
+    named = (args.image_0_column, args.image_1_column, args.label_0_column, args.caption_column)
+    known = [[own or usual for own, usual in zip(named, layout, strict=True)] for layout in LAYOUTS]
+    fitting = [layout for layout in known if all(column in columns for column in layout if column)]
+    if not fitting:
+        missing = [column for column in known[0] if column not in columns]
+        raise UserError(f"the data has no column {', '.join(missing)} (it has {', '.join(columns)})")
+    image_0, image_1, label_0, caption_column = fitting[0]
+    label_1 = label_0.replace("0", "1") if "0" in (label_0 or "") else None
+    wanted = {caption_column, label_0, label_1, "has_label"} - {image_0, image_1}
     if args.min_margin is not None or args.soft_labels:
         wanted.add(args.margin_column)
         if args.margin_column not in columns:
@@ -526,12 +509,12 @@ def choose_pairs(rows: Dataset, args: argparse.Namespace) -> tuple[pd.DataFrame,
         values = table[column] if column in table else pd.Series(default, index=table.index)
         return pd.to_numeric(values, errors="coerce").astype(float)
 
-    first = numbers(layout.label_0, 1.0)  # 1 where the first image won, 0, or 0.5 for a tie
+    first = numbers(label_0, 1.0)  # 1 where the first image won, 0, or 0.5 for a tie
     second = numbers(label_1, 1 - first)
-    if layout.label_0 == "prefer_0":  # invoke-training: a vote for neither
+    if label_0 == "prefer_0":  # invoke-training: a vote for neither
         first, second = (side.where(first + second > 0, 0.5) for side in (first, second))
     margin, tie = numbers(args.margin_column, math.inf), first == 0.5
-    caption = table[layout.caption].map(lambda text: text.strip() if isinstance(text, str) else "")
+    caption = table[caption_column].map(lambda text: text.strip() if isinstance(text, str) else "")
     reason = np.select(
         [
             numbers("has_label", 1.0) == 0,
@@ -549,8 +532,8 @@ def choose_pairs(rows: Dataset, args: argparse.Namespace) -> tuple[pd.DataFrame,
         label = 1 / (1 + np.exp(-margin.clip(lower=0) / args.soft_labels))
     pairs = pd.DataFrame({
         "row": np.arange(len(table)),
-        "winner": np.where(first == 0, layout.image_1, layout.image_0),
-        "loser": np.where(first == 0, layout.image_0, layout.image_1),
+        "winner": np.where(first == 0, image_1, image_0),
+        "loser": np.where(first == 0, image_0, image_1),
         "label": label.mask(tie, 0.5),
         "caption": caption,
     })  # fmt: skip
@@ -692,24 +675,25 @@ def wait_patiently(accelerator: Accelerator) -> None:
     """A barrier that waits for hours, for a download or for what is encoded; all others keep the library's minutes,
     after which a fault shows."""
     if accelerator.num_processes > 1:
-        hours = datetime.timedelta(hours=12)
-        torch.distributed.barrier(torch.distributed.new_group(backend="gloo", timeout=hours))
+        group = torch.distributed.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
+        torch.distributed.barrier(group)
+        torch.distributed.destroy_process_group(group)  # its sockets and threads, too
 
 
 def make_parts(
-    paths: list[Path], make: Callable[[list[int]], Iterable[dict[str, Tensor]]], accelerator: Accelerator, title: str
+    paths: list[Path], make: Callable[[int], dict[str, Tensor]], accelerator: Accelerator, title: str
 ) -> list[dict[str, Tensor]]:
-    """The tensors of safetensors files, memory-mapped. The processes share out those that are missing, one writer a
-    file, under a temporary name: what an interrupted start has made is not made again."""
+    """The tensors of safetensors files, memory-mapped; `make` gives those of the file of this number. The processes
+    share out those that are missing, one writer a file, under a temporary name: what an interrupted start has made is
+    not made again."""
     from safetensors.torch import load_file, save_file
 
     missing = [number for number, path in enumerate(paths) if not path.is_file()]
     wait_patiently(accelerator)  # all have looked
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    show = {"desc": title, "unit": "part", "disable": not (mine and accelerator.is_main_process)}
-    for number, tensors in zip(mine, tqdm(make(mine), total=len(mine), **show), strict=True):
+    for number in tqdm(mine, title, unit="part", disable=not (mine and accelerator.is_main_process)):
         unfinished = paths[number].with_name(f".{paths[number].name}.{os.getpid()}")
-        save_file(tensors, unfinished)
+        save_file(make(number), unfinished)
         unfinished.replace(paths[number])
     wait_patiently(accelerator)
     return [load_file(path) for path in paths]
@@ -732,10 +716,8 @@ def encode_pairs(
     def read(pair: Any) -> tuple[list[int], Tensor | None]:
         """A row of Pairs.sizes, and latents (2, C, h, w) or pixels (2, 3, H, W); zeros and None where it fails."""
         try:
-            files = open_pair(cells, pair, folder)
-            image = Image.open(files[0])
-            upright = image.getexif().get(0x0112, 1) <= 4  # else the camera was turned
-            height, width = image.size[::-1] if upright else image.size
+            images = [read_image(file) for file in open_pair(cells, pair, folder)]
+            width, height = images[0].size
             size = (args.height, args.width)
             if args.aspect_ratio_buckets:
                 size = bucket_size(height, width, args.resolution, family.multiple)
@@ -745,32 +727,27 @@ def encode_pairs(
                 row = cells[int(pair.row)]
                 values = b"".join(row[f"latents_{side[-1]}"][0].as_py() for side in (pair.winner, pair.loser))
                 return sizes, torch.frombuffer(bytearray(values), dtype=torch.float16).view(shape)
-            images = [ImageOps.fit(read_image(file), size[::-1], Image.Resampling.LANCZOS) for file in files]
+            images = [ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS) for image in images]
             return sizes, torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
         except Exception as error:  # Pillow's plugins raise all kinds
             tqdm.write(f"warning:   row {pair.row} of {name} is unreadable: {type(error).__name__}: {error}")
             return [0] * 6, None
 
-    def encode(numbers: list[int]) -> Iterator[dict[str, Tensor]]:
-        """The tensors of these parts; threads read the next one's images while this one's go through the VAE."""
+    def encode(number: int) -> dict[str, Tensor]:
+        """The tensors of a part: each pair's latents, and the rows of Pairs.sizes. Threads read the images."""
         with ThreadPoolExecutor() as pool:
-            reading = (pool.map(read, parts[number].itertuples()) for number in numbers)
-            ahead = next(reading, None)
-            while ahead is not None:
-                loaded, ahead = ahead, next(reading, None)
-                sizes, values = zip(*loaded, strict=True)
-                unread["UNREADABLE"] += sum(value is None for value in values)
-                refuse_bad_rows(dropped + unread, len(rows), name)
-                tensors = {str(i): value for i, value in enumerate(values) if value is not None}
-                for shape in {value.shape for value in tensors.values() if value.dtype == torch.uint8}:
-                    alike = [i for i, value in tensors.items() if value.shape == shape]
-                    count = max(1, 2**20 // shape[2:].numel())  # pairs at once: four of 512 x 512
-                    for some in (alike[start : start + count] for start in range(0, len(alike), count)):
-                        pixels = torch.cat([tensors[i] for i in some]).to(accelerator.device).float() / 127.5 - 1
-                        latents = family.to_latents(pipe, pixels).to("cpu", torch.float16).unflatten(0, (-1, 2))
-                        latents = latents.clone(memory_format=torch.contiguous_format)  # the VAE's are channels-last
-                        tensors |= dict(zip(some, latents, strict=True))
-                yield tensors | {"sizes": torch.tensor(sizes)}
+            sizes, values = zip(*pool.map(read, parts[number].itertuples()), strict=True)
+        unread["UNREADABLE"] += sum(value is None for value in values)
+        refuse_bad_rows(dropped + unread, len(rows), name)
+        tensors = {str(i): value for i, value in enumerate(values) if value is not None}
+        for shape in {value.shape for value in tensors.values() if value.dtype == torch.uint8}:
+            alike = [i for i, value in tensors.items() if value.shape == shape]
+            count = max(1, 2**20 // shape[2:].numel())  # pairs at once: four of 512 x 512
+            for some in (alike[start : start + count] for start in range(0, len(alike), count)):
+                pixels = torch.cat([tensors[i] for i in some]).to(accelerator.device).float() / 127.5 - 1
+                latents = family.to_latents(pipe, pixels).to("cpu", torch.float16).contiguous()
+                tensors |= dict(zip(some, latents.unflatten(0, (-1, 2)), strict=True))
+        return tensors | {"sizes": torch.tensor(sizes)}
 
     with ThreadPoolExecutor() as pool:
         keys = pool.map(lambda pair: pair_key(cells, pair, folder), table.itertuples())
@@ -812,10 +789,9 @@ def encode_captions(
     parts = [slice(start, start + PART) for start in range(0, len(captions), PART)]
     keys = [hash_of(captions[part], [ids[part] for ids in tokens], encoders) for part in parts]
 
-    def encode(numbers: list[int]) -> Iterator[dict[str, Tensor]]:
-        for number in numbers:
-            text = family.encode_text(pipe, captions[parts[number]])
-            yield {name: value.cpu().contiguous() for name, value in text.items()}
+    def encode(number: int) -> dict[str, Tensor]:
+        text = family.encode_text(pipe, captions[parts[number]])
+        return {name: value.cpu().contiguous() for name, value in text.items()}
 
     paths = [Path(args.encoded_dir, f"captions-{key}.safetensors") for key in keys]
     made = make_parts(paths, encode, accelerator, "encoding captions")
@@ -828,23 +804,21 @@ def make_batch(
 ) -> Batch:
     """The pairs (B) of visits, (pair, epoch), which share a bucket, with their noise and timesteps, on the device; of
     held-out pairs a visit is (pair, number of the timestep)."""
+    from accelerate.utils import send_to_device
 
-    def move(tensor: Tensor) -> Tensor:
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-    rows, (low, high) = [row for row, _ in visits], args.timestep_range
+    rows, stream = [row for row, _ in visits], "validation" if held_out else "train"
     x_0 = torch.stack([pairs.latents[row] for row in rows], dim=1).flatten(0, 1).float()
-    noise, quantile = draw_noise(args.seed, "validation" if held_out else "train", visits, x_0.shape[1:], high - low)
+    path = pairs.paths[tuple(x_0.shape[2:])]
+    noise, quantile = draw_noise(args.seed, stream, visits, x_0.shape[1:], len(path.t))
     if held_out:
         quantile = torch.tensor([(number + 0.5) / HELD_OUT_DRAWS for _, number in visits], dtype=torch.float64)
-    point = draw_timesteps(quantile, low, high, args.weighting_scheme)
-    path = pairs.paths[tuple(x_0.shape[2:])]
-    path = NoisePath(*(move(values[point]) for values in path[:4]), path.kind)
+    point = draw_timesteps(quantile, len(path.t), args.weighting_scheme)
+    path = NoisePath(*(values[point] for values in path[:4]), path.kind)
     text: Any = [pairs.caption[row] for row in rows]
     if pairs.text is not None:
         texts = [pairs.text[caption] for caption in text]
-        text = {name: move(torch.stack([one[name] for one in texts])) for name in texts[0]}
-    return Batch(move(x_0), move(noise), path, move(pairs.label[rows]), text, move(pairs.sizes[rows]))
+        text = {name: torch.stack([one[name] for one in texts]) for name in texts[0]}
+    return send_to_device(Batch(x_0, noise, path, pairs.label[rows], text, pairs.sizes[rows]), device)
 
 
 # ---- Models ---------------------------------------------------------------------------------------------------------
@@ -1164,23 +1138,11 @@ def held_out_metrics(
 
 
 @torch.no_grad()
-def caption_embeddings(pipe: DiffusionPipeline, family: UNet, prompts: list[str]) -> dict[str, Tensor]:
-    """The arguments of the pipeline's call, (len(prompts), ...) each, for prompts against the empty caption."""
-    text = {}
-    for name, value in family.encode_text(pipe, ["", *prompts]).items():
-        negative = value[[0] * len(prompts)]
-        if pipe.config.get("force_zeros_for_empty_prompt"):  # SDXL
-            negative = torch.zeros_like(negative)
-        text |= {name: value[1:], f"negative_{name}": negative}
-    return text
-
-
-@torch.no_grad()
 def draw_images(
     model: Policy, prompts: list[str], text: dict[str, Tensor], args: argparse.Namespace, accelerator: Accelerator
 ) -> list[Image.Image]:
     """One image for each prompt by the pipeline's own call, in batches that fit beside the optimiser; prompt and seed
-    decide the noise, so that models compare. `text`: caption_embeddings, none where the text encoder is trained."""
+    decide the noise, so that models compare. `text`: the call's embeddings, none where a text encoder is trained."""
     pipe, family, images = model.pipe, model.family, []
     own = getattr(pipe, family.model)
     setattr(pipe, family.model, model.model)
@@ -1233,25 +1195,6 @@ def show_images(
 # ---- Checkpoints and output -----------------------------------------------------------------------------------------
 
 
-def claim_output(output: Path, resume: str | None) -> FileLock:
-    """Takes the folder for this run until the lock is released, with the process at the latest; UserError where it
-    cannot be written to, where another run writes to it now, and where it holds one already."""
-    from filelock import FileLock, Timeout
-
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(output / ".lock")
-        lock.acquire(blocking=False)
-    except Timeout as error:
-        raise UserError(f"another run is writing to --output_dir {output}") from error
-    except OSError as error:
-        raise UserError(f"cannot write to --output_dir {output}: {error.strerror}") from error
-    if (output / "training_settings.json").is_file() and not resume:
-        told = "carry on with --resume_from_checkpoint latest, name another --output_dir, or remove it"
-        raise UserError(f"{output} holds a run already: {told}")
-    return lock
-
-
 def checkpoints(output: Path) -> list[Path]:
     """The complete checkpoints, first to last."""
     found = [path for path in output.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
@@ -1289,9 +1232,10 @@ def load_checkpoint(resume: str | None, output: Path, policy: Policy, state: dic
     returns the number of steps done, 0 where there is none. UserError where it is of another run."""
     from safetensors.torch import load_file
 
-    folder = Path(resume) if resume not in (None, "latest") else next(reversed(checkpoints(output)), None)
-    if resume is None or folder is None:
+    named = [Path(resume), output / resume] if resume not in (None, "latest") else checkpoints(output)[-1:]
+    if resume is None or not named:
         return 0
+    folder = named[0] if named[0].is_dir() else named[-1]
     other = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if different := sorted(name for name in identity | other if identity.get(name) != other.get(name)):
         told = ", ".join(f"{name} ({other.get(name)} there, {identity.get(name)} here)" for name in different)
@@ -1314,6 +1258,7 @@ def save_weights(policy: Policy, folder: Path, args: argparse.Namespace) -> None
 
     layers = {}
     if all(weight.requires_grad for weight in policy.model.parameters()):
+        policy.model.register_to_config(_name_or_path=None)  # what is written names no local path
         policy.model.save_pretrained(folder / policy.family.model)
     for name, module in policy.adapted().items():
         state = get_peft_model_state_dict(module, adapter_name="default")
@@ -1321,7 +1266,8 @@ def save_weights(policy: Policy, folder: Path, args: argparse.Namespace) -> None
             state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in state.items()}
         usual = convert_state_dict_to_diffusers(state)  # knows attention alone: a mixed file would load in part
         layers[f"{name}_lora_layers"] = state if any(".lora_A." in key for key in usual) else usual
-        layers[f"{name}_lora_adapter_metadata"] = module.peft_config["default"].to_dict()
+        metadata = module.peft_config["default"].to_dict() | {"base_model_name_or_path": None}
+        layers[f"{name}_lora_adapter_metadata"] = metadata
     if layers:
         policy.pipe.save_lora_weights(folder, **layers)
     if layers and args.export_kohya:
@@ -1405,6 +1351,7 @@ def main(args: argparse.Namespace) -> None:
     from accelerate.tracking import get_available_trackers
     from diffusers.optimization import get_scheduler
     from diffusers.training_utils import EMAModel
+    from filelock import FileLock, Timeout
 
     # Processes, precision, tracker; the output folder and the repository are claimed before minutes are spent
     output, trackers = Path(args.output_dir), ["none", *map(str, get_available_trackers())]
@@ -1423,7 +1370,16 @@ def main(args: argparse.Namespace) -> None:
         ],
     )
     device, is_main = accelerator.device, accelerator.is_main_process
-    lock = claim_output(output, args.resume_from_checkpoint) if is_main else None
+    if is_main:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(output / ".lock")  # until main ends
+        try:
+            lock.acquire(blocking=False)
+        except Timeout as error:
+            raise UserError(f"another run is writing to --output_dir {output}") from error
+        if (output / "training_settings.json").is_file() and not args.resume_from_checkpoint:
+            told = "carry on with --resume_from_checkpoint latest, name another --output_dir, or remove it"
+            raise UserError(f"{output} holds a run already: {told}")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     token, args.hub_token = args.hub_token, None  # kept out of all that is written
     if args.push_to_hub and is_main:
@@ -1459,12 +1415,6 @@ def main(args: argparse.Namespace) -> None:
     if args.export_kohya and family.model != "unet":
         raise UserError("--export_kohya: kohya's format is for U-Nets; ComfyUI loads this LoRA as it is")
     path = family.path(pipe, args.height * args.width // family.multiple**2)
-    low, high = args.timestep_range = args.timestep_range or [0, len(path.t)]
-    if not low < high <= len(path.t):
-        raise UserError(f"--timestep_range {low} {high}: LOW < HIGH <= {len(path.t)} is needed")
-    if path.kind == "epsilon" and path.a[high - 1] == 0:
-        told = f"set --timestep_range {low} {high - 1}"
-        raise UserError(f"zero terminal SNR: at timestep {high - 1} epsilon says nothing about the image; {told}")
     args.lambda_stat = default_lambda_stat(path) if args.lambda_stat is None else args.lambda_stat
     model_key = hash_of(weights_hash(model, pipe.vae, *text_encoders(pipe).values()), path.kind, path.a.tolist())
     wait_patiently(accelerator)  # for downloads
@@ -1487,7 +1437,8 @@ def main(args: argparse.Namespace) -> None:
     prompts = list(dict.fromkeys(pairs.get("validation", pairs["train"]).caption))[: args.num_validation_images]
     prompts, prompt_text = args.validation_prompts or prompts, {}
     if not args.train_text_encoder:
-        prompt_text = caption_embeddings(pipe, family, prompts)
+        with torch.no_grad():
+            prompt_text = family.encode_text(pipe, prompts, do_classifier_free_guidance=True)
         captions = list(dict.fromkeys(caption for split in pairs.values() for caption in split.caption))
         embeddings = encode_captions(captions, pipe, family, args, accelerator)
         for split in pairs.values():
@@ -1533,26 +1484,28 @@ def main(args: argparse.Namespace) -> None:
 
     # Optimiser, schedule, averages
     weights = list(plain.trained().values())
-    adam = {"lr": args.learning_rate, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    adam = {"lr": args.learning_rate, "weight_decay": args.adam_weight_decay}
     if args.use_8bit_adam:
         from bitsandbytes.optim import AdamW8bit as AdamW
     else:
         from torch.optim import AdamW
 
         adam["fused"] = accelerator.scaler is None  # fused, it would not tell accelerate of a step that fp16 skips
-    optimizer = AdamW(weights, weight_decay=args.adam_weight_decay, **adam)
+    optimizer = AdamW(weights, **adam)
     per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    batches = sum(max(1, len(bucket) / args.train_batch_size) for bucket in pairs["train"].buckets)
+    epoch = batches / args.gradient_accumulation_steps / accelerator.num_processes  # in steps
     if args.num_train_epochs:
-        args.max_train_steps = math.ceil(args.num_train_epochs * len(pairs["train"].latents) / per_step)
-    name = args.lr_scheduler  # diffusers' "constant" would ignore the warm-up
-    name = "constant_with_warmup" if name == "constant" and args.lr_warmup_steps else name
+        args.max_train_steps = math.ceil(args.num_train_epochs * epoch)
+    name = args.lr_scheduler.replace("constant", "constant_with_warmup")  # diffusers' "constant" ignores the warm-up
     lengths = {"num_warmup_steps": args.lr_warmup_steps, "num_training_steps": args.max_train_steps}
     lr_scheduler = get_scheduler(name, optimizer=optimizer, **lengths)
     ema = None if args.ema is None else EMAModel(weights, decay=args.ema, use_ema_warmup=False)
     policy, optimizer = accelerator.prepare(plain, optimizer)
 
     # Where it starts: at the beginning, or at a checkpoint of this very run
-    identity = {name: value for name, value in vars(args).items() if name not in FREE_SETTINGS}
+    settings = {name: getattr(args, name) for name in RUN}
+    identity = dict(settings)
     identity |= {"pairs_per_step": per_step, "mixed_precision": accelerator.mixed_precision, "model": model_key}
     identity |= {"data": {name: split.key for name, split in pairs.items()}}
     identity |= {"start": weights_hash(plain) if args.initial_lora or args.initial_unet else None}
@@ -1568,8 +1521,8 @@ def main(args: argparse.Namespace) -> None:
             shutil.rmtree(unfinished)
         kept = [line for line in read_log(output) if line["step"] <= first_step]
         (output / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
-        settings = json.dumps({"settings": vars(args)}, indent=2)
-        (output / "training_settings.json").write_text(settings + "\n", encoding="utf-8")
+        everything = json.dumps({"settings": vars(args)}, indent=2)
+        (output / "training_settings.json").write_text(everything + "\n", encoding="utf-8")
 
     # What is about to happen, in words
     count, held = (len(pairs[name].latents) if name in pairs else 0 for name in ("train", "validation"))
@@ -1577,7 +1530,7 @@ def main(args: argparse.Namespace) -> None:
     sizes = Counter(f"{height} x {width}" for height, width in pairs["train"].sizes[:, 4:].tolist())
     trained = [f"LoRA of rank {module.peft_config['default'].r} on {name}" for name, module in plain.adapted().items()]
     trained = ", ".join([f"the whole {family.model}"] * args.full_unet + trained)
-    epochs, processes = args.max_train_steps * per_step / count, accelerator.num_processes
+    epochs, processes = args.max_train_steps / epoch, accelerator.num_processes
     told = {
         "pairs": ", ".join([f"{count} to train on, {held} held out", *left_out]),
         "sizes": ", ".join(f"{size} ({n} pairs)" for size, n in sorted(sizes.items())),
@@ -1596,6 +1549,7 @@ def main(args: argparse.Namespace) -> None:
     if args.run_validation and is_main:
         with reference(plain, frozen) as untrained:
             before = draw_images(untrained, prompts, prompt_text, args, accelerator)
+    wait_patiently(accelerator)  # for the drawing process
 
     # The loop; the first SIGTERM or Ctrl-C ends it after the step, with a checkpoint
     caught: list[int] = []
@@ -1608,8 +1562,9 @@ def main(args: argparse.Namespace) -> None:
     batches = endless_batches(args.seed, pairs["train"].buckets, args.train_batch_size)
     start = first_step * args.gradient_accumulation_steps * accelerator.num_processes + accelerator.process_index
     batches = itertools.islice(batches, start, None, accelerator.num_processes)
-    window, latest, stopped = Counter(), {}, False
-    relative = [line["error/winner_relative"] for line in read_log(output) if line.get("error/winner_relative")]
+    window, stopped, logged = Counter(), False, read_log(output)
+    latest = {name: value for line in logged for name, value in line.items() if name != "step"}
+    relative = [line["error/winner_relative"] for line in logged if line.get("error/winner_relative")]
     steps = range(first_step + 1, args.max_train_steps + 1)
     bar = tqdm(steps, "training", unit="step", initial=first_step, total=args.max_train_steps, disable=not is_main)
     for step in bar:
@@ -1634,8 +1589,8 @@ def main(args: argparse.Namespace) -> None:
                         bad = [row for row, one in zip(rows, finite.tolist(), strict=True) if not one] or rows
                         raise UserError(
                             f"loss or gradient not finite in step {step}, rows {str(sorted(set(bad)))[1:-1]} of the "
-                            "data; the weights were not touched: carry on from the last checkpoint with a lower "
-                            "--learning_rate, with bf16, or without these rows"
+                            "data; the weights were not touched: start from the last checkpoint (--initial_lora or "
+                            "--initial_unet, --reference base) with a lower --learning_rate, bf16 or other rows"
                         )
                 optimizer.step()
                 optimizer.zero_grad()
@@ -1654,12 +1609,11 @@ def main(args: argparse.Namespace) -> None:
             log(accelerator, output, step, values)
             bar.set_postfix(loss=f"{values['loss']:.4f}", accuracy=f"{values['rewards/accuracies']:.2f}")
             latest |= values
-            rose, relative = keeps_rising(relative), [*relative, values["error/winner_relative"]]
-            if keeps_rising(relative) and not rose and is_main:
-                told_rise = f"the winners' error is {np.mean(relative[-5:]):.0%} above the reference's and rising"
+            relative.append(values["error/winner_relative"])
+            if is_main and keeps_rising(relative) and not keeps_rising(relative[:-1]):
                 bar.write(
-                    f"warning:   step {step}: {told_rise}, the run diverges: stop it, take an earlier checkpoint, "
-                    "lower the --learning_rate"
+                    f"warning:   step {step}: the winners' error is {np.mean(relative[-5:]):.0%} above the reference's"
+                    " and rising: the run diverges; stop it, take an earlier checkpoint, lower the --learning_rate"
                 )
         if args.run_validation and (step % args.validation_steps == 0 or is_last):
             metrics = {}
@@ -1686,7 +1640,7 @@ def main(args: argparse.Namespace) -> None:
     if is_main and not stopped:
         with averaged(ema, weights):
             save_weights(plain, output, args)
-        write_card(plain, output, args, told | latest | {k: v for k, v in vars(args).items() if k not in PLACES})
+        write_card(plain, output, args, told | latest | settings)
     if args.push_to_hub and is_main and not stopped:
         from huggingface_hub import upload_folder
 
@@ -1699,28 +1653,18 @@ def main(args: argparse.Namespace) -> None:
         sys.exit(128 + (caught[0] if caught else signal.SIGTERM))
     if (accuracy := latest.get("validation/rewards/accuracies")) is not None:
         accelerator.print(f"held out:  the right one is preferred in {accuracy:.0%} of pairs")
-    own = f" --pretrained_model_name_or_path {args.pretrained_model_name_or_path} --prompts YOUR_TEST_PROMPTS.txt"
-    own *= Path(args.pretrained_model_name_or_path) != WORLD / "pipeline"
-    accelerator.print(f"done:      {output}\nnext:      python eval_human.py{own} --models base dpo={output}")
-    if lock:
-        lock.release()
+    accelerator.print(f"done:      {output}")
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
 # fmt: off
-PLACES = {  # where things are: no part of what a run is, nor of its card
-    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "revision", "variant", "cache_dir",
-    "train_data_dir", "dataset_name", "dataset_config_name", "dataset_split_name", "initial_lora", "initial_unet",
-    "output_dir", "encoded_dir", "resume_from_checkpoint", "hub_model_id", "hub_token",
-}
-FREE_SETTINGS = PLACES | {  # a run that is carried on may change these, too
-    "max_train_samples", "image_0_column", "image_1_column", "label_0_column", "caption_column", "margin_column",
-    "max_train_steps", "num_train_epochs", "train_batch_size", "gradient_accumulation_steps", "checkpointing_steps",
-    "gradient_checkpointing", "compile", "enable_xformers_memory_efficient_attention", "allow_tf32", "report_to",
-    "run_validation", "validation_steps", "validation_prompts", "num_validation_images", "validation_inference_steps",
-    "validation_guidance_scale", "checkpoints_total_limit", "export_kohya", "push_to_hub", "logging_steps",
-}
+RUN = [  # what a run is, beside its data and model: it is carried on with the same, and the model card names them
+    "rank", "lora_alpha", "lora_layers", "full_unet", "train_text_encoder", "text_encoder_rank", "freeze_unet",
+    "reference", "resolution", "height", "width", "aspect_ratio_buckets", "beta_dpo", "loss_type", "soft_labels",
+    "ties", "winner_safeguard", "lambda_stat", "weighting_scheme", "learning_rate", "lr_scheduler",
+    "lr_warmup_steps", "use_8bit_adam", "adam_weight_decay", "max_grad_norm", "ema", "seed",
+]
 # fmt: on
 
 
@@ -1810,8 +1754,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
          help="weight of statistics matching; none: 10000, of flow what weighs as much, at shift 3 about 360000")
     flag("--weighting_scheme", choices=["none", "logit_normal"], default="none",
          help="timesteps uniform over the schedule, of flow the sampler's shifted sigmas; or SD 3's logit-normal")
-    flag("--timestep_range", type=number(int, 0), nargs=2, metavar=("LOW", "HIGH"),
-         help="draw points of the schedule from LOW, least noise, to below HIGH; none: all")
 
     flag = parser.add_argument_group("optimisation").add_argument
     flag("--max_train_steps", type=count, default=2000, help="updates of the weights; the paper: 300000")
@@ -1822,10 +1764,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--lr_scheduler", choices=["constant", "linear", "cosine"], default="constant", help="over the steps")
     flag("--lr_warmup_steps", type=number(int, 0), default=0, help="steps of linear warm-up, under every schedule")
     flag("--use_8bit_adam", action="store_true", help="a quarter of the optimiser's memory, by bitsandbytes")
-    flag("--adam_beta1", type=share, default=0.9, help="decay of the first moment")
-    flag("--adam_beta2", type=share, default=0.999, help="decay of the second moment")
     flag("--adam_weight_decay", type=number(float, 0), default=1e-2, help="weight decay")
-    flag("--adam_epsilon", type=number(float, 0), default=1e-8, help="epsilon of Adam")
     flag("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to this norm")
     flag("--ema", type=share, nargs="?", const=0.9999, metavar="DECAY", help="write averaged weights")
     flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="decides order, noise, timesteps, the LoRA's start")

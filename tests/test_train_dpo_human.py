@@ -31,12 +31,11 @@ import train_dpo_human as trainer
 
 # isort: off
 from train_helpers import data as _data, models as _models  # noqa: F401, the fixtures
-from train_helpers import FAMILIES, LORA, PIPELINE, ROOT, SMALL, HalfPrecision, assert_equal, drawn_latents, flags
+from train_helpers import FAMILIES, LORA, PIPELINE, ROOT, SMALL, HalfPrecision, assert_equal, flags
 from train_helpers import interrupt, load, logged, losses_of, make_rows, names_in, read_metrics, read_weights, run_main
-from train_helpers import train, two_processes, with_scheduler, write_data
+from train_helpers import stop, train, two_processes, with_scheduler, write_data
 
 
-LOSSES = ["sigmoid", "hinge", "ipo"]
 LOG_2 = pytest.approx(math.log(2), abs=1e-6)
 
 
@@ -47,8 +46,8 @@ def rand(*shape: int, seed: int = 0) -> torch.Tensor:
 # ---- The loss -------------------------------------------------------------------------------------------------------
 
 
-def errors(scale: float = 1.0) -> list[torch.Tensor]:
-    return list(scale * (0.1 + torch.rand(4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)))
+def errors() -> list[torch.Tensor]:
+    return list(0.1 + torch.rand(4, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
 
 
 def at_logit(logit: float, loss_type: str, label: float = 1.0) -> tuple[float, float]:
@@ -59,13 +58,24 @@ def at_logit(logit: float, loss_type: str, label: float = 1.0) -> tuple[float, f
     return loss.item(), weight.item()
 
 
-@pytest.mark.parametrize(("loss_type", "start"), zip(LOSSES, (math.log(2), 1, 0.25), strict=True))
-def test_at_the_reference_the_loss_is_log_2(loss_type, start):
-    err_w, err_l, *_ = errors()
-    loss, logit, weight = trainer.dpo_loss(err_w, err_l, err_w, err_l, 2500, loss_type)
-    assert loss.tolist() == pytest.approx([start] * 8)
-    assert logit.tolist() == [0] * 8
-    assert weight.tolist() == [0.5 if loss_type == "sigmoid" else 1] * 8
+START = {"sigmoid": (math.log(2), 0.5), "hinge": (1, 1), "ipo": (0.25, 1)}  # loss and weight at the reference
+
+
+@pytest.mark.parametrize("loss_type", START)
+def test_the_weight_is_the_slope_of_the_loss_also_for_soft_labels(loss_type):
+    h, weight = 1e-6, {}
+    for logit, label in itertools.product((-2.0, -0.3, 0.0, 0.2, 0.7, 2.0), (1.0, 0.9, 0.6, 0.5, 0.1)):
+        above, below = (at_logit(logit + step, loss_type, label)[0] for step in (h, -h))
+        weight[logit, label] = at_logit(logit, loss_type, label)[1]
+        assert weight[logit, label] == pytest.approx((below - above) / (2 * h), abs=1e-7)
+    assert at_logit(0, loss_type) == pytest.approx(START[loss_type])
+    assert weight[0, 0.1] < 0 < weight[0, 0.9]  # a label below a half turns the sign
+    assert weight[0, 0.5] == pytest.approx(0)
+    assert weight[2, 0.5] < 0 < weight[-2, 0.5]  # a tie pulls back to the reference
+    err_w, err_l, *ref = (0.01 * error for error in errors())
+    trainer.dpo_loss(err_w.requires_grad_(), err_l.requires_grad_(), *ref, 1, loss_type, 0.6)[0].sum().backward()
+    assert (err_w.grad > 0).all()
+    assert torch.equal(err_l.grad, -err_w.grad)
 
 
 def test_the_loss_equals_both_public_formulas_at_their_betas():
@@ -77,43 +87,14 @@ def test_the_loss_equals_both_public_formulas_at_their_betas():
     # SalesforceAIResearch/DiffusionDPO, train.py, and diffusers, train_diffusion_dpo_sdxl.py
     inside = -0.5 * 50 * ((err_w - err_l) - (ref_err_w - ref_err_l))
     assert ours == pytest.approx(-F.logsigmoid(inside).mean().item())
+    assert at_logit(0.5, "ipo") == pytest.approx((0, 0), abs=1e-12)
 
 
-@pytest.mark.parametrize("label", [1.0, 0.6])
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_the_gradient_lowers_the_winners_error_and_raises_the_losers(loss_type, label):
-    err_w, err_l, *ref = errors(scale=0.01)
-    trainer.dpo_loss(err_w.requires_grad_(), err_l.requires_grad_(), *ref, 1, loss_type, label)[0].sum().backward()
-    assert (err_w.grad > 0).all()
-    assert torch.equal(err_l.grad, -err_w.grad)
-
-
-@pytest.mark.parametrize("loss_type", LOSSES)
-def test_the_weight_is_the_slope_of_the_loss_also_for_soft_labels(loss_type):
-    h, weight = 1e-6, {}
-    for logit, label in itertools.product((-2.0, -0.3, 0.0, 0.2, 0.7, 2.0), (1.0, 0.9, 0.6, 0.5, 0.1)):
-        above, below = (at_logit(logit + step, loss_type, label)[0] for step in (h, -h))
-        weight[logit, label] = at_logit(logit, loss_type, label)[1]
-        assert weight[logit, label] == pytest.approx((below - above) / (2 * h), abs=1e-7)
-    assert weight[0, 0.1] < 0 < weight[0, 0.9]  # a label below a half turns the sign
-    assert weight[0, 0.5] == pytest.approx(0)
-    assert weight[2, 0.5] < 0 < weight[-2, 0.5]  # a tie pulls back to the reference
-
-
-def test_ipo_is_smallest_at_a_logit_of_one_half():
-    assert [at_logit(logit, "ipo")[0] for logit in (0.4, 0.5, 0.6)] == pytest.approx([0.01, 0, 0.01])
-
-
-def test_the_safeguards_factor_is_the_closed_form_and_a_step_then_lowers_the_winners_error_by_mu():
+def test_the_safeguards_factor_is_the_closed_form():
     g_w, g_l = rand(2, 3, 4, 8, 8)
     g_l = g_l + torch.tensor([3.0, -3.0, 0.1]).view(3, 1, 1, 1) * g_w
-    scale = trainer.safeguard_scale(g_w, g_l, 0.25)
-    size, aligned = g_w.square().sum((1, 2, 3)), (g_w * g_l).sum((1, 2, 3))
-    bound = (0.75 * size / aligned).tolist()
-    assert scale.tolist() == pytest.approx([bound[0], 1, min(1, bound[2])])
-    change = -size + scale * aligned  # of the winner's error, along -g_w + scale g_l
-    assert change[0].item() == pytest.approx(-0.25 * size[0].item(), rel=1e-4)
-    assert (change < -0.2499 * size).all()
+    bound = (0.75 * g_w.square().sum((1, 2, 3)) / (g_w * g_l).sum((1, 2, 3))).tolist()
+    assert trainer.safeguard_scale(g_w, g_l, 0.25).tolist() == pytest.approx([bound[0], 1, min(1, bound[2])])
 
 
 def test_what_is_logged_follows_from_the_predictions_by_the_docstrings_formula():
@@ -178,10 +159,11 @@ def test_the_path_is_the_schedulers_own(name):
         scheduler = scheduler.from_config(scheduler.config)
         scheduler.set_timesteps(sigmas=np.linspace(1, 1e-3, 1000), mu=mu)
     assert path.kind == name.partition(",")[0]
-    torch.testing.assert_close(path.t.float(), scheduler.timesteps.flip(0).float())
+    whole = 999 if name == "epsilon, zero snr" else len(scheduler.timesteps)  # of pure noise epsilon tells no image
+    torch.testing.assert_close(path.t.float(), scheduler.timesteps.flip(0)[:whole].float())
     x_0, noise, *predictions = rand(4, 3, 4, 8, 8)
     for point in (0, 1, 162, len(path.t) - 1):
-        a, s, times = path.a[point], path.s[point], scheduler.timesteps[-1 - point].expand(3)
+        a, s, times = path.a[point], path.s[point], scheduler.timesteps.flip(0)[point].expand(3)
         x_t, target = trainer.add_noise(x_0, noise, a, s), trainer.training_target(x_0, noise, a, s, path.kind)
         if path.kind == "flow":
             noised, wanted = scheduler.scale_noise(x_0, times, noise), noise - x_0
@@ -190,9 +172,7 @@ def test_the_path_is_the_schedulers_own(name):
             wanted = {"epsilon": noise, "sample": x_0, "v_prediction": velocity}[path.kind]
         torch.testing.assert_close(x_t, noised)
         torch.testing.assert_close(target, wanted)
-        if path.kind == "epsilon" and a == 0:
-            continue  # no image follows from epsilon there; the script refuses it
-        torch.testing.assert_close(trainer.predict_x0(target, x_t, a, s, path.kind), x_0, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(trainer.predict_x0(target, x_t, a, s, path.kind), x_0, atol=5e-4, rtol=1e-3)
         steps = []
         for prediction in predictions:
             scheduler._step_index, generator = None, torch.Generator().manual_seed(5)
@@ -202,14 +182,6 @@ def test_the_path_is_the_schedulers_own(name):
         torch.testing.assert_close(path.c[point] * (x0[0] - x0[1]), moved, **near)
         loss = trainer.statistics_matching_loss(*(one.mean((2, 3)) for one in x0), path.c[point].expand(3))
         assert loss.tolist() == pytest.approx(moved.mean((2, 3)).square().sum(1).tolist(), rel=5e-3)
-
-
-def test_the_statistics_loss_ignores_the_order_of_pixels_and_sees_a_shift():
-    x_0, c = rand(2, 4, 8, 8), torch.tensor([1.0, 0.5])
-    shuffled = x_0.flatten(2)[:, :, torch.randperm(64)].view_as(x_0)
-    loss = [trainer.statistics_matching_loss(one.mean((2, 3)), x_0.mean((2, 3)), c) for one in (shuffled, x_0 + 0.1)]
-    assert loss[0].tolist() == pytest.approx([0, 0], abs=1e-12)
-    assert loss[1].tolist() == pytest.approx([4 * 0.1**2, 4 * 0.05**2], rel=1e-4)
 
 
 def test_by_default_statistics_matching_weighs_as_much_for_flow_as_10000_for_sd():
@@ -223,26 +195,20 @@ def test_by_default_statistics_matching_weighs_as_much_for_flow_as_10000_for_sd(
     assert found[1] == pytest.approx(360_000, rel=0.01)
 
 
-def test_timesteps_are_uniform_in_their_range_or_logit_normal():
+def test_timesteps_are_uniform_or_logit_normal():
     quantile = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
-    assert trainer.draw_timesteps(quantile[::10], 900, 1000).tolist() == list(range(900, 1000))
-    logit = torch.special.logit((trainer.draw_timesteps(quantile, 0, 1000, "logit_normal") + 0.5) / 1000)
+    assert trainer.draw_timesteps(quantile, 1000).tolist() == list(range(1000))
+    logit = torch.special.logit((trainer.draw_timesteps(quantile, 1000, "logit_normal") + 0.5) / 1000)
     assert (logit.mean().item(), logit.std().item()) == pytest.approx((0, 1), abs=0.01)
 
 
-def test_noise_and_quantile_are_functions_of_seed_stream_pair_and_visit():
+def test_noise_is_a_function_of_seed_stream_pair_and_visit():
     visits = [(pair, visit) for pair in range(200) for visit in range(2)]
-    noise, quantile = trainer.draw_noise(0, "train", visits, (2, 4, 4), 1000)
-    again = trainer.draw_noise(0, "train", visits[7:9], (2, 4, 4), 1000)
-    assert torch.equal(noise[7:9], again[0])
-    assert torch.equal(quantile[7:9], again[1])
-    assert len(set(noise[:, 0, 0, 0].tolist())) == 400
-    assert (noise.mean().item(), noise.std().item()) == pytest.approx((0, 1), abs=0.03)
-    assert (quantile.mean().item(), quantile.std().item()) == pytest.approx((0.5, 12**-0.5), abs=0.04)
-    for seed, stream in ((1, "train"), (0, "validation")):
-        other = trainer.draw_noise(seed, stream, visits, (2, 4, 4), 1000)
-        assert not (noise == other[0]).any()
-        assert not torch.equal(quantile, other[1])
+    streams = [(0, "train"), (1, "train"), (0, "validation")]
+    first, *others = (trainer.draw_noise(*stream, visits, (2, 4, 4), 1000)[0] for stream in streams)
+    assert torch.equal(first[7:9], trainer.draw_noise(0, "train", visits[7:9], (2, 4, 4), 1000)[0])
+    assert (first.mean().item(), first.std().item()) == pytest.approx((0, 1), abs=0.03)
+    assert len(set(torch.stack([first, *others])[:, :, 0, 0, 0].flatten().tolist())) == 3 * 400
 
 
 GRIDS = {"none": [150, 450, 750, 1050], "logit_normal": [288, 505, 694, 911]}
@@ -256,16 +222,15 @@ def test_a_batch_holds_winners_then_losers_and_the_held_out_grid_follows_draw_ti
         buckets=[np.arange(3)], key="", text={"a": {"embeds": torch.ones(3)}, "b": {"embeds": torch.zeros(3)}},
         paths={(2, 2): trainer.NoisePath(*(torch.arange(1200) + k for k in range(4)), "epsilon")},
     )  # fmt: skip
-    command = f"--pretrained_model_name_or_path none --weighting_scheme {scheme} --timestep_range 0 1200"
+    command = f"--pretrained_model_name_or_path none --weighting_scheme {scheme}"
     args, visits = trainer.parse_args(command.split()), [(2, 0), (1, 1), (2, 2), (0, 3)]
-    batch, trained = (trainer.make_batch(pairs, visits, held, args, torch.device("cpu")) for held in (True, False))
+    batch = trainer.make_batch(pairs, visits, True, args, torch.device("cpu"))
     assert (batch.x_0.shape, batch.x_0.dtype, batch.noise.shape) == ((8, 4, 2, 2), torch.float32, (4, 4, 2, 2))
     assert batch.x_0[:, 0, 0, 0].tolist() == [2, 1, 2, 0, -2, -1, -2, 0]
     assert [values.tolist() for values in batch.path[:4]] == [[point + k for point in points] for k in range(4)]
     assert batch.label.tolist() == pytest.approx([0.7, 0.5, 0.7, 1])
     assert batch.text["embeds"][:, 0].tolist() == [1, 0, 1, 1]
     assert batch.sizes[:, 0].tolist() == [12, 6, 12, 0]
-    assert not (trained.noise == batch.noise).any()
 
 
 @pytest.mark.parametrize(("counts", "size"), [([10], 4), ([7, 2, 9], 4), ([64, 1], 16), ([5], 16)])
@@ -275,18 +240,14 @@ def test_every_pair_comes_once_an_epoch_and_no_batch_mixes_buckets(counts, size)
     batches, other = (list(itertools.islice(trainer.endless_batches(seed, buckets, size), 60)) for seed in (0, 1))
     seen = Counter(visit for batch in batches for visit in batch)
     assert max(seen.values()) == 1
-    whole = min(epoch for _, epoch in batches[-1]) - 1  # what an epoch leaves over comes in the next one's batches
-    assert whole >= 2
-    assert all(seen[pair, epoch] for pair in range(sum(counts)) for epoch in range(whole))
+    epochs = min(epoch for _, epoch in batches[-1]) - 1  # what an epoch leaves over comes in the next one's batches
+    assert all(seen[pair, epoch] for pair in range(sum(counts)) for epoch in range(max(2, epochs)))
     for batch in batches:
         pairs = [pair for pair, _ in batch]
         (bucket,) = set(np.searchsorted(ends, pairs, side="right").tolist())
-        full = min(size, counts[bucket])
-        assert len(pairs) == full
+        assert len(pairs) == min(size, counts[bucket])
         # in a batch of an epoch's last and the next one's first pairs, a pair may meet itself, with other noise
-        assert max(Counter(pairs).values()) <= (2 if counts[bucket] % full else 1)
-    orders = [[pair for batch in batches for pair, own in batch if own == epoch] for epoch in range(2)]
-    assert orders[0] != orders[1]
+        assert max(Counter(pairs).values()) <= (2 if counts[bucket] % len(pairs) else 1)
     assert batches != other
 
 
@@ -329,18 +290,16 @@ def test_pixels_and_latents_use_the_vaes_scale_shift_mean_and_std_as_the_pipelin
     torch.testing.assert_close(family.to_pixels(pipe, family.to_latents(pipe, pixels)), again)
 
 
-OTHERS = [
-    *(diffusers.EDMEulerScheduler(), diffusers.LCMScheduler(), diffusers.TCDScheduler()),
-    *(FlowMatchEulerDiscreteScheduler(), diffusers.DDIMScheduler()),
-    DPMSolverMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction"),
-]
+OTHERS = {
+    "EDMEulerScheduler": "sd", "LCMScheduler": "sd", "TCDScheduler": "sd", "FlowMatchEulerDiscreteScheduler": "sd",
+    "DDIMScheduler": "sd3",
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("scheduler", OTHERS, ids=lambda value: type(value).__name__)
-def test_a_scheduler_of_another_kind_is_refused_by_name(scheduler):
-    family = trainer.SD3() if isinstance(scheduler, diffusers.DDIMScheduler) else trainer.UNet()
-    with pytest.raises(trainer.UserError, match=type(scheduler).__name__):
-        family.path(SimpleNamespace(scheduler=scheduler), 1)
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_scheduler_of_another_kind_is_refused_by_name(name):
+    with pytest.raises(trainer.UserError, match=name):
+        FAMILIES[OTHERS[name]].path(SimpleNamespace(scheduler=getattr(diffusers, name)()), 1)
 
 
 def test_the_sampler_draws_finite_latents_whatever_scheduler_the_model_came_with(models):
@@ -349,23 +308,7 @@ def test_the_sampler_draws_finite_latents_whatever_scheduler_the_model_came_with
         pipe.scheduler = own
         pipe.scheduler = trainer.UNet().sampler(pipe)
         assert pipe.scheduler.config.beta_end == own.config.beta_end
-        assert pipe.scheduler.config.lower_order_final
-        latents = pipe("a person", num_inference_steps=3, output_type="latent", height=64, width=64).images
-        assert latents.isfinite().all()
-
-
-@pytest.mark.parametrize(("kind", "last"), [("v_prediction", [999, 1000]), ("epsilon", [0, 999])])
-def test_zero_terminal_snr(data, tmp_path, kind, last):
-    model = with_scheduler(PIPELINE, tmp_path / "model", rescale_betas_zero_snr=True, prediction_type=kind)
-    settings = {"model": model, "max_train_steps": 1}
-    if kind == "epsilon":
-        with pytest.raises(trainer.UserError, match=r"zero terminal SNR.* --timestep_range 0 999"):
-            train(data, tmp_path / "run", **settings)
-    weights = train(data, tmp_path / "fine", timestep_range=last, **settings)
-    (first,) = read_metrics(tmp_path / "fine")
-    assert first["loss/dpo"] == LOG_2
-    assert all(np.isfinite(list(first.values())))
-    assert all(value.isfinite().all() for value in weights.values())
+        assert pipe("a person", num_inference_steps=3, output_type="latent").images.isfinite().all()
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
@@ -376,7 +319,8 @@ def whole(models) -> dict:
     """The settings of `finished`."""
     return {
         **{"model": models["sdxl"], "gradient_accumulation_steps": 2, "logging_steps": 1, "run_validation": True},
-        **{"checkpointing_steps": 1, "checkpoints_total_limit": 2},
+        **{"checkpointing_steps": 1, "checkpoints_total_limit": 2, "lr_warmup_steps": 4, "train_batch_size": 3},
+        **{"num_train_epochs": 2, "max_train_steps": False},  # 20 pairs in steps of 6
     }
 
 
@@ -391,67 +335,50 @@ def finished(data, whole, tmp_path_factory) -> Path:
 def test_what_a_run_writes(data, finished):
     told = {"README.md", "metrics.jsonl", "training_settings.json", "validation.png", "validation", ".lock"}
     assert names_in(finished) == {LORA, *told, "checkpoint-3", "checkpoint-4"}
-    assert names_in(finished / "validation") == {"step-000004.png"}
     assert names_in(finished / "checkpoint-4") == {"model.safetensors", "state.pt", "run.json", LORA}
     assert_equal(read_weights(finished), read_weights(finished / "checkpoint-4"))
     assert {name.split("-")[0] for name in names_in(data / "encoded")} == {"latents", "captions"}
     lines = read_metrics(finished)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 4]
+    assert [line["lr"] for line in lines[:-1]] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4])
     trained, held_out = lines[-2:]
     logged_names = trained.keys() - {"step", "grad_norm", "lr", "pairs_per_second"}
     assert {f"validation/{name}" for name in logged_names} == held_out.keys() - {"step"}
     assert trained["loss"] == pytest.approx(trained["loss/dpo"] + trained["loss/statistics"])
     assert held_out["validation/loss/dpo"] != LOG_2
-    card = (finished / "README.md").read_text()
-    assert 'pipe.load_lora_weights("lora")' in card
-    assert "](validation.png)" in card
 
 
 FIRST = {"max_train_steps": 1, "train_batch_size": 5}
-STARTS = {
-    "LoRA, bf16": ("sd", {"mixed_precision": "bf16"}),
-    "thrifty": ("sd", {"gradient_checkpointing": True}),
-    "whole U-Net": ("sd", {"full_unet": True}),
-    "whole U-Net, bf16": ("sd", {"full_unet": True, "mixed_precision": "bf16"}),
-    "text encoder": ("sd", {"train_text_encoder": True}),
-    "text encoder alone": ("sd", {"train_text_encoder": True, "freeze_unet": True}),
-    "SDXL": ("sdxl", {"height": 48, "width": 32, "train_text_encoder": True}),
-    "SD 3": ("sd3", {}),
-    "SD 3 without T5": ("sd3 without T5", {"train_text_encoder": True}),
-    "whole SD 3": ("sd3", {"full_unet": True}),
+STARTS = {  # and the parts of the LoRA
+    "LoRA, bf16": ("sd", {"mixed_precision": "bf16"}, "unet"),
+    "thrifty": ("sd", {"gradient_checkpointing": True}, "unet"),
+    "zero terminal SNR": ("sd, zero SNR", {}, "unet"),
+    "whole U-Net, bf16": ("sd", {"full_unet": True, "mixed_precision": "bf16"}, ""),
+    "text encoder alone": ("sd", {"train_text_encoder": True, "freeze_unet": True}, "text_encoder"),
+    "SDXL": ("sdxl", {"height": 48, "width": 32, "train_text_encoder": True}, "unet text_encoder text_encoder_2"),
+    "SD 3": ("sd3", {}, "transformer"),
+    "SD 3 without T5": ("sd3 without T5", {"train_text_encoder": True}, "transformer text_encoder text_encoder_2"),
+    "whole SD 3": ("sd3", {"full_unet": True}, ""),
 }
 
 
-@pytest.fixture(scope="module")
-def plain(data, tmp_path_factory) -> Path:
-    """One step of a LoRA."""
-    output = tmp_path_factory.mktemp("plain")
-    train(data, output, model=PIPELINE, **FIRST)
-    return output
-
-
 @pytest.mark.parametrize("name", STARTS)
-def test_the_first_step_starts_at_the_reference(data, models, plain, tmp_path, monkeypatch, name):
-    (model, options), seen = STARTS[name], []
+def test_the_first_step_starts_at_the_reference(data, models, tmp_path, monkeypatch, name):
+    (model, options, parts), seen = STARTS[name], []
     family, predict = type(FAMILIES[model]), type(FAMILIES[model]).predict
     monkeypatch.setattr(family, "predict", lambda own, *args: seen.append(args) or predict(own, *args))
     weights = train(data, tmp_path / "run", model=models[model], **FIRST, **options)
-    (first,), (base,) = read_metrics(tmp_path / "run"), read_metrics(plain)
+    (first,) = read_metrics(tmp_path / "run")
     assert first["loss/dpo"] == LOG_2
     assert (first["loss/statistics"], first["rewards/margins"], first["error/winner_over_reference"]) == (0, 0, 0)
     assert first["grad_norm"] > 0
-    assert {value.dtype for value in weights.values()} == {torch.float32}
-    if model == "sd" and "mixed_precision" not in options:  # whatever is trained, it is the base model's error
-        assert first["error/winner"] == pytest.approx(base["error/winner"], rel=1e-5)
-    if name == "thrifty":
-        for key, value in read_weights(plain).items():
-            torch.testing.assert_close(weights[key], value, atol=1e-5, rtol=1e-3)
-    if "full_unet" not in options:
-        parts = {"text_encoder", "text_encoder_2"} - ({"text_encoder_2"} if model == "sd" else set())
-        parts = (parts if "train_text_encoder" in options else set()) | {FAMILIES[model].model}
-        assert {key.split(".")[0] for key in weights} == parts - ({"unet"} if "freeze_unet" in options else set())
+    assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights.values())
+    assert not parts or {key.split(".")[0] for key in weights} == set(parts.split())
     _, _, t, _, sizes = seen[0]
     assert torch.equal(*t.chunk(2))
+    if name == "thrifty":
+        for key, value in train(data, tmp_path / "plain", model=models[model], **FIRST).items():
+            torch.testing.assert_close(weights[key], value, atol=1e-5, rtol=1e-3)
     if name == "SDXL":  # 64 x 64 pixels, scaled by 3 / 4, 8 cut off on each side
         assert sizes.tolist() == [[64, 64, 0, 8, 48, 32]] * 10
     if name == "SD 3":  # 48 x 48 pixels: 3 x 3 tokens decide the shift
@@ -460,7 +387,6 @@ def test_the_first_step_starts_at_the_reference(data, models, plain, tmp_path, m
 
 
 SAVED = {
-    "attention": ("sd", ["attention"], {"lora_alpha": 12}),
     "all layers": ("sd", ["all"], {"train_text_encoder": True, "lora_alpha": 3}),
     "layers by name": ("sd", ["to_q", "conv1", "ff.net.2"], {}),
     "SDXL": ("sdxl", ["all"], {"train_text_encoder": True, "text_encoder_rank": 2}),
@@ -475,32 +401,25 @@ def test_a_saved_lora_gives_a_pipeline_the_outputs_of_training(data, models, tmp
     settings = {"model": models[model], "lora_layers": layers, "export_kohya": model != "sd3"}
     settings |= {"rank": 4, "learning_rate": 3e-2, "max_train_steps": 2}
     weights = train(data, tmp_path / "run", **settings | options)
-    assert any("conv1" in key or "norm1.linear" in key for key in weights) == (layers != ["attention"])
-    policy, pipe, base, family = seen[0], load(models[model]), load(models[model]), FAMILIES[model]
-    pipe.load_lora_weights(tmp_path / "run")
-    x_t, t, sizes = rand(1, pipe.vae.config.latent_channels, 8, 8), torch.tensor([500]), torch.tensor([[64] * 6])
-    with torch.no_grad():
-        text = family.encode_text(policy.pipe if "train_text_encoder" in options else base, ["a person in red"])
-        for key, value in family.encode_text(pipe, ["a person in red"]).items():
-            torch.testing.assert_close(text[key], value)
-        three = (policy.model, getattr(pipe, family.model), getattr(base, family.model))
-        trained, loaded, untrained = (family.predict(one, x_t, t, text, sizes) for one in three)
-    torch.testing.assert_close(loaded, trained, atol=1e-4, rtol=1e-4)
-    assert not torch.allclose(untrained, trained, atol=1e-2)
+    assert any("conv1" in key or "norm1.linear" in key for key in weights)
+    policy, base, family, prompt = seen[0], load(models[model]), FAMILIES[model], ["a person in red"]
+    x_t, t, sizes = rand(1, base.vae.config.latent_channels, 8, 8), torch.tensor([500]), torch.tensor([[64] * 6])
+    saved = [tmp_path / "run"]
     if model != "sd3":
-        kohya = load_file(tmp_path / "run" / "run.kohya.safetensors")
-        parts = {"sd": {"te"}, "sdxl": {"te1", "te2"}}[model] if "train_text_encoder" in options else set()
-        assert {key.split("_")[1] for key in kohya} == {"unet", *parts}
-        alphas = {value.item() for key, value in kohya.items() if key.startswith("lora_unet") and "alpha" in key}
+        saved.append(load_file(tmp_path / "run" / "run.kohya.safetensors"))
+        alphas = {value.item() for key, value in saved[1].items() if key.startswith("lora_unet") and "alpha" in key}
         assert alphas == {options.get("lora_alpha", 4)}
-        ours, theirs = drawn_latents(models[model], tmp_path / "run"), drawn_latents(models[model], kohya)
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(ours, drawn_latents(models[model]), atol=1e-2)
-
-
-def test_layers_that_are_not_there_are_refused(data, tmp_path):
-    with pytest.raises(trainer.UserError, match=r"is called nonsense, q$"):
-        train(data, tmp_path / "run", lora_layers=["to_q", "nonsense", "q"])
+    with torch.no_grad():
+        text = family.encode_text(policy.pipe if "train_text_encoder" in options else base, prompt)
+        both = (policy.model, getattr(base, family.model))
+        trained, untrained = (family.predict(one, x_t, t, text, sizes) for one in both)
+        assert not torch.allclose(untrained, trained, atol=1e-2)
+        for lora in saved:
+            pipe = load(models[model])
+            pipe.load_lora_weights(lora)
+            torch.testing.assert_close(family.encode_text(pipe, prompt), text, atol=1e-4, rtol=1e-4)
+            loaded = family.predict(getattr(pipe, family.model), x_t, t, text, sizes)
+            torch.testing.assert_close(loaded, trained, atol=1e-4, rtol=1e-4)
 
 
 # ---- Stages ---------------------------------------------------------------------------------------------------------
@@ -524,25 +443,18 @@ def test_a_stage_starts_where_the_one_before_ended_and_is_measured_against_it_or
     before, loss = read_weights(stage_1), {}
     for against in ("initial", "base"):
         weights = train(data, tmp_path / against, initial_lora=stage_1, reference=against, **STILL)
-        assert weights.keys() == before.keys()
-        for key in weights:
-            torch.testing.assert_close(weights[key], before[key], atol=1e-6, rtol=0)
+        torch.testing.assert_close(weights, before, atol=1e-6, rtol=0)
         loss[against] = read_metrics(tmp_path / against)[0]["loss/dpo"]
-    assert loss == {"initial": LOG_2, "base": pytest.approx(loss["base"])}
+    assert loss["initial"] == LOG_2
     assert abs(loss["base"] - math.log(2)) > 1e-3
     train(data, tmp_path / "plain", **STILL)
     assert reference_errors(tmp_path / "base") == pytest.approx(reference_errors(tmp_path / "plain"), rel=1e-5)
     assert reference_errors(tmp_path / "initial") != pytest.approx(reference_errors(tmp_path / "plain"), rel=1e-3)
-    pipe = load(PIPELINE)
-    pipe.load_lora_weights(tmp_path / "base")
-    (config,) = pipe.unet.peft_config.values()
-    assert (config.r, config.lora_alpha) == (3, 6)
 
 
 def test_the_reference_does_not_move_while_a_later_stage_trains(data, stage_1, tmp_path):
     for rate in (1e-12, 1e-3):
-        settings = {"max_train_steps": 3, "logging_steps": 3, "learning_rate": rate}
-        train(data, tmp_path / str(rate), initial_lora=stage_1, **settings)
+        train(data, tmp_path / str(rate), initial_lora=stage_1, logging_steps=4, learning_rate=rate)
     assert reference_errors(tmp_path / "0.001") == pytest.approx(reference_errors(tmp_path / "1e-12"), rel=1e-5)
 
 
@@ -557,35 +469,13 @@ def test_a_whole_unet_starts_from_a_lora_or_a_unet_in_a_folder_or_on_the_hub(dat
     (hub / "refs" / "main").write_text(folder.name)
     starts = {
         "lora": {"initial_lora": stage_1},
-        "folder": {"initial_unet": folder},
-        "bare": {"initial_unet": folder / "unet"},
         "hub": {"initial_unet": "someone/stage-1", "cache_dir": tmp_path / "cache"},
         "base": {"initial_unet": folder, "reference": "base"},
     }
     for name, initial in starts.items():
-        for key, value in train(data, tmp_path / name, full_unet=True, **initial, **STILL).items():
-            torch.testing.assert_close(value, expected[key], atol=1e-5, rtol=1e-4)
-        is_log_2 = read_metrics(tmp_path / name)[0]["loss/dpo"] == LOG_2
-        assert is_log_2 == (name != "base")
-
-
-def test_a_frozen_lora_stays_frozen(data, stage_1, tmp_path):
-    settings = {"train_text_encoder": True, "freeze_unet": True, "text_encoder_rank": 2, "max_train_steps": 2}
-    weights = train(data, tmp_path / "run", initial_lora=stage_1, **settings)
-    assert_equal(read_weights(stage_1), {name: value for name, value in weights.items() if name.startswith("unet.")})
-    assert any(name.startswith("text_encoder.") and ".up." in name and value.any() for name, value in weights.items())
-
-
-def test_ema_writes_the_average_and_trains_on(data, models, tmp_path):
-    settings = {"model": models["sdxl"], "full_unet": True, "checkpointing_steps": 1, "max_train_steps": 3}
-    latest = train(data, tmp_path / "plain", **settings)
-    average = train(data, tmp_path / "run", ema=0.2, **settings)
-    weights = [load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (1, 2, 3)]
-    for key, value in average.items():
-        first, second, third = (saved[f"model.{key}"] for saved in weights)
-        assert torch.equal(third, latest[key])  # the average is not trained on
-        mean = first + 9 / 11 * (second - first)  # diffusers' decay begins as 0, 2 / 11, 3 / 12
-        torch.testing.assert_close(value, mean + 0.8 * (third - mean), atol=1e-7, rtol=1e-5)
+        weights = train(data, tmp_path / name, full_unet=True, **initial, **STILL)
+        torch.testing.assert_close(weights, dict(expected), atol=1e-5, rtol=1e-4)
+        assert (read_metrics(tmp_path / name)[0]["loss/dpo"] == LOG_2) == (name != "base")
 
 
 # ---- Resume ---------------------------------------------------------------------------------------------------------
@@ -603,20 +493,43 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert logged(one) == logged(other)
 
 
-@pytest.mark.parametrize("name", ["accumulation", *RESUMED])
-def test_a_resumed_run_equals_an_uninterrupted_one(data, models, whole, finished, tmp_path, name):
-    output, expected, settings, last = tmp_path / "run", finished, whole, 8
-    if name != "accumulation":
-        model, options = RESUMED[name]
-        expected, settings, last = tmp_path / "whole", options | {"logging_steps": 1, "model": models[model]}, 4
-        train(data, expected, **settings)
-    assert isinstance(interrupt(data, output, last, **settings), KeyboardInterrupt)
-    train(data, output, resume_from_checkpoint="latest", **settings)
-    assert_same_run(expected, output)
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_resumed_run_equals_an_uninterrupted_one(data, models, tmp_path, name):
+    model, options = RESUMED[name]
+    settings = options | {"logging_steps": 1, "model": models[model]}
+    train(data, tmp_path / "whole", **settings)
+    assert isinstance(interrupt(data, tmp_path / "run", 4, **settings), KeyboardInterrupt)
+    train(data, tmp_path / "run", resume_from_checkpoint="latest", **settings)
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
+FILES = resource.getrlimit(resource.RLIMIT_FSIZE)
+ENDS = {  # before which batch, how, what is left, and a setting
+    "while gradients accumulate": (8, stop, ["checkpoint-2", "checkpoint-3"], {}),
+    "SIGTERM": (3, lambda: os.kill(os.getpid(), signal.SIGTERM), ["checkpoint-2"], {"checkpointing_steps": 99}),
+    "a full disk": (5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, FILES[1])),
+                    ["checkpoint-1", "checkpoint-2"], {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ENDS)
+def test_a_run_that_ends_early_keeps_its_good_checkpoints_and_is_carried_on(data, whole, finished, tmp_path, how):
+    batch, act, left, setting = ENDS[how]
+    try:
+        ended = interrupt(data, tmp_path, batch, act, **whole | setting)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, FILES)
+    if how == "SIGTERM":
+        assert ended.code == 128 + signal.SIGTERM
+    assert [path.name for path in trainer.checkpoints(tmp_path)] == left
+    train(data, tmp_path, **whole | setting, resume_from_checkpoint="latest")
+    assert_same_run(finished, tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_copied_and_touched_folders_are_no_other_run_and_not_encoded_again(data, models, tmp_path, monkeypatch):
     expected = train(data, tmp_path / "whole", model=models["sdxl"])
+    assert not [name for name in names_in(tmp_path / "whole") if name.startswith("validation")]
     interrupt(data, tmp_path / "run", 3, model=models["sdxl"])
     moved, model = shutil.copytree(data, tmp_path / "data"), shutil.copytree(models["sdxl"], tmp_path / "model")
     for path in (*moved.rglob("*"), *model.rglob("*")):
@@ -627,19 +540,16 @@ def test_copied_and_touched_folders_are_no_other_run_and_not_encoded_again(data,
 
 
 def test_a_changed_setting_model_or_data_is_named(data, models, whole, finished, tmp_path):
-    output, rows = shutil.copytree(finished, tmp_path / "run"), make_rows(10)
-    rows[4]["caption"] = "someone else"
-    other = with_scheduler(models["sdxl"], tmp_path / "model", prediction_type="v_prediction")
-    cases = {
+    rows = [row | {"caption": "someone else"} for row in make_rows(10)]
+    for told, changed in {
         r"learning_rate \(0.001 there, 0.002 here\)$": {"learning_rate": 2e-3},
-        r"rank \(8 there, 4 here\)$": {"rank": 4, "lora_alpha": 8},
-        r"pairs_per_step \(4 there, 6 here\)$": {"train_batch_size": 3},
+        r"pairs_per_step \(6 there, 4 here\)": {"train_batch_size": 2},
         r"data \(": {"train_data_dir": write_data(tmp_path / "pairs", rows, make_rows(3, first=50))},
-        r"model \(": {"model": other},
-    }
-    for told, changed in cases.items():
+        r"model \(": {"model": with_scheduler(models["sdxl"], tmp_path / "model", prediction_type="v_prediction")},
+    }.items():
+        again = whole | changed | {"resume_from_checkpoint": finished / "checkpoint-4"}
         with pytest.raises(trainer.UserError, match=f"checkpoint-4 is of another run: {told}"):
-            train(data, output, **whole | changed, resume_from_checkpoint="latest")
+            train(data, tmp_path / "run", **again)
 
 
 def test_kill_9_leaves_complete_checkpoints_and_resume_gives_the_uninterrupted_weights(data, tmp_path):
@@ -659,16 +569,6 @@ def test_kill_9_leaves_complete_checkpoints_and_resume_gives_the_uninterrupted_w
     assert not list(output.glob("*.partial"))
 
 
-def test_a_signal_saves_and_leaves_and_latest_carries_on(data, whole, finished, tmp_path):
-    output, settings = tmp_path / "run", whole | {"checkpointing_steps": 99}
-    ended = interrupt(data, output, 3, lambda: os.kill(os.getpid(), signal.SIGTERM), **settings)
-    assert isinstance(ended, SystemExit)
-    assert ended.code == 128 + signal.SIGTERM
-    assert [path.name for path in trainer.checkpoints(output)] == ["checkpoint-2"]
-    train(data, output, **settings, resume_from_checkpoint="latest")
-    assert_same_run(finished, output)
-
-
 def test_a_second_start_in_one_output_folder_ends_with_one_line(data, finished, tmp_path):
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -676,23 +576,6 @@ def test_a_second_start_in_one_output_folder_ends_with_one_line(data, finished, 
             train(data, tmp_path)
     with pytest.raises(trainer.UserError, match=f"^{finished} holds a run already: .*--resume_from_checkpoint latest"):
         train(data, finished)
-
-
-def test_a_full_disk_keeps_the_last_good_checkpoint(data, whole, finished, tmp_path):
-    output, limits = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill() -> None:  # no file grows beyond 50 kB
-        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-
-    try:
-        ended = interrupt(data, output, 5, fill, **whole)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert not isinstance(ended, KeyboardInterrupt | AssertionError)
-    assert [path.name for path in trainer.checkpoints(output)] == ["checkpoint-1", "checkpoint-2"]
-    train(data, output, **whole, resume_from_checkpoint="latest")
-    assert_same_run(finished, output)
-    assert not list(output.glob("*.partial"))
 
 
 # ---- Steps that must not count --------------------------------------------------------------------------------------
@@ -749,30 +632,18 @@ def test_the_alarm_rings_once_where_the_winners_error_keeps_rising(data, models,
     assert "".join(capsys.readouterr()).count("the run diverges") == 1
 
 
-# ---- Schedules, validation, processes -------------------------------------------------------------------------------
-
-
-def test_warm_up_epochs_and_no_validation(data, models, tmp_path):
-    settings = {"lr_warmup_steps": 4, "logging_steps": 1, "num_train_epochs": 2, "train_batch_size": 3}
-    train(data, tmp_path / "run", model=models["sdxl"], gradient_accumulation_steps=2, **settings)
-    entries = read_metrics(tmp_path / "run")  # 20 pairs in steps of 6
-    assert [entry["lr"] for entry in entries] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4])
-    assert not [name for entry in entries for name in entry if name.startswith("validation")]
-    assert not [name for name in names_in(tmp_path / "run") if name.startswith("validation")]
-    assert "validation.png" not in (tmp_path / "run" / "README.md").read_text()
+# ---- Validation, two processes --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl", "sd3"])
 def test_validation_draws_what_a_pipeline_draws_whatever_the_batch_size(data, models, tmp_path, monkeypatch, name):
-    own, drawn, measured = trainer.draw_images, [], []
+    own, drawn = trainer.draw_images, []
     monkeypatch.setattr(trainer, "draw_images", lambda *args: drawn.append((args[1], own(*args))) or drawn[-1][1])
     for size in (1, 3):
         settings = {"run_validation": True, "num_validation_images": 3, "train_batch_size": size}
         train(data, tmp_path / str(size), model=models[name], **settings, **STILL)
-        measured.append(read_metrics(tmp_path / str(size))[-1])
-        assert measured[-1]["validation/loss/dpo"] == pytest.approx(math.log(2), abs=1e-4)
-    for key in ("validation/error/winner", "validation/error/loser", "validation/prediction_norm"):
-        assert measured[0][key] == pytest.approx(measured[1][key], rel=1e-4)
+        held_out = read_metrics(tmp_path / str(size))[-1]
+        assert held_out["validation/loss/dpo"] == pytest.approx(math.log(2), abs=1e-4)
     pipe, size = load(models[name]), {"sd": 64}.get(name, 48)
     pipe.scheduler, prompts = FAMILIES[name].sampler(pipe), drawn[0][0]
     seeds = [torch.Generator().manual_seed(trainer.image_seed(0, prompt, 0)) for prompt in prompts]
@@ -785,12 +656,11 @@ def test_validation_draws_what_a_pipeline_draws_whatever_the_batch_size(data, mo
 def test_two_processes_train_the_same_weights_as_one_and_resume_bit_for_bit(data, models, tmp_path):
     settings = {"model": models["sdxl"], "train_text_encoder": True, "max_train_steps": 3}
     settings |= {"learning_rate": 1e-4, "gradient_checkpointing": True, "run_validation": True}
-    two = settings | {"gradient_accumulation_steps": 2}
-    resumed = two | {"resume_from_checkpoint": tmp_path / "two" / "checkpoint-2"}
-    two_processes(tmp_path, data, {"two": two, "resumed": resumed})
-    assert_equal(read_weights(tmp_path / "two"), read_weights(tmp_path / "resumed"))
+    two = two_processes(data, tmp_path / "two", gradient_accumulation_steps=2, **settings)
+    again = settings | {"resume_from_checkpoint": tmp_path / "two" / "checkpoint-2"}
+    assert_equal(two, two_processes(data, tmp_path / "resumed", gradient_accumulation_steps=2, **again))
     one = train(data, tmp_path / "one", **settings, train_batch_size=4)
-    for key, value in read_weights(tmp_path / "two").items():  # Adam makes a step of a gradient that is nearly 0
+    for key, value in two.items():  # Adam makes a step of a gradient that is nearly 0
         assert (value - one[key]).abs().mean() < 2e-5
     for theirs, ours in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two"), strict=True):
         for key in theirs.keys() & {"loss", "error/winner", "grad_norm", "validation/loss", "validation/error/loser"}:
@@ -802,11 +672,10 @@ def test_two_processes_train_the_same_weights_as_one_and_resume_bit_for_bit(data
 COMMON = """--output_dir={output} --mixed_precision=no --dataset_name={data} --gradient_accumulation_steps=2
 --gradient_checkpointing --use_8bit_adam --rank=8 --learning_rate=1e-5 --report_to=tensorboard --lr_scheduler=constant
 --lr_warmup_steps=0 --max_train_steps=2 --checkpointing_steps=1 --run_validation --seed=0 --report_to=tensorboard
---push_to_hub"""
+--push_to_hub --pretrained_model_name_or_path={model}"""
 README = {
-    "sd": "--pretrained_model_name_or_path={model} --resolution=64 --train_batch_size=4 --validation_steps=2",
-    "sdxl": "--pretrained_model_name_or_path={model} --pretrained_vae_model_name_or_path={vae} --train_batch_size=2 "
-    "--validation_steps=1",
+    "sd": "--resolution=64 --train_batch_size=4 --validation_steps=2",
+    "sdxl": "--pretrained_vae_model_name_or_path={vae} --train_batch_size=2 --validation_steps=1",
 }
 
 
@@ -817,12 +686,11 @@ def test_diffusers_command_line_runs_and_uploads_weights_card_and_picture(data, 
     monkeypatch.setattr(huggingface_hub, "create_repo", lambda *args, **named: calls.append((args, named)) or url)
     monkeypatch.setattr(huggingface_hub, "upload_folder", lambda **named: calls.append(named))
     load(models["sdxl"]).vae.save_pretrained(vae)
-    command = f"{README[name]} {COMMON}".format(model=models[name], vae=vae, data=data, output=output)
-    extra = f"--hub_token hf_secret --encoded_dir {output}/encoded --validation_inference_steps 2"
-    extra += " --num_validation_images 1"
-    run_main([*command.split(), *extra.split()])
+    command = f"{COMMON} {README[name]}".format(model=models[name], vae=vae, data=data, output=output)
+    extra = f"--hub_token hf_secret --encoded_dir {output}/encoded --num_validation_images 1"
+    run_main([*command.split(), *extra.split(), "--validation_inference_steps", "2"])
     (created, options), upload = calls
-    assert (created, options["token"]) == (("diffusion-dpo",), "hf_secret")
+    assert (*created, options["token"]) == ("diffusion-dpo", "hf_secret")
     assert (upload["repo_id"], upload["token"]) == ("someone/diffusion-dpo", "hf_secret")
     assert Path(upload["folder_path"]) == output
     written = {path.relative_to(output).as_posix(): path for path in output.rglob("*") if path.is_file()}

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,31 +15,14 @@ from pathlib import Path
 
 import accelerate
 import datasets
+import diffusers
 import pytest
 import torch
+import transformers
 from accelerate.state import AcceleratorState, GradientState
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_human.figures import BREAKS, all_attributes, draw
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
 
 import train_dpo_human as trainer
 
@@ -202,53 +184,32 @@ class HalfPrecision(accelerate.Accelerator):
         self.state._shared_state["_mixed_precision"] = "fp16"
 
 
-DRIVER = """
-import json, os, sys
-from accelerate.state import AcceleratorState, GradientState
-import train_dpo_human
-
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-for port, command in json.loads(sys.argv[1]):
-    os.environ["MASTER_PORT"] = str(port)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    train_dpo_human.cli(command)
-"""
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
-
-
-def two_processes(folder: Path, data: Path, runs: dict[str, dict]) -> None:
-    """These runs, one after the other, into folder/NAME, as `accelerate launch` starts them with two processes."""
-    shared = SMALL | {"train_data_dir": data, "train_batch_size": 1}
-    commands = [(free_port(), flags(shared | {"output_dir": folder / name} | run)) for name, run in runs.items()]
-    (folder / "driver.py").write_text(DRIVER)
+def two_processes(data: Path, output: Path, **settings) -> dict[str, torch.Tensor]:
+    """A run as `accelerate launch` starts it with two processes."""
     launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
     launcher += " --dynamo_backend no --main_process_port 0"
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *launcher.split(), folder / "driver.py", json.dumps(commands)]
+    words = flags(SMALL | {"train_data_dir": data, "train_batch_size": 1, "output_dir": output} | settings)
+    command = [sys.executable, *launcher.split(), ROOT / "train_dpo_human.py", *words]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+    return read_weights(output)
 
 
 # ---- Tiny random models of the real classes -------------------------------------------------------------------------
 
 
-def clip_config() -> CLIPTextConfig:
-    tokenizer = CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer")
-    return CLIPTextConfig(
+def clip_config() -> transformers.CLIPTextConfig:
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer")
+    return transformers.CLIPTextConfig(
         hidden_size=32, projection_dim=32, intermediate_size=37, num_attention_heads=2, num_hidden_layers=3,
         vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
 
 
-def tiny_vae(channels: int, **config) -> AutoencoderKL:
+def tiny_vae(channels: int, **config) -> diffusers.AutoencoderKL:
     """A VAE that makes one latent of 8 x 8 pixels."""
-    return AutoencoderKL(
+    return diffusers.AutoencoderKL(
         block_out_channels=(8, 8, 16, 16), norm_num_groups=4, latent_channels=channels,
         down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4, **config,
     )  # fmt: skip
@@ -257,18 +218,18 @@ def tiny_vae(channels: int, **config) -> AutoencoderKL:
 def tiny_sdxl(folder: Path) -> Path:
     """SDXL for 48 x 48 pixels: two text encoders, pooled text, time ids, and a VAE with a mean and std of its own."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer")
-    unet = UNet2DConditionModel(
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer")
+    unet = diffusers.UNet2DConditionModel(
         sample_size=6, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=64,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=(2, 4), use_linear_projection=True, transformer_layers_per_block=(1, 1),
         addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=80,
     )  # fmt: skip
-    StableDiffusionXLPipeline(
+    diffusers.StableDiffusionXLPipeline(
         vae=tiny_vae(4, scaling_factor=0.13, latents_mean=[-1.5, 0.5, 1.0, 2.0], latents_std=[8.0, 5.0, 4.0, 6.0]),
-        unet=unet, text_encoder=CLIPTextModel(clip_config()),
-        text_encoder_2=CLIPTextModelWithProjection(clip_config()), tokenizer=tokenizer, tokenizer_2=tokenizer,
-        scheduler=EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        unet=unet, tokenizer=tokenizer, tokenizer_2=tokenizer, text_encoder=transformers.CLIPTextModel(clip_config()),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(clip_config()),
+        scheduler=diffusers.EulerDiscreteScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
     ).save_pretrained(folder)  # fmt: skip
     return folder
 
@@ -276,26 +237,27 @@ def tiny_sdxl(folder: Path) -> Path:
 def tiny_sd3(folder: Path, t5: bool = False, **scheduler) -> Path:
     """SD 3 for 48 x 48 pixels: two CLIPs, perhaps a T5, and a VAE with a shift."""
     torch.manual_seed(0)
-    tokenizer = CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(PIPELINE / "tokenizer")
     words = [(word, 0.0) for word in ("<pad>", "</s>", "<unk>")] + [(word, -2.0) for word in "▁abcdefghijklmnoprstuwy"]
-    third = T5Config(vocab_size=len(words), d_model=72, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-    transformer = SD3Transformer2DModel(
+    third = transformers.T5Config(vocab_size=len(words), d_model=72, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
+    transformer = diffusers.SD3Transformer2DModel(
         sample_size=6, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
         num_attention_heads=4, joint_attention_dim=72, caption_projection_dim=32, pooled_projection_dim=64,
         pos_embed_max_size=16, dual_attention_layers=(0,), qk_norm="rms_norm",
     )  # fmt: skip
-    StableDiffusion3Pipeline(
+    diffusers.StableDiffusion3Pipeline(
         transformer=transformer, vae=tiny_vae(4, scaling_factor=1.5305, shift_factor=0.0609),
-        text_encoder=CLIPTextModelWithProjection(clip_config()), tokenizer=tokenizer,
-        text_encoder_2=CLIPTextModelWithProjection(clip_config()), tokenizer_2=tokenizer,
-        text_encoder_3=T5EncoderModel(third) if t5 else None,
-        tokenizer_3=T5TokenizerFast(vocab=words) if t5 else None,
-        scheduler=FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | scheduler),
+        text_encoder=transformers.CLIPTextModelWithProjection(clip_config()), tokenizer=tokenizer,
+        text_encoder_2=transformers.CLIPTextModelWithProjection(clip_config()), tokenizer_2=tokenizer,
+        text_encoder_3=transformers.T5EncoderModel(third) if t5 else None,
+        tokenizer_3=transformers.T5TokenizerFast(vocab=words) if t5 else None,
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 3.0} | scheduler),
     ).save_pretrained(folder)  # fmt: skip
     return folder
 
 
-FAMILIES = {"sd": trainer.UNet(), "sdxl": trainer.UNet(), "sd3": trainer.SD3(), "sd3 without T5": trainer.SD3()}
+FAMILIES = {name: trainer.SD3() if name.startswith("sd3") else trainer.UNet()
+            for name in ("sd", "sd, zero SNR", "sdxl", "sd3", "sd3 without T5")}  # fmt: skip
 
 
 @pytest.fixture(scope="module", name="models")
@@ -304,7 +266,8 @@ def models(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     dynamic = {"use_dynamic_shifting": True, "shift": 1.0, "base_image_seq_len": 4, "max_image_seq_len": 64}
     sd3 = {"sd3": tiny_sd3(folder / "sd3", t5=True, **dynamic), "sd3 without T5": tiny_sd3(folder / "sd3-without-t5")}
-    return {"sd": PIPELINE, "sdxl": tiny_sdxl(folder / "sdxl"), **sd3}
+    zero_snr = with_scheduler(PIPELINE, folder / "v", rescale_betas_zero_snr=True, prediction_type="v_prediction")
+    return {"sd": PIPELINE, "sd, zero SNR": zero_snr, "sdxl": tiny_sdxl(folder / "sdxl"), **sd3}
 
 
 def with_scheduler(model: Path, folder: Path, **config) -> Path:
@@ -314,20 +277,10 @@ def with_scheduler(model: Path, folder: Path, **config) -> Path:
     return folder
 
 
-def load(folder: Path) -> DiffusionPipeline:
+def load(folder: Path) -> diffusers.DiffusionPipeline:
     """A pipeline in fp32 that shows no progress bar; parts that it was saved without are None."""
-    config = DiffusionPipeline.load_config(folder)
+    config = diffusers.DiffusionPipeline.load_config(folder)
     absent = {name: None for name, value in config.items() if value == [None, None]}
-    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **absent)
+    pipe = diffusers.DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32, **absent)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def drawn_latents(folder: Path, *weights, **options) -> torch.Tensor:
-    """What the pipeline in a folder draws with these LoRA weights."""
-    pipe = load(folder)
-    if weights:
-        pipe.load_lora_weights(*weights)
-    generator = torch.Generator().manual_seed(0)
-    size = {"height": 48, "width": 48, "num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}
-    return pipe("a person in red", generator=generator, **size, **options).images
