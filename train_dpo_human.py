@@ -100,7 +100,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 
-if TYPE_CHECKING:  # imported where they are used, so that a typing error is told at once
+if TYPE_CHECKING:  # imported where they are used: a mistake in the command line costs no seconds of imports
     from accelerate import Accelerator
     from datasets import Dataset
     from diffusers import DiffusionPipeline
@@ -173,7 +173,7 @@ def dpo_loss(
         return (logit - 0.5).square() if loss_type == "ipo" else -F.logsigmoid(logit)
 
     def loss_of(margin: Tensor) -> tuple[Tensor, Tensor]:
-        logit = margin  # to cap or bend it: here
+        logit = margin  # what caps or bends it belongs here: the weight is the slope of all of it
         return label * loss_if_better(logit) + (1 - label) * loss_if_better(-logit), logit
 
     margin = beta * ((ref_err_w - err_w) - (ref_err_l - err_l))
@@ -239,12 +239,12 @@ def draw_timesteps(quantile: Tensor, points: int, scheme: str = "none") -> Tenso
 
 
 def draw_noise(
-    seed: int, stream: str, visits: list[tuple[int, int]], shape: Sequence[int], points: int
+    seed: int, stream: str, draws: list[tuple[int, int]], shape: Sequence[int], points: int
 ) -> tuple[Tensor, Tensor]:
-    """The noise (B, *shape) and the quantile (B,), one of `points`, of each (pair, visit); on the CPU."""
-    noise, quantile = torch.empty(len(visits), *shape), torch.empty(len(visits), dtype=torch.float64)
-    for i, (row, visit) in enumerate(visits):
-        digest = hashlib.sha256(f"{seed}|{stream}|{row}|{visit}".encode()).digest()
+    """The noise (B, *shape) and the quantile (B,), one of `points`, of each draw, (pair, epoch); on the CPU."""
+    noise, quantile = torch.empty(len(draws), *shape), torch.empty(len(draws), dtype=torch.float64)
+    for i, (row, number) in enumerate(draws):
+        digest = hashlib.sha256(f"{seed}|{stream}|{row}|{number}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
         quantile[i] = (torch.randint(points, (), generator=generator) + 0.5) / points
         noise[i].normal_(generator=generator)
@@ -363,6 +363,9 @@ class SD3(UNet):
         config, name = pipe.scheduler.config, type(pipe.scheduler).__name__
         if name != "FlowMatchEulerDiscreteScheduler":
             raise UserError(f"the model's scheduler, {name}, is no FlowMatchEulerDiscreteScheduler, as flow needs")
+        kinds = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
+        if other := [kind for kind in kinds if config.get(kind)]:
+            raise UserError(f"the scheduler's {', '.join(other)} leaves the path that SD 3 was trained on")
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
         sigma = scheduler.sigmas
         if config.use_dynamic_shifting:
@@ -442,13 +445,13 @@ def first_rows(place: tuple[str, str | None], split: str, count: int) -> Iterato
     """The first rows of a data set on the hub, of which no more is read."""
     import datasets
 
-    yield from datasets.load_dataset(*place, split=split, streaming=True).decode(False).take(count)
+    stream = datasets.load_dataset(*place, split=split, streaming=True)
+    yield from (stream.decode(False) if stream.features else stream).take(count)
 
 
 def read_source(args: argparse.Namespace) -> tuple[dict[str, Dataset], Path]:
     """The splits, "train" and perhaps "validation", of --dataset_name or --train_data_dir, whatever their columns are
-    called, and the folder that paths in them start at.
-    """
+    called, and the folder that paths in them start at."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -491,10 +494,10 @@ def choose_pairs(rows: Dataset, args: argparse.Namespace) -> tuple[pd.DataFrame,
     """
     columns = rows.column_names
     named = (args.image_0_column, args.image_1_column, args.label_0_column, args.caption_column)
-    known = [[own or usual for own, usual in zip(named, layout, strict=True)] for layout in LAYOUTS]
-    fitting = [layout for layout in known if all(column in columns for column in layout if column)]
+    layouts = [[own or usual for own, usual in zip(named, layout, strict=True)] for layout in LAYOUTS]
+    fitting = [layout for layout in layouts if all(column in columns for column in layout if column)]
     if not fitting:
-        missing = [column for column in known[0] if column not in columns]
+        missing = [column for column in layouts[0] if column not in columns]
         raise UserError(f"the data has no column {', '.join(missing)} (it has {', '.join(columns)})")
     image_0, image_1, label_0, caption_column = fitting[0]
     label_1 = label_0.replace("0", "1") if "0" in (label_0 or "") else None
@@ -544,8 +547,8 @@ def refuse_bad_rows(dropped: Counter, total: int, name: str) -> None:
     """Ends the run where too many rows cannot be used: those whose reason is in capitals."""
     bad = {reason: count for reason, count in dropped.items() if reason.isupper()}
     if sum(bad.values()) > MAX_BAD_SHARE * total:
-        told = ", ".join(f"{count} {reason.lower()}" for reason, count in bad.items())
-        raise UserError(f"{sum(bad.values())} of {total} rows of split {name!r} cannot be used: {told}")
+        reasons = ", ".join(f"{count} {reason.lower()}" for reason, count in bad.items())
+        raise UserError(f"{sum(bad.values())} of {total} rows of split {name!r} cannot be used: {reasons}")
 
 
 def hold_out(pairs: pd.DataFrame, share: float) -> np.ndarray:
@@ -730,6 +733,8 @@ def encode_pairs(
             images = [ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS) for image in images]
             return sizes, torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
         except Exception as error:  # Pillow's plugins raise all kinds
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                raise  # the machine's fault, not the image's: it must not be remembered as unreadable
             tqdm.write(f"warning:   row {pair.row} of {name} is unreadable: {type(error).__name__}: {error}")
             return [0] * 6, None
 
@@ -800,18 +805,18 @@ def encode_captions(
 
 
 def make_batch(
-    pairs: Pairs, visits: list[tuple[int, int]], held_out: bool, args: argparse.Namespace, device: torch.device
+    pairs: Pairs, draws: list[tuple[int, int]], held_out: bool, args: argparse.Namespace, device: torch.device
 ) -> Batch:
-    """The pairs (B) of visits, (pair, epoch), which share a bucket, with their noise and timesteps, on the device; of
-    held-out pairs a visit is (pair, number of the timestep)."""
+    """The pairs (B) of draws, (pair, epoch), which share a bucket, with their noise and timesteps, on the device; of
+    held-out pairs a draw is (pair, number of the timestep)."""
     from accelerate.utils import send_to_device
 
-    rows, stream = [row for row, _ in visits], "validation" if held_out else "train"
+    rows, stream = [row for row, _ in draws], "validation" if held_out else "train"
     x_0 = torch.stack([pairs.latents[row] for row in rows], dim=1).flatten(0, 1).float()
     path = pairs.paths[tuple(x_0.shape[2:])]
-    noise, quantile = draw_noise(args.seed, stream, visits, x_0.shape[1:], len(path.t))
+    noise, quantile = draw_noise(args.seed, stream, draws, x_0.shape[1:], len(path.t))
     if held_out:
-        quantile = torch.tensor([(number + 0.5) / HELD_OUT_DRAWS for _, number in visits], dtype=torch.float64)
+        quantile = torch.tensor([(number + 0.5) / HELD_OUT_DRAWS for _, number in draws], dtype=torch.float64)
     point = draw_timesteps(quantile, len(path.t), args.weighting_scheme)
     path = NoisePath(*(values[point] for values in path[:4]), path.kind)
     text: Any = [pairs.caption[row] for row in rows]
@@ -859,8 +864,8 @@ def load_model(args: argparse.Namespace, dtype: torch.dtype) -> tuple[DiffusionP
         dtypes = {"default": dtype, "vae": torch.float32, family.model: torch.float32 if args.full_unet else dtype}
         pipe = DiffusionPipeline.from_pretrained(name, variant=args.variant, torch_dtype=dtypes, **source, **parts)
     except (OSError, ValueError, SafetensorError) as error:
-        told = " (where all files are fp16, set --variant fp16)" * (isinstance(error, OSError) and not args.variant)
-        raise UserError(f"cannot load {name}: {str(error).splitlines()[0]}{told}") from error
+        hint = " (where all files are fp16, set --variant fp16)" * (isinstance(error, OSError) and not args.variant)
+        raise UserError(f"cannot load {name}: {str(error).splitlines()[0]}{hint}") from error
     for module in pipe.components.values():
         if isinstance(module, torch.nn.Module):
             module.requires_grad_(False)
@@ -871,15 +876,15 @@ def load_model(args: argparse.Namespace, dtype: torch.dtype) -> tuple[DiffusionP
 def load_initial_model(model: torch.nn.Module, part: str, args: argparse.Namespace) -> None:
     """The U-Net or transformer of an earlier stage, in a folder or on the hub, under unet/ or not, takes the base's
     place; UserError where there is none that fits."""
-    told, same = None, {"torch_dtype": model.dtype, "cache_dir": args.cache_dir}
+    why, same = None, {"torch_dtype": model.dtype, "cache_dir": args.cache_dir}
     for options in ({"subfolder": part, "variant": args.variant}, {"variant": args.variant}, {"subfolder": part}, {}):
         try:
             other = type(model).from_pretrained(args.initial_unet, **same, **options)
             model.load_state_dict(other.state_dict())
             return
         except (OSError, RuntimeError) as error:  # not there, or of other sizes
-            told = told or str(error).splitlines()[0]
-    raise UserError(f"--initial_unet {args.initial_unet} does not fit: {told}")
+            why = why or str(error).splitlines()[0]
+    raise UserError(f"--initial_unet {args.initial_unet} does not fit: {why}")
 
 
 def text_encoders(pipe: DiffusionPipeline) -> dict[str, torch.nn.Module]:
@@ -913,7 +918,9 @@ def add_lora(module: torch.nn.Module, rank: int, alpha: float, layers: list[str]
             weight.data = weight.data.float()
 
 
-def read_lora(pipe: DiffusionPipeline, source: str) -> dict[str, dict[str, tuple[Tensor, Tensor, float]]]:
+def read_lora(
+    pipe: DiffusionPipeline, source: str, cache_dir: str | None = None
+) -> dict[str, dict[str, tuple[Tensor, Tensor, float]]]:
     """A LoRA file of diffusers, PEFT or kohya, {part of the pipeline: {layer: (down, up, scale)}}: the layer's weight
     becomes W + scale up @ down. UserError for a DoRA, and for tensors that have no place in the pipeline's parts."""
     from huggingface_hub import hf_hub_download
@@ -922,7 +929,8 @@ def read_lora(pipe: DiffusionPipeline, source: str) -> dict[str, dict[str, tuple
     names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
     places = [Path(source, name) for name in names] if Path(source).is_dir() else [Path(source)]
     try:
-        file = next((place for place in places if place.is_file()), None) or Path(hf_hub_download(source, names[0]))
+        file = next((place for place in places if place.is_file()), None)
+        file = file or Path(hf_hub_download(source, names[0], cache_dir=cache_dir))
     except (OSError, ValueError) as error:
         raise UserError(f"no LoRA {source}: {str(error).splitlines()[0]}") from error
     with safe_open(file, "pt") as opened:
@@ -943,7 +951,7 @@ def read_lora(pipe: DiffusionPipeline, source: str) -> dict[str, dict[str, tuple
         raise UserError(f"{source} is no LoRA that can be read: {str(error).splitlines()[0]}") from error
     state, alphas = converted if isinstance(converted, tuple) else (converted, None)
 
-    found, lost = {}, []
+    layers, lost = {}, []
     for key, down in state.items():
         ending = r"([a-z_0-9]+)\.(.+?)(?:\.lora_linear_layer|\.lora|_lora)?\.(lora_A|down)\.weight"
         match = re.fullmatch(ending, key.replace(".processor.", "."))
@@ -952,11 +960,11 @@ def read_lora(pipe: DiffusionPipeline, source: str) -> dict[str, dict[str, tuple
             continue
         part, layer, _ = match.groups()
         module, text = pipe.components.get(part), re.sub(r"\.to_(q|k|v|out)$", r".\1_proj", layer)
-        known = dict(module.named_modules()) if module is not None else {}
+        modules = dict(module.named_modules()) if module is not None else {}
         spellings = (layer, f"{layer}.0", text, text.removeprefix("text_model."), f"text_model.{text}")
-        name = next((one for one in spellings if hasattr(known.get(one), "weight")), None)
+        name = next((one for one in spellings if hasattr(modules.get(one), "weight")), None)
         up = state[key.replace("lora_A", "lora_B") if "lora_A" in key else key.replace("down.weight", "up.weight")]
-        fits = name and (len(up), down.shape[1]) == known[name].weight.shape[:2]
+        fits = name and (len(up), down.shape[1]) == modules[name].weight.shape[:2]
         if module is not None and not fits:
             lost.append(key)
             continue
@@ -965,11 +973,11 @@ def read_lora(pipe: DiffusionPipeline, source: str) -> dict[str, dict[str, tuple
         patterns = (own["alpha_pattern"] or {}).items()
         alpha = next((value for end, value in patterns if re.fullmatch(rf"(.*\.)?({end})", layer)), alpha)
         scale = alpha / (math.sqrt(len(down)) if own["use_rslora"] else len(down))
-        found.setdefault(part, {})[name or layer] = (down, up, scale)
-    if lost or not found:
-        told = f"{len(lost)} of its tensors have no place in this model, such as {lost[0]}" if lost else "it is empty"
-        raise UserError(f"the LoRA {source} does not fit: {told}")
-    return found
+        layers.setdefault(part, {})[name or layer] = (down, up, scale)
+    if lost or not layers:
+        why = f"{len(lost)} of its tensors have no place in this model, such as {lost[0]}" if lost else "it is empty"
+        raise UserError(f"the LoRA {source} does not fit: {why}")
+    return layers
 
 
 def load_lora(module: torch.nn.Module, layers: dict[str, tuple[Tensor, Tensor, float]], adapter: str) -> None:
@@ -1124,16 +1132,17 @@ def held_out_metrics(
     time."""
     batches, size = [], args.train_batch_size
     for bucket in pairs.buckets:
-        visits = [(int(row), number) for row in bucket for number in range(HELD_OUT_DRAWS)]
-        batches += [visits[start : start + size] for start in range(0, len(visits), size)]
+        draws = [(int(row), number) for row in bucket for number in range(HELD_OUT_DRAWS)]
+        batches += [draws[start : start + size] for start in range(0, len(draws), size)]
     mine, total = batches[accelerator.process_index :: accelerator.num_processes], Counter()
-    for visits in tqdm(mine or batches[:1], "held-out pairs", leave=False, disable=not accelerator.is_main_process):
-        batch = make_batch(pairs, visits, True, args, accelerator.device)
+    for draws in tqdm(mine or batches[:1], "held-out pairs", leave=False, disable=not accelerator.is_main_process):
+        batch = make_batch(pairs, draws, True, args, accelerator.device)
         with accelerator.autocast():
             losses = pair_losses(policy, frozen, batch, args)
-        total.update({name: value.sum() for name, value in losses.items()} | {"count": len(visits)})
-    sums = torch.tensor([bool(mine) * float(value) for value in total.values()], device=accelerator.device)
-    *sums, count = accelerator.reduce(sums, "sum").tolist()
+        total.update({name: value.sum() for name, value in losses.items()} | {"count": len(draws)})
+    # a process without a batch measures one too, for the names, and adds nothing
+    sums = [float(value) if mine else 0.0 for value in total.values()]
+    *sums, count = accelerator.reduce(torch.tensor(sums, device=accelerator.device), "sum").tolist()
     return {f"validation/{name}": value / count for name, value in zip(total, sums, strict=False)}
 
 
@@ -1238,8 +1247,8 @@ def load_checkpoint(resume: str | None, output: Path, policy: Policy, state: dic
     folder = named[0] if named[0].is_dir() else named[-1]
     other = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     if different := sorted(name for name in identity | other if identity.get(name) != other.get(name)):
-        told = ", ".join(f"{name} ({other.get(name)} there, {identity.get(name)} here)" for name in different)
-        raise UserError(f"{folder} is of another run: {told}")
+        changes = ", ".join(f"{name} ({other.get(name)} there, {identity.get(name)} here)" for name in different)
+        raise UserError(f"{folder} is of another run: {changes}")
     saved = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
     weights = load_file(folder / "model.safetensors")
     for name, weight in policy.trained().items():
@@ -1360,16 +1369,18 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"--report_to {args.report_to} is not installed: there are {', '.join(trackers)}")
     accelerate.utils.set_seed(args.seed)  # adapters start the same on every process; all else has seeds of its own
     accumulated = {"num_steps": args.gradient_accumulation_steps, "sync_with_dataloader": False}
+    # SDXL does not read the last layer of its first text encoder
+    ddp = {"broadcast_buffers": False, "find_unused_parameters": args.train_text_encoder}
     accelerator = accelerate.Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=accelerate.utils.ProjectConfiguration(args.output_dir, logging_dir=str(output / "logs")),
         gradient_accumulation_plugin=accelerate.utils.GradientAccumulationPlugin(**accumulated),
-        kwargs_handlers=[  # SDXL does not read the last layer of its first text encoder
-            accelerate.utils.DistributedDataParallelKwargs(find_unused_parameters=args.train_text_encoder)
-        ],
+        kwargs_handlers=[accelerate.utils.DistributedDataParallelKwargs(**ddp)],
     )
     device, is_main = accelerator.device, accelerator.is_main_process
+    if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
+        raise UserError("mixed precision fp16, of --mixed_precision or accelerate's configuration, needs a GPU")
     if is_main:
         output.mkdir(parents=True, exist_ok=True)
         lock = FileLock(output / ".lock")  # until main ends
@@ -1378,8 +1389,8 @@ def main(args: argparse.Namespace) -> None:
         except Timeout as error:
             raise UserError(f"another run is writing to --output_dir {output}") from error
         if (output / "training_settings.json").is_file() and not args.resume_from_checkpoint:
-            told = "carry on with --resume_from_checkpoint latest, name another --output_dir, or remove it"
-            raise UserError(f"{output} holds a run already: {told}")
+            advice = "carry on with --resume_from_checkpoint latest, name another --output_dir, or remove it"
+            raise UserError(f"{output} holds a run already: {advice}")
     torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     token, args.hub_token = args.hub_token, None  # kept out of all that is written
     if args.push_to_hub and is_main:
@@ -1400,8 +1411,8 @@ def main(args: argparse.Namespace) -> None:
         tables = {"train": tables["train"][~held], "validation": tables["train"][held]}
     tables = {name: table for name, table in tables.items() if len(table)}
     if "train" not in tables:
-        told = ", ".join(f"{count} {reason.lower()}" for reason, count in dropped["train"].items())
-        raise UserError(f"no pairs to train on ({told or 'all are held out'})")
+        reasons = ", ".join(f"{count} {reason.lower()}" for reason, count in dropped["train"].items())
+        raise UserError(f"no pairs to train on ({reasons or 'all are held out'})")
 
     # The model, its size and its noise path
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -1432,7 +1443,7 @@ def main(args: argparse.Namespace) -> None:
         for height, width in {tuple(pair.shape[2:]) for pair in pairs[name].latents}:
             tokens = height * width * pipe.vae_scale_factor**2 // family.multiple**2
             pairs[name].paths[height, width] = family.path(pipe, tokens)
-    pipe.vae.to("cpu")
+    pipe.vae = pipe.vae.to("cpu") if args.run_validation else None
     pipe.scheduler = family.sampler(pipe)
     prompts = list(dict.fromkeys(pairs.get("validation", pairs["train"]).caption))[: args.num_validation_images]
     prompts, prompt_text = args.validation_prompts or prompts, {}
@@ -1450,7 +1461,7 @@ def main(args: argparse.Namespace) -> None:
     frozen_model = copy.deepcopy(model) if args.full_unet and args.reference == "base" else None
     if args.initial_unet:
         load_initial_model(model, family.model, args)
-    for name, layers in (read_lora(pipe, args.initial_lora) if args.initial_lora else {}).items():
+    for name, layers in (read_lora(pipe, args.initial_lora, args.cache_dir) if args.initial_lora else {}).items():
         module = pipe.components.get(name)
         if module is None:
             accelerator.print(f"warning:   the {name} of {args.initial_lora} is left out, as it is not trained here")
@@ -1509,6 +1520,7 @@ def main(args: argparse.Namespace) -> None:
     identity |= {"pairs_per_step": per_step, "mixed_precision": accelerator.mixed_precision, "model": model_key}
     identity |= {"data": {name: split.key for name, split in pairs.items()}}
     identity |= {"start": weights_hash(plain) if args.initial_lora or args.initial_unet else None}
+    identity |= {"train_batch_size": args.train_batch_size if args.aspect_ratio_buckets else None}
     identity |= {"max_train_steps": args.max_train_steps if args.lr_scheduler != "constant" else None}
     identity = json.loads(json.dumps(identity))
     state = {"optimizer": optimizer, "lr_scheduler": lr_scheduler, "scaler": accelerator.scaler, "ema": ema}
@@ -1517,8 +1529,6 @@ def main(args: argparse.Namespace) -> None:
     if ema:
         ema.to(device)
     if is_main:
-        for unfinished in output.glob("checkpoint-*.partial"):
-            shutil.rmtree(unfinished)
         kept = [line for line in read_log(output) if line["step"] <= first_step]
         (output / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
         everything = json.dumps({"settings": vars(args)}, indent=2)
@@ -1531,7 +1541,7 @@ def main(args: argparse.Namespace) -> None:
     trained = [f"LoRA of rank {module.peft_config['default'].r} on {name}" for name, module in plain.adapted().items()]
     trained = ", ".join([f"the whole {family.model}"] * args.full_unet + trained)
     epochs, processes = args.max_train_steps / epoch, accelerator.num_processes
-    told = {
+    summary = {
         "pairs": ", ".join([f"{count} to train on, {held} held out", *left_out]),
         "sizes": ", ".join(f"{size} ({n} pairs)" for size, n in sorted(sizes.items())),
         "trained": f"{trained}; {sum(weight.numel() for weight in weights):,} parameters in fp32",
@@ -1542,7 +1552,7 @@ def main(args: argparse.Namespace) -> None:
         "batch": f"{args.train_batch_size} pairs x {args.gradient_accumulation_steps} accumulated x "
         f"{processes} process{'es' * (processes > 1)} = {per_step} pairs a step",
     }
-    for name, value in told.items():
+    for name, value in summary.items():
         accelerator.print(f"{name + ':':11}{value}")
     accelerator.init_trackers("train_dpo_human", {name: str(value) for name, value in vars(args).items()})
     before = []
@@ -1570,15 +1580,15 @@ def main(args: argparse.Namespace) -> None:
     for step in bar:
         is_last, lr, began = step == args.max_train_steps, lr_scheduler.get_last_lr()[0], time.perf_counter()
         rows, pair_loss = [], []
-        for visits in itertools.islice(batches, args.gradient_accumulation_steps):
-            batch = make_batch(pairs["train"], visits, False, args, device)
+        for draws in itertools.islice(batches, args.gradient_accumulation_steps):
+            batch = make_batch(pairs["train"], draws, False, args, device)
             with accelerator.accumulate(policy):
                 with accelerator.autocast():
                     losses = pair_losses(policy, frozen, batch, args)
                 # a batch of a small bucket counts for its pairs
                 accelerator.backward(losses["loss"].sum() / args.train_batch_size)
-                window.update({name: value.detach().sum() for name, value in losses.items()} | {"pairs": len(visits)})
-                rows += [pairs["train"].row[pair] for pair, _ in visits]
+                window.update({name: value.detach().sum() for name, value in losses.items()} | {"pairs": len(draws)})
+                rows += [pairs["train"].row[pair] for pair, _ in draws]
                 pair_loss.append(losses["loss"].detach())
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(weights, args.max_grad_norm)
@@ -1627,8 +1637,10 @@ def main(args: argparse.Namespace) -> None:
             log(accelerator, output, step, metrics)
             latest |= metrics
         stopped = any_process(accelerator, bool(caught)) and not is_last
-        if (stopped or step % args.checkpointing_steps == 0) and is_main:
-            save_checkpoint(step, plain, state, identity, ema, args)
+        if stopped or step % args.checkpointing_steps == 0:
+            if is_main:
+                save_checkpoint(step, plain, state, identity, ema, args)
+            wait_patiently(accelerator)  # a whole SDXL is 50 GB
         if stopped:
             again = "the same command with --resume_from_checkpoint latest carries on"
             accelerator.print(f"\nstopped by a signal and saved after step {step}: {again}")
@@ -1640,7 +1652,7 @@ def main(args: argparse.Namespace) -> None:
     if is_main and not stopped:
         with averaged(ema, weights):
             save_weights(plain, output, args)
-        write_card(plain, output, args, told | latest | settings)
+        write_card(plain, output, args, summary | latest | settings)
     if args.push_to_hub and is_main and not stopped:
         from huggingface_hub import upload_folder
 
@@ -1809,11 +1821,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--freeze_unet and --full_unet contradict each other": args.freeze_unet and args.full_unet,
         "--initial_unet needs --full_unet": args.initial_unet and not args.full_unet,
         "--export_kohya needs a LoRA": args.export_kohya and args.full_unet and not args.train_text_encoder,
-        "--mixed_precision fp16 needs a GPU": args.mixed_precision == "fp16" and not gpu,
         "xformers needs CUDA": args.enable_xformers_memory_efficient_attention and not gpu,
     }
-    for told in (told for told, is_wrong in wrong.items() if is_wrong):
-        parser.error(told)
+    for mistake in (mistake for mistake, is_wrong in wrong.items() if is_wrong):
+        parser.error(mistake)
     return args
 
 
