@@ -789,7 +789,7 @@ def encode_captions(
     tokenizers = [part for name, part in pipe.components.items() if "tokenizer" in name and part is not None]
     tokens, longest = [part(captions).input_ids for part in tokenizers], pipe.tokenizer.model_max_length
     if cut := sum(len(ids) > longest for ids in tokens[0]):
-        accelerator.print(f"captions:  {cut} of {len(captions)} have more than {longest} tokens and are cut there")
+        accelerator.print(f"captions:  {cut} of {len(captions)} have more than the {longest} tokens that CLIP reads")
     encoders = weights_hash(*text_encoders(pipe).values()), str(pipe.text_encoder.dtype), type(pipe).__name__
     parts = [slice(start, start + PART) for start in range(0, len(captions), PART)]
     keys = [hash_of(captions[part], [ids[part] for ids in tokens], encoders) for part in parts]
@@ -1379,6 +1379,8 @@ def main(args: argparse.Namespace) -> None:
         kwargs_handlers=[accelerate.utils.DistributedDataParallelKwargs(**ddp)],
     )
     device, is_main = accelerator.device, accelerator.is_main_process
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):
+        raise UserError(f"{accelerator.distributed_type.value}, of accelerate's configuration, does not work: use DDP")
     if accelerator.mixed_precision == "fp16" and accelerator.scaler is None:
         raise UserError("mixed precision fp16, of --mixed_precision or accelerate's configuration, needs a GPU")
     if is_main:

@@ -6,6 +6,7 @@ import copy
 import io
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -129,6 +130,17 @@ FORMATS = {
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_format_gives_winners_losers_and_captions(name, folder):
     assert pairs_of(**FORMATS[name](folder)) == (WANTED, {})
+
+
+@pytest.mark.parametrize("file", ["data/train-00000-of-00001.parquet", "pairs.parquet"])
+def test_pairs_that_were_made_again_in_the_same_folder_are_seen(file, folder):
+    for first in (0, 1):
+        shutil.rmtree(folder, ignore_errors=True)
+        Dataset.from_list(ROWS[first:]).to_parquet(folder / file)
+        config = f"  data_files:\n  - split: train\n    path: {file}\n"
+        (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: default\n{config}---\n")
+        assert pairs_of(train_data_dir=folder)[0] == WANTED[first:]
+        assert pairs_of(train_data_dir=folder, max_train_samples=2)[0] == WANTED[first:][:2]
 
 
 def test_of_hub_data_no_more_rows_are_read_than_asked_for(tmp_path, monkeypatch):
@@ -517,3 +529,10 @@ def test_an_earlier_stages_unet_is_found_with_or_without_its_variant(pipe, tmp_p
         args = args_of(full_unet=True, initial_unet=tmp_path / str(variant), variant="fp16")
         trainer.load_initial_model(model, "unet", args)
         assert_equal(model.state_dict(), copy.deepcopy(other).float().state_dict())
+
+
+def test_the_part_of_a_second_text_encoder_is_named_where_there_is_none(pipe, folder, tmp_path, capsys):
+    second = {"text_model.encoder.layers.0.self_attn.q_proj": (torch.ones(2, 96), torch.ones(96, 2), 1.0)}
+    save_file(kohya(random_lora(pipe.unet, ATTENTION)) | kohya(second, "lora_te2_"), tmp_path / LORA)
+    train(write_data(folder, ROWS), tmp_path / "run", initial_lora=tmp_path / LORA, **ONE_STEP)
+    assert "text_encoder_2" in capsys.readouterr().out
