@@ -47,7 +47,7 @@ Without arguments it trains on human-preferences/ in the embedded world (tests/t
 
 To change the loss, edit `dpo_loss`; its weight follows from it.
 To change the timesteps, `draw_timesteps`; the held-out pairs follow it.
-To read other columns, put a line first in LAYOUTS; labels in words become 1, 0 and 0.5 in `choose_pairs`.
+To read other columns, put a line first in LAYOUTS; labels in words become 1, 0 and 0.5 in `decide_pairs`.
 To train another kind of model, write a class like `UNet` and name its pipeline in FAMILIES.
 To log something new, give it a name in the dict that `pair_losses` returns, one value a pair.
 
@@ -486,7 +486,7 @@ def read_source(args: argparse.Namespace) -> tuple[dict[str, Dataset], Path]:
     return dict(splits), source.parent if source.is_file() else source
 
 
-def choose_pairs(rows: Dataset, args: argparse.Namespace) -> tuple[pd.DataFrame, Counter]:
+def decide_pairs(rows: Dataset, args: argparse.Namespace) -> tuple[pd.DataFrame, Counter]:
     """The pairs of a split that have a winner, and how many rows were left out, by reason.
 
     A table with the columns row (in `rows`), winner and loser (names of image columns), label (the probability that
@@ -707,7 +707,7 @@ def encode_pairs(
     name: str, rows: Dataset, table: pd.DataFrame, folder: Path, pipe: DiffusionPipeline, family: UNet,
     dropped: Counter, args: argparse.Namespace, accelerator: Accelerator,
 ) -> Pairs:  # fmt: skip
-    """The pairs of a split (see choose_pairs) with their latents: the data set's own where they are this VAE's and of
+    """The pairs of a split (see decide_pairs) with their latents: the data set's own where they are this VAE's and of
     the right size, else the VAE's. What cannot be read, or is one image twice, is counted in `dropped`."""
     vae, cells, record = pipe.vae, rows.with_format("arrow"), folder / "preference_data.json"
     made = (json.loads(record.read_text(encoding="utf-8")).get("latents") if record.is_file() else None) or {}
@@ -1307,7 +1307,7 @@ def kohya_weights(policy: Policy) -> dict[str, Tensor]:
     return weights
 
 
-def write_card(policy: Policy, output: Path, args: argparse.Namespace, rows: dict[str, Any]) -> None:
+def write_model_card(policy: Policy, output: Path, args: argparse.Namespace, rows: dict[str, Any]) -> None:
     """README.md: base model, code that loads the result, picture, data, metrics and settings; no local path."""
     from huggingface_hub import ModelCardData
 
@@ -1405,7 +1405,7 @@ def main(args: argparse.Namespace) -> None:
     splits, folder = read_source(args)
     tables, dropped = {}, {name: Counter() for name in ("train", "validation")}
     for name, rows in splits.items():
-        tables[name], dropped[name] = choose_pairs(rows, args)
+        tables[name], dropped[name] = decide_pairs(rows, args)
         refuse_bad_rows(dropped[name], len(rows), name)
     if args.validation_share and "validation" not in tables:
         held = hold_out(tables["train"], args.validation_share)
@@ -1654,7 +1654,7 @@ def main(args: argparse.Namespace) -> None:
     if is_main and not stopped:
         with averaged(ema, weights):
             save_weights(plain, output, args)
-        write_card(plain, output, args, summary | latest | settings)
+        write_model_card(plain, output, args, summary | latest | settings)
     if args.push_to_hub and is_main and not stopped:
         from huggingface_hub import upload_folder
 
@@ -1696,7 +1696,7 @@ def use_embedded_world(parser: argparse.ArgumentParser, script: str) -> None:
         print(f"{script}.py: the embedded world is used; --pretrained_model_name_or_path names your own model")
 
 
-def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+def within(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
     """An argparse type: a number of this kind from `low`, or above it, to `high`."""
 
     def parse(text: str) -> float:
@@ -1717,7 +1717,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    count, positive, share = number(int, 1), number(float, 0, above=True), number(float, 0, 0.9999999)
+    count, positive, share = within(int, 1), within(float, 0, above=True), within(float, 0, 0.9999999)
 
     # fmt: off
     flag = parser.add_argument_group("model").add_argument
@@ -1763,8 +1763,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--loss_type", choices=["sigmoid", "hinge", "ipo"], default="sigmoid", help="sigmoid is DPO")
     flag("--soft_labels", type=positive, metavar="T", help="label sigmoid(margin column / T), not 1")
     flag("--ties", choices=["drop", "soft"], default="drop", help="leave ties out, or train them with label 0.5")
-    flag("--winner_safeguard", type=number(float, 0, 1), metavar="MU", help="Diffusion-SDPO, in [0, 1]; 0.9 helps")
-    flag("--lambda_stat", type=number(float, 0),
+    flag("--winner_safeguard", type=within(float, 0, 1), metavar="MU", help="Diffusion-SDPO, in [0, 1]; 0.9 helps")
+    flag("--lambda_stat", type=within(float, 0),
          help="weight of statistics matching; none: 10000, of flow what weighs as much, at shift 3 about 360000")
     flag("--weighting_scheme", choices=["none", "logit_normal"], default="none",
          help="timesteps uniform over the schedule, of flow the sampler's shifted sigmas; or SD 3's logit-normal")
@@ -1776,12 +1776,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--gradient_accumulation_steps", type=count, default=1, help="forward passes in an update")
     flag("--learning_rate", type=positive, default=1e-5, help="peak learning rate")
     flag("--lr_scheduler", choices=["constant", "linear", "cosine"], default="constant", help="over the steps")
-    flag("--lr_warmup_steps", type=number(int, 0), default=0, help="steps of linear warm-up, under every schedule")
+    flag("--lr_warmup_steps", type=within(int, 0), default=0, help="steps of linear warm-up, under every schedule")
     flag("--use_8bit_adam", action="store_true", help="a quarter of the optimiser's memory, by bitsandbytes")
-    flag("--adam_weight_decay", type=number(float, 0), default=1e-2, help="weight decay")
+    flag("--adam_weight_decay", type=within(float, 0), default=1e-2, help="weight decay")
     flag("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to this norm")
     flag("--ema", type=share, nargs="?", const=0.9999, metavar="DECAY", help="write averaged weights")
-    flag("--seed", type=number(int, 0, 2**32 - 1), default=0, help="decides order, noise, timesteps, the LoRA's start")
+    flag("--seed", type=within(int, 0, 2**32 - 1), default=0, help="decides order, noise, timesteps, the LoRA's start")
 
     flag = parser.add_argument_group("memory and precision").add_argument
     flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="none: what `accelerate config` says")

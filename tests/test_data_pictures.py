@@ -441,7 +441,7 @@ def test_export_folders_are_named_by_prompt_id_alone(finished):
 def test_our_trainer_reads_the_same_pairs_from_every_export(finished, kind, tmp_path):
     args = train.parse_args(["--train_data_dir", str(finished / kind), "--cache_dir", str(tmp_path)])
     splits, place = train.read_source(args)
-    pairs, dropped = train.choose_pairs(splits["train"], args)
+    pairs, dropped = train.decide_pairs(splits["train"], args)
     cells = splits["train"].with_format("arrow")
     files = [[file.read() for file in train.open_pair(cells, pair, place)] for pair in pairs.itertuples()]
     check_pairs(*zip(*files, strict=True))

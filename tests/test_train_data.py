@@ -58,7 +58,7 @@ def args_of(**settings):
 def choose(**settings) -> tuple:
     args = args_of(**settings)
     splits, place = trainer.read_source(args)
-    return args, splits["train"], place, *trainer.choose_pairs(splits["train"], args)
+    return args, splits["train"], place, *trainer.decide_pairs(splits["train"], args)
 
 
 def pairs_of(**settings) -> tuple[list[tuple], Counter]:
@@ -182,7 +182,7 @@ LABELS = {
 def test_which_pairs_are_kept_and_their_labels(case):
     columns, settings, labels, left_out = LABELS[case]
     rows = Dataset.from_dict({"jpg_0": [b"0"] * 4, "jpg_1": [b"1"] * 4, "caption": list("abcd")} | columns)
-    table, dropped = trainer.choose_pairs(rows, args_of(**settings))
+    table, dropped = trainer.decide_pairs(rows, args_of(**settings))
     assert dict(zip(table.row, table.label, strict=True)) == pytest.approx(labels)
     assert dropped == left_out
     assert list(table.winner) == ["jpg_0" if columns["label_0"][row] else "jpg_1" for row in labels]
