@@ -1788,7 +1788,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     flag("--allow_tf32", action="store_true", help="faster fp32 matrices on Ampere GPUs and newer")
     flag("--gradient_checkpointing", action="store_true", help="less memory, slower steps")
     flag("--enable_xformers_memory_efficient_attention", action="store_true", help="needs CUDA")
-    flag("--compile", action="store_true", help="minutes at the start, faster steps; in bf16 rounds unlike the reference")
+    flag("--compile", action="store_true", help="slow start, faster steps; in bf16 it rounds unlike the reference")
 
     flag = parser.add_argument_group("validation").add_argument
     flag("--run_validation", action=argparse.BooleanOptionalAction, default=True, help="pictures and held-out pairs")
