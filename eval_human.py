@@ -586,7 +586,7 @@ PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 TABLE_SUFFIXES = {".parquet", ".arrow", ".csv", ".tsv"}
 
 
-def read_prompts(source: str, column: str | None, max_prompts: int | None) -> tuple[list[str], str]:
+def read_prompt_list(source: str, column: str | None, max_prompts: int | None) -> tuple[list[str], str]:
     """The first `max_prompts` prompts of `source`, and a remark on what was left out (blank and repeated ones).
 
     A text file with one prompt per line; a .jsonl, .json, .csv, .tsv or .parquet file; a folder of photos with their
@@ -611,16 +611,16 @@ def read_texts(source: str, column: str | None) -> tuple[list[str], str]:
     try:
         if path.is_dir() or not (path.exists() or kind in {*TABLE_SUFFIXES, ".json", ".jsonl", ".txt"}):
             rows = load_rows(source)
-            values = read_column(rows, choose_column(column, rows.column_names, source))
+            values = read_column(rows, choose_text_column(column, rows.column_names, source))
         else:
             values = read_file(path, column)
-        return [to_text(value, f"{source}, {unit} {number}") for number, value in enumerate(values, 1)], unit
+        return [as_text(value, f"{source}, {unit} {number}") for number, value in enumerate(values, 1)], unit
     except (OSError, ValueError, csv.Error) as error:
         reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
         raise UserError(f"cannot read {source}: {reason}") from error
 
 
-def to_text(value: Any, place: str) -> str:
+def as_text(value: Any, place: str) -> str:
     """`value` with single spaces, "" for None; UserError with its place where it is no text."""
     if not isinstance(value, str | None):
         raise UserError(f"{place}: a {type(value).__name__} in place of a text")
@@ -630,7 +630,7 @@ def to_text(value: Any, place: str) -> str:
         raise UserError(f"{place}: half a character (a lone surrogate)") from None
 
 
-def choose_column(column: str | None, columns: Iterable[str], place: str | Path) -> str:
+def choose_text_column(column: str | None, columns: Iterable[str], place: str | Path) -> str:
     """`column`, or the first of CAPTION_COLUMNS; UserError with the names that exist where it is not in `columns`."""
     wanted, columns = [column] if column else CAPTION_COLUMNS, list(columns)
     found = [name for name in wanted if name in columns]
@@ -647,11 +647,11 @@ def read_file(path: Path, column: str | None) -> Iterable[Any]:
         return read_csv(path, column)
     if kind == ".parquet":
         file = pq.ParquetFile(path)
-        name = choose_column(column, file.schema_arrow.names, path)
+        name = choose_text_column(column, file.schema_arrow.names, path)
         return (value for batch in file.iter_batches(columns=[name]) for value in batch.column(0).to_pylist())
     if kind in {".json", ".jsonl"}:
         rows = read_json(path)
-        name = choose_column(column, columns, path) if (columns := dict.fromkeys(chain(*rows))) else ""
+        name = choose_text_column(column, columns, path) if (columns := dict.fromkeys(chain(*rows))) else ""
         return [row.get(name) for row in rows]
     return read_lines(path)
 
@@ -672,7 +672,7 @@ def read_csv(path: Path, column: str | None) -> Iterator[str]:
     header = [name.strip() for name in next(rows, [])]
     if not header:
         return
-    index = header.index(choose_column(column, header, f"the first row of {path}"))
+    index = header.index(choose_text_column(column, header, f"the first row of {path}"))
     for row in rows:
         if len(row) > len(header):
             told = f"{len(row)} cells under {len(header)} columns (a prompt with a comma needs quotes)"
@@ -726,12 +726,12 @@ def read_column(rows: Dataset, name: str) -> Iterator[Any]:
 
 def is_photo_folder(folder: Path) -> bool:
     """A folder with photos in it, and with captions if it has tables too; other tables are left to `datasets`."""
-    photos = find_photos(folder)
+    photos = list_photos(folder)
     tables = any(path.suffix.lower() in TABLE_SUFFIXES for path in folder.rglob("*"))
     return bool(photos) and (not tables or any(map(read_caption_file, photos)) or any(folder.rglob("metadata.jsonl")))
 
 
-def find_photos(folder: Path) -> list[Path]:
+def list_photos(folder: Path) -> list[Path]:
     """The photos in a folder and the folders in it, by path; hidden ones are no photos."""
     photos = (path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
     return sorted(path for path in photos if not any(part[0] == "." for part in path.relative_to(folder).parts))
@@ -742,7 +742,7 @@ def find_captions(folder: Path, column: str | None) -> dict[Path, str]:
     told: dict[Path, str] = {}
     for table in folder.rglob("metadata.jsonl"):
         told |= read_metadata(table, column)
-    return {photo: told.get(photo) or read_caption_file(photo) for photo in sorted({*find_photos(folder), *told})}
+    return {photo: told.get(photo) or read_caption_file(photo) for photo in sorted({*list_photos(folder), *told})}
 
 
 def read_captions(folder: Path, column: str | None) -> dict[Path, str]:
@@ -760,13 +760,14 @@ def read_metadata(table: Path, column: str | None) -> dict[Path, str]:
     """The captions in a metadata.jsonl of `datasets`' imagefolder; UserError with the line whose photo is missing."""
     rows, captions = read_json(table), {}
     columns = dict.fromkeys(chain(*rows))
-    name = choose_column(column, columns, table) if column or not columns.keys().isdisjoint(CAPTION_COLUMNS) else ""
+    has_texts = column or not columns.keys().isdisjoint(CAPTION_COLUMNS)
+    name = choose_text_column(column, columns, table) if has_texts else ""
     for number, row in enumerate(rows, 1):
         photo = table.parent / str(row.get("file_name"))
         if row and not photo.is_file():
             raise UserError(f"{table}, line {number}: there is no file {row.get('file_name', '(no file_name)')}")
         if row:
-            captions[photo] = to_text(row.get(name), f"{table}, line {number}")
+            captions[photo] = as_text(row.get(name), f"{table}, line {number}")
     return captions
 
 
@@ -930,7 +931,7 @@ Score = Callable[[list[Image.Image], list[str]], list[float]]
 Device = torch.device | str
 
 
-class Scorer(NamedTuple):
+class ScorerSpec(NamedTuple):
     """A parsed --scorer; `load(device)` makes the scoring function."""
 
     label: str  # its name in the data set
@@ -1079,13 +1080,15 @@ def people_score(
     pose: str = "usyd-community/vitpose-base-simple",
     count: int = 0,
     part: str = "",
+    columns: dict[str, dict[str, Any]] | None = None,
 ) -> Score:
     """Are the people there whom the prompt asks for, and can their bodies be read? -inf if not, else 0 to 1.
 
     A detector (https://arxiv.org/abs/2407.17140) finds persons with a score above 0.5 on at least 2 % of the image;
-    ViTPose (https://arxiv.org/abs/2204.12484) gives their 17 COCO keypoints; see rate_people, also for `part`. `count`
-    overrides the number that count_people reads in the prompt. It is our heuristic. It sees missing, surplus and
-    unreadable people and limbs that are much too long; not fingers, faces, a third arm, or limbs that are too short.
+    ViTPose (https://arxiv.org/abs/2204.12484) gives their 17 COCO keypoints; see rate_people, also for `part`. How
+    many people there should be says `count`, or the column `people` of the prompts' file, {prompt: its row};
+    without both any number will do. It is our heuristic. It sees missing, surplus and unreadable people and limbs that
+    are much too long; not fingers, faces, a third arm, or limbs that are too short.
     """
     if part not in ("", "count", "pose", "limbs"):
         raise ValueError(f"part is count, pose or limbs, not {part}")
@@ -1099,6 +1102,10 @@ def people_score(
     person = detector.config.label2id.get("person")
     if person is None:
         raise ValueError("the detector has no label 'person'")
+
+    def wanted(prompt: str) -> int | None:
+        told = (columns or {}).get(prompt, {}).get("people")
+        return count or (int(float(told)) if str(told or "").strip() not in ("", "nan", "None") else None)
 
     def find_people(images: list[Image.Image]) -> list[list[list[float]]]:
         """Every image's boxes (left, top, width, height) in pixels."""
@@ -1129,7 +1136,7 @@ def people_score(
         points = torch.stack([cell % heatmaps.shape[3], cell // heatmaps.shape[3]], dim=-1).float()
         sizes = [len(found) for found in boxes]
         each = zip(points.split(sizes), confidence.clamp(0, 1).split(sizes), prompts, strict=True)
-        return [rate_people(place, sure, count or count_people(prompt), part) for place, sure, prompt in each]
+        return [rate_people(place, sure, wanted(prompt), part) for place, sure, prompt in each]
 
     return score
 
@@ -1280,23 +1287,6 @@ def vqa_score(
     return score
 
 
-def safety_score(device: Device, model: str = "CompVis/stable-diffusion-safety-checker") -> Score:
-    """Stable Diffusion's safety checker as a veto, to be used with weight 0: nan where it flags the image, else 0."""
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import AutoImageProcessor
-
-    checker = load_weights(StableDiffusionSafetyChecker, model, device)
-    to_pixels = AutoImageProcessor.from_pretrained(model, backend="pil")
-
-    @torch.inference_mode()
-    def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
-        pixels = to_pixels(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values
-        _, flagged = checker(clip_input=pixels.to(device), images=np.zeros((len(images), 1, 1, 3)))
-        return [math.nan if one else 0.0 for one in flagged]
-
-    return score
-
-
 def load_clip(
     device: Device, model: str, processor: str, crop: bool
 ) -> tuple[Callable[[list[Image.Image]], torch.Tensor], Callable[[list[str]], torch.Tensor], float]:
@@ -1387,7 +1377,7 @@ def blip_key(key: str) -> str:
     return re.sub(r"^norm\.", "post_layernorm.", key)
 
 
-def file_score(path: str) -> Callable[[Device], Score]:
+def scores_of_file(path: str) -> Callable[[Device], Score]:
     """Scores made elsewhere: lines {"image_id": "...", "score": number or null}; null is used for neither side.
 
     They are joined on the images' `info["image_id"]`.
@@ -1429,8 +1419,8 @@ BUILT_IN_SCORERS: dict[str, Callable[..., Score]] = {
     "people_pose": partial(people_score, part="pose"),
     "people_limbs": partial(people_score, part="limbs"),
     "vqa": vqa_score,
-    "safety": safety_score,
 }
+imagereward, people, vqa = image_reward, people_score, vqa_score  # --scorer eval_human.py:people of other scripts
 # The options that name weights, and the file by which their folder is known.
 WEIGHTS = {
     "model": "config.json",
@@ -1452,7 +1442,7 @@ def split_spec(spec: str) -> tuple[str, str | None, str, str, dict[str, str]]:
     return label, weight, source, name, options
 
 
-def parse_scorer(spec: str) -> Scorer:
+def parse_scorer_spec(spec: str) -> ScorerSpec:
     """Reads `[WEIGHT*]NAME[=MODEL][,option=value...]` and checks all that can be checked without loading weights.
 
     NAME is one of BUILT_IN_SCORERS, module:function, file.py:function or file.jsonl. An option begins at a comma that
@@ -1460,17 +1450,17 @@ def parse_scorer(spec: str) -> Scorer:
     """
     label, weight, source, name, options = split_spec(spec)
     weight = 1.0 if weight is None else read_number(float, f"scorer {spec}", weight)
-    factory = BUILT_IN_SCORERS.get(name) or find_factory(name)
+    factory = BUILT_IN_SCORERS.get(name) or find_scorer(name)
     options = read_options(name, factory, options)
     load = partial(load_named, source, factory, **options)
     for file in plug_in_files(name):  # other code or other scores under the old name are another scorer
         source += f",sha256={hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"
-    return Scorer(label, weight, source, load)
+    return ScorerSpec(label, weight, source, load)
 
 
-def parse_scorers(specs: list[str]) -> list[Scorer]:
+def parse_scorer_specs(specs: list[str]) -> list[ScorerSpec]:
     """All of --scorer; two scorers of the same label cannot be told apart."""
-    scorers = [parse_scorer(spec) for spec in specs]
+    scorers = [parse_scorer_spec(spec) for spec in specs]
     twice = [label for label, count in Counter(scorer.label for scorer in scorers).items() if count > 1]
     if twice:
         raise UserError(f"two scorers are called {twice[0]}: give one of them another name with ,label=...")
@@ -1519,10 +1509,10 @@ def check_weights(name: str, needs: str) -> None:
         raise UserError(f"no such file: {name}")
 
 
-def find_factory(name: str) -> Callable[..., Score]:
+def find_scorer(name: str) -> Callable[..., Score]:
     """The scorer of a file.jsonl, or the function that `module:function` or `path/to/file.py:function` names."""
     if name.endswith(".jsonl"):
-        return file_score(name)
+        return scores_of_file(name)
     module_name, colon, function = name.rpartition(":")
     if not colon:
         known = ", ".join(BUILT_IN_SCORERS)
@@ -1634,7 +1624,7 @@ def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPi
 
 
 @torch.inference_mode()
-def encode_prompts(pipe: DiffusionPipeline, prompts: list[str], negative_prompt: str) -> dict[str, torch.Tensor]:
+def encode_texts(pipe: DiffusionPipeline, prompts: list[str], negative_prompt: str) -> dict[str, torch.Tensor]:
     """The pipeline's own prompt embeddings, each prompt encoded once, the negative one once for all.
 
     Returns keyword arguments of the pipeline: prompt_embeds (P, L, D), negative_prompt_embeds (1, L, D), and for SDXL
@@ -1656,7 +1646,7 @@ def image_seed(seed: int, prompt: str, index: int) -> int:
 
 
 @torch.inference_mode()
-def sample(
+def draw_batch(
     pipe: DiffusionPipeline,
     embeds: dict[str, torch.Tensor],
     rows: Sequence[int],
@@ -1668,7 +1658,7 @@ def sample(
     latents: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[list[Image.Image], torch.Tensor]:
-    """Draws an image for every prompt `rows[i]` of `embeds` (see encode_prompts) with the seed `seeds[i]`.
+    """Draws an image for every prompt `rows[i]` of `embeds` (see encode_texts) with the seed `seeds[i]`.
 
     Batches mix prompts freely: each image has its own CPU generator, so it depends on (model, prompt, seed) alone.
     `steps` is their number or the timesteps themselves, `latents` (B, C, H, W) what to begin with in place of noise,
@@ -1857,7 +1847,7 @@ def model_kind(path: Path) -> str:
     if (path / "unet").is_dir():
         return "folder" if weight_files(path) else ""
     trained = path.is_file() or any(path.glob("*.safetensors")) or (path / "training_settings.json").is_file()
-    if not trained and path.is_dir() and find_photos(path):
+    if not trained and path.is_dir() and list_photos(path):
         return "images"
     return "lora" if weight_files(path) else ""
 
@@ -1973,7 +1963,7 @@ def check_ip_adapter(identity: Identity, spec: str) -> None:
     given = identity.image or identity.embeds
     if not given.exists():
         raise UserError(f"--identity {spec}: no such file or folder: {given}")
-    if given == identity.image and given.is_dir() and not find_photos(given):
+    if given == identity.image and given.is_dir() and not list_photos(given):
         raise UserError(f"--identity {spec}: no images in {given}")
 
 
@@ -1984,7 +1974,7 @@ def identity_files(identity: Identity | None) -> list[Path]:
     if identity.kind == "lora":
         return weight_files(Path(identity.path))
     given, encoder = identity.image or identity.embeds, Path(identity.image_encoder)
-    faces = find_photos(given) if given.is_dir() else [given]
+    faces = list_photos(given) if given.is_dir() else [given]
     return [Path(identity.path), *faces, *(all_weights(encoder) if identity.image_encoder else [])]
 
 
@@ -2094,11 +2084,11 @@ def condition(
 
     The paper's text-encoder LoRA works at timesteps 900 to 1000 alone; elsewhere the prompt is base's.
     """
-    tuned = encode_prompts(pipe, prompts, negative_prompt)
+    tuned = encode_texts(pipe, prompts, negative_prompt)
     if not model.text_encoder_timesteps:
         return tuned, {}
     scale_text_encoders(pipe, 0.0)
-    plain = encode_prompts(pipe, prompts, negative_prompt)
+    plain = encode_texts(pipe, prompts, negative_prompt)
     scale_text_encoders(pipe, model.lora_scale)
     low, high = model.text_encoder_timesteps
 
@@ -2118,7 +2108,7 @@ def condition(
 
 
 def inner_embeds(embeds: dict[str, torch.Tensor], guided: bool) -> dict[str, torch.Tensor]:
-    """encode_prompts' tensors under the names, and joined as, the pipeline's loop has them."""
+    """encode_texts' tensors under the names, and joined as, the pipeline's loop has them."""
     joined = {}
     for inner, name in (("prompt_embeds", "prompt_embeds"), ("add_text_embeds", "pooled_prompt_embeds")):
         if name in embeds:
@@ -2168,7 +2158,7 @@ def embed_person(pipe: DiffusionPipeline, identity: Identity, guided: bool) -> t
         faces = next(iter(load_file(identity.embeds).values()))
         faces = faces.reshape(1, -1, 1, faces.shape[-1]).to(pipe.unet.device, pipe.unet.dtype)
         return torch.cat([torch.zeros_like(faces), faces]) if guided else faces
-    files = find_photos(identity.image) if identity.image.is_dir() else [identity.image]
+    files = list_photos(identity.image) if identity.image.is_dir() else [identity.image]
     return pipe.prepare_ip_adapter_image_embeds([load_images(files)], None, pipe.unet.device, 1, guided)[0]
 
 
@@ -2206,7 +2196,7 @@ def all_measures(args: argparse.Namespace, size: tuple[int, int]) -> list[Measur
     `size` is the images' width and height.
     """
     measures = [
-        Measure(scorer.label, scorer.source, partial(load_scorer, scorer), scorer_files(scorer))
+        Measure(scorer.label, scorer.source, partial(load_measure, scorer), scorer_files(scorer))
         for scorer in args.scorers
     ]
     measures.append(Measure("colour", "colour", lambda device: measure_colour, of_photos=True))
@@ -2224,14 +2214,14 @@ def all_measures(args: argparse.Namespace, size: tuple[int, int]) -> list[Measur
         measures.append(Measure("latents", f"{name} {size}", load, files, of_photos=True, of_images=False))
     if args.reference_faces:
         faces = Path(args.reference_faces)
-        files = [*find_photos(faces), *plug_in_files(args.face_embedder)]
+        files = [*list_photos(faces), *plug_in_files(args.face_embedder)]
         measures.append(
             Measure("identity", args.face_embedder, partial(load_identity, args.face_embedder, faces), files)
         )
     return measures
 
 
-def scorer_files(scorer: Scorer) -> list[Path]:
+def scorer_files(scorer: ScorerSpec) -> list[Path]:
     """The weights that a scorer is made of, as far as they are files here; of a plug-in its source tells the code."""
     *_, options = split_spec(scorer.source)
     return [file for key in WEIGHTS if key in options for file in all_weights(Path(options[key]))]
@@ -2248,7 +2238,7 @@ def one_line(what: str) -> Iterator[None]:
         raise UserError(f"{what}: {type(error).__name__}: {first_line(error)}") from error
 
 
-def load_scorer(scorer: Scorer, device: Device) -> Callable[[list[Image.Image], list[str]], list[float]]:
+def load_measure(scorer: ScorerSpec, device: Device) -> Callable[[list[Image.Image], list[str]], list[float]]:
     """A scorer as a measure; what it raises is told with its name."""
     return one_line(f"scorer {scorer.label}")(partial(run_scorer, scorer.load(device), scorer.label))
 
@@ -2503,9 +2493,9 @@ def load_identity(
     `embedder`: sface, or module:function or file.py:function of your own, a function device -> embed(images) ->
     (B, D), a row of nan where there is no face. The paper measures 1 - cosine of ArcFace, whose models are not free.
     """
-    faces = load_images(find_photos(references))
+    faces = load_images(list_photos(references))
     with one_line(f"--face_embedder {embedder}"):
-        embed = (sface if embedder == "sface" else find_factory(embedder))(device)
+        embed = (sface if embedder == "sface" else find_scorer(embedder))(device)
         known = np.asarray(embed(faces), dtype=np.float64)
         if known.ndim != 2 or len(known) != len(faces):
             raise ValueError(f"it gives an array of the shape {known.shape} for {len(faces)} images, not (images, D)")
@@ -2765,7 +2755,7 @@ PAPER_COLUMNS = {  # the columns of the paper's tables (arXiv 2405.20216), our n
 
 
 def paper_rows(
-    scorers: list[Scorer],
+    scorers: list[ScorerSpec],
     averages: dict[str, dict[str, float]],
     models: dict[str, dict[str, Any]],
     distances: dict[str, dict[str, Any]],
@@ -2924,7 +2914,7 @@ def read_groups(source: str, prompt_column: str | None, column: str) -> dict[str
         cells = read_file(path, column)
     else:
         rows = load_rows(source)
-        cells = read_column(rows, choose_column(column, rows.column_names, source))
+        cells = read_column(rows, choose_text_column(column, rows.column_names, source))
     groups: dict[str, str] = {}
     for text, cell in zip(texts, cells, strict=True):
         groups.setdefault(text, "not said" if cell in (None, "") else str(cell))
@@ -4348,7 +4338,7 @@ def scorers_table(votes: dict[str, Any]) -> str:
                 plot = whisker({"win_rate": row["agreement"], "interval": row["interval"]})
                 figures = percent(row["agreement"]), span(row["interval"], 100), str(row["pairs"])
                 rows.append((f"{name}<small>{FINDINGS[question]}</small>", plot, *figures))
-    return table(("Scorer", AXIS, "agrees with people", "95 % interval", "pairs"), rows)
+    return table(("ScorerSpec", AXIS, "agrees with people", "95 % interval", "pairs"), rows)
 
 
 def votes_section(votes: dict[str, Any]) -> str:
@@ -4467,7 +4457,7 @@ def generate(args: argparse.Namespace, state: PartialState, prompts: list[str], 
                 texts = [prompts[p] for p, _ in batch]
                 embeds, window = condition(pipe, model, texts, args.negative_prompt, args.num_inference_steps)
                 size = (args.num_inference_steps, args.guidance_scale, args.height, args.width)
-                images, latents = sample(
+                images, latents = draw_batch(
                     pipe, embeds, range(len(batch)), [seeds[row] for row in batch], *size, **person, **window
                 )
                 if not latents.isfinite().all():
@@ -4547,7 +4537,7 @@ def colour_against_photos(
     return found
 
 
-def metric_roles(scorers: list[Scorer], training: list[str], identity: bool) -> dict[str, str]:
+def metric_roles(scorers: list[ScorerSpec], training: list[str], identity: bool) -> dict[str, str]:
     """{metric: role}: held-out scorers lead, those that selected the training pairs and what else counts follow."""
     chose = {scorer.label: bool({scorer.label, *names_of_scorer(scorer.source)} & {*training}) for scorer in scorers}
     roles = {label: "training" if chose[label] else "held-out" for label in sorted(chose, key=chose.__getitem__)}
@@ -4769,7 +4759,7 @@ def main(args: argparse.Namespace) -> None:
     state, output = start_processes(), Path(args.output_dir)
     if any(model.drawn for model in args.models):  # a part of it that cannot be loaded (an xformers of another torch)
         importlib.import_module("diffusers.pipelines.pipeline_utils")  # keeps the callers' frames, and a model in them
-    prompts, remark = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
+    prompts, remark = read_prompt_list(args.prompts, args.prompt_column, args.max_prompts)
     plan = plan_images(len(prompts), args.num_images_per_prompt, args.diversity_prompts)
     prompt_ids = np.array([p for p, _ in plan])
     elsewhere = {model.name: find_images(model, prompts, plan) for model in args.models if not model.drawn}
@@ -4787,7 +4777,7 @@ def main(args: argparse.Namespace) -> None:
     }
     if args.votes:
         check_study_images(output, files, plan)
-    photos = {PHOTOS: find_photos(Path(args.real_data_dir))} if args.real_data_dir else {}
+    photos = {PHOTOS: list_photos(Path(args.real_data_dir))} if args.real_data_dir else {}
     values = measure_all(args, state, {**files, **photos}, plan, prompts)
     if state.is_main_process:
         for name in files:
@@ -4904,7 +4894,7 @@ def build_parser() -> argparse.ArgumentParser:
     flag = parser.add_argument_group("measures").add_argument
     scorer_help = (
         "clip, pickscore, hpsv2, aesthetic, imagereward, clip_iqa, clip_iqa_sharpness, people, people_count, "
-        "people_pose, people_limbs, vqa, safety, each with [=MODEL][,option=value...]; module:function, "
+        "people_pose, people_limbs, vqa, each with [=MODEL][,option=value...]; module:function, "
         "file.py:function or file.jsonl; paper: all of the paper's; the first held-out one leads"
     )
     flag("--scorers", nargs="+", metavar="SPEC", default=["hpsv2", "clip", "pickscore"], help=scorer_help)
@@ -4956,7 +4946,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def check_labels(scorers: list[Scorer]) -> None:
+def check_labels(scorers: list[ScorerSpec]) -> None:
     """UserError where a scorer is called as something that is measured anyway."""
     taken = {*COLOUR_COLUMNS, "colour", "features", "diversity", "identity", "recognised", "CMMD", "FID"}
     taken |= {"latents", "latent_mean", "latent_std"}
@@ -4998,7 +4988,7 @@ def validate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--output_dir {args.output_dir} is a file")
     try:
         args.models = parse_models(args.models)
-        args.scorers = parse_scorers(expand_paper(args.scorers))
+        args.scorers = parse_scorer_specs(expand_paper(args.scorers))
         check_labels(args.scorers)
         args.identity = parse_identity(args.identity) if args.identity else None
         check_inputs(args)
@@ -5017,7 +5007,7 @@ def check_inputs(args: argparse.Namespace) -> None:
         if not known and ":" not in name:  # a plug-in of elsewhere may have chosen
             raise UserError(f"--training_scorer {name}: neither among --scorers nor recorded beside the weights")
     args.prompts = args.prompts or recorded_validation_prompts(args.models)
-    prompts, _ = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
+    prompts, _ = read_prompt_list(args.prompts, args.prompt_column, args.max_prompts)
     group_prompts(args, prompts)
     check_references(args)
     plan = plan_images(len(prompts), args.num_images_per_prompt, args.diversity_prompts)
@@ -5034,7 +5024,7 @@ def check_inputs(args: argparse.Namespace) -> None:
 def check_references(args: argparse.Namespace) -> None:
     """UserError where the photos or faces to compare with, or what measures them, are not there."""
     for name, folder in (("real_data_dir", args.real_data_dir), ("reference_faces", args.reference_faces)):
-        if folder and not (Path(folder).is_dir() and find_photos(Path(folder))):
+        if folder and not (Path(folder).is_dir() and list_photos(Path(folder))):
             raise UserError(f"--{name} {folder}: no such folder, or no images in it")
     if args.inception and not Path(args.inception).is_file():
         raise UserError(f"--inception: no such file: {args.inception}")
@@ -5043,7 +5033,7 @@ def check_references(args: argparse.Namespace) -> None:
     if not -1 <= args.face_threshold <= 1:
         raise UserError("--face_threshold is a cosine: it must lie between -1 and 1")
     if args.face_embedder != "sface":
-        find_factory(args.face_embedder)
+        find_scorer(args.face_embedder)
     elif args.reference_faces and importlib.util.find_spec("cv2") is None:
         raise UserError("--face_embedder sface: pip install opencv-python-headless, or give your own file.py:function")
 

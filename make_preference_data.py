@@ -6,12 +6,17 @@
 #     "diffusers>=0.36,<0.43",
 #     "transformers>=4.57,<5.24",
 #     "accelerate>=1.8,<1.16",
+#     "peft>=0.17,<0.22",
 #     "safetensors>=0.5,<0.9",
+#     "datasets>=4,<5.3",
+#     "huggingface_hub>=0.34,<3",
+#     "filelock>=3.12,<4",
+#     "pandas>=2,<4",
+#     "matplotlib>=3.8,<4",
 #     "pillow>=10.1,<14",
+#     "pyarrow>=16,<27",
 #     "numpy>=1.26,<3",
 #     "tqdm>=4.66,<5",
-#     "pyarrow>=16,<27",
-#     "datasets>=4,<5.3",
 # ]
 # ///
 """Makes DPO preference pairs from your own text-to-image model, with AI feedback instead of human labels.
@@ -21,7 +26,7 @@ HG-DPO (https://arxiv.org/abs/2405.20216). The Easy stage: for every prompt c, a
     d_i  = sample(model, c, seed_i, few steps)     drafts; seed_i = image_seed(seed, c, i), i = 0 .. N-1
     f    = finalists(score(d_0) .. score(d_N-1))   the two best and the two worst drafts
     x_i  = sample(model, c, seed_i, all steps)     for i in f alone, from the same noise
-    pair = best_and_worst(score(x_f))              the winner and the loser; ties and non-finite scores are left out
+    pair = best_and_worst(score(x_f))              the winner and the loser
 
 score = ensemble(score_1, score_2, ...): PickScore by default, any number of scorers. The later stages, with a real
 photo of each prompt and the pairs of the stage before:
@@ -30,7 +35,12 @@ photo of each prompt and the pairs of the stage before:
     Normal = best of x_400 .. x_700 against the Easy winner, where it scores at least as high
     Hard   = x_100, about the photo itself, against the Normal winner
 
-    prompts, model --sample, score--> pool/ --best_and_worst--> data/ --> train_dpo_human.py
+A folder's name says all that its images or scores depend on, and each step makes only what is wanted and not there yet
+(`make_missing`): so a run resumes, shares its work and grows, and other scorers, weights and margins take seconds.
+
+    pool/draft-KEY/   pool/full-KEY/   pool/sdrecon-KEY/    images; KEY: the model's content, sampler, size, seed, ...
+    scores/SCORER-KEY/                                      their scores; KEY: the scorer's content
+    data/                                                   the pairs, in the columns of Pick-a-Pic v2
 
 Without arguments it runs on the embedded world (tests/tiny_human) in minutes on a CPU. The usual command:
 
@@ -38,14 +48,18 @@ Without arguments it runs on the embedded world (tests/tiny_human) in minutes on
         --height 1024 --width 704 --output_dir human-preferences
 
 The output is read by `datasets.load_dataset(folder)`, train_dpo_human.py and every script that reads Pick-a-Pic v2.
-A start in the same folder carries on where the last one ended. An image is a function of (model, prompt, seed),
-whatever the batch size and the number of processes.
+
+To add a scorer, write a function like `clip_score` and name it in SCORERS, or call it by `--scorer your_file.py:name`.
+To choose pairs otherwise, edit `best_and_worst` (later stages: `best_against_previous`). With drafts it sees finalists
+alone: edit `finalists` too, or set --draft_steps 0.
+To draw with another kind of model, write a class like `UNet` and name its pipeline in FAMILIES.
+For another export, edit `export_pairs` and name it in --export.
 
 Differences from the paper:
-1. Drafts: 24 drafts of 5 steps and 4 images of 20 cost a fifth of 20 images of 50 steps, with as large a score gap. A
-   deterministic sampler orders drafts nearly as it orders full images. `--draft_steps 0` draws all of them in full.
+1. Drafts: 24 drafts of 5 steps and 4 images of 20 cost about a quarter of 20 images of 50 steps, with as large a score
+   gap. A deterministic sampler orders drafts nearly as it orders full images. `--draft_steps 0` draws all in full.
 2. Images are padded to a square before CLIP sees them; the published crop would cut heads and feet off a portrait.
-3. Several scorers can vote, each in units of its own spread within a prompt; one with weight 0 only vetoes.
+3. Several scorers can vote, each in units of its own spread within a prompt; one with weight 0 only vetoes, by nan.
 4. A seeded coin decides which side is jpg_0, and the latents of the sampler are kept, so that training needs no VAE.
 5. SDRecon uses the pool's sampler, its strides and guidance (the paper does not say); photos are cut to the size.
 """
@@ -53,12 +67,9 @@ Differences from the paper:
 from __future__ import annotations
 
 import argparse
-import base64
 import contextlib
 import csv
 import hashlib
-import html
-import importlib
 import importlib.util
 import inspect
 import io
@@ -73,58 +84,41 @@ import shutil
 import sys
 import textwrap
 import time
+import uuid
 import warnings
-from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib import metadata
-from itertools import chain, groupby, islice, pairwise
-from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads starve each other on shared CPU cores
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
 from tqdm.auto import tqdm
 
 
-if TYPE_CHECKING:  # the large libraries are imported where they are used, so that a mistyped flag is told at once
+if TYPE_CHECKING:  # imported where they are used: a mistake in the command line costs no seconds of imports
     from accelerate import PartialState
-    from datasets import Dataset
     from diffusers import DiffusionPipeline
-    from transformers import PreTrainedTokenizerBase
 
-SCRIPT = "make_preference_data"
 WORLD = Path(__file__).resolve().parent / "tests" / "tiny_human"
-SHARD_IMAGES = 160  # a shard holds about as many images; at most so many are made again after a crash
-
-# What a folder's images and pairs depend on; a start with other settings in the same folder is refused.
-MODEL_SETTINGS = ["pretrained_model_name_or_path", "revision", "variant", "mixed_precision", "sampler", "seed"]
-STAGE_SETTINGS = ["stage", "real_data_dir", "previous_pairs", "sdrecon_timesteps"]
-IMAGE_SETTINGS = ["height", "width", "num_inference_steps", "guidance_scale", "negative_prompt", "no_latents"]
-IMAGE_SETTINGS += ["num_images_per_prompt", "draft_steps", "discard_drafts"]
-POOL_SETTINGS = [*MODEL_SETTINGS, *STAGE_SETTINGS, *IMAGE_SETTINGS]
-PAIR_SETTINGS = ["scorer", "agree", "finalists", "min_margin", "validation_share"]
-CHOICE_SETTINGS = [*PAIR_SETTINGS, "drafts_chosen_by"]  # what --rescore may change
-
-SCORER_HELP = (
-    "pickscore, clip, hpsv2, aesthetic, imagereward, clip_iqa, clip_iqa_sharpness, people, people_count, people_pose, "
-    "people_limbs, vqa, safety, module:function, file.py:function or file.jsonl; with several, a weighted vote in "
-    "units of each one's spread"
-)
-
-PROMPTS_HELP = (
-    "text file with one prompt per line, .jsonl, .json, .csv, .tsv, .parquet, folder of photos with captions, "
-    "folder or hub name (owner/name[:split]) that datasets reads"
-)
+IMAGES_IN_A_PART = 160  # of a file of the pool: so many are made again after a crash
+BYTES_IN_A_FILE = 400e6  # of data/
+SPREAD_PROMPTS = 256  # on which the spreads of an ensemble's scorers are measured
+PREVIOUS = -1  # the index of the previous stage's winner among a prompt's images
 
 
 class UserError(Exception):
@@ -139,26 +133,16 @@ def image_seed(seed: int, prompt: str, index: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}|{prompt}|{index}".encode()).digest()[:6], "big")
 
 
-def finalists(draft_scores: Sequence[float], per_side: int) -> list[int]:
-    """The indices, ascending, of the best and the worst `per_side` drafts: those that are worth drawing in full.
-
-    nan joins neither side; -inf may be among the worst, never among the best.
-    """
-    scores = np.asarray(draft_scores, dtype=np.float64)
-    order = [int(i) for i in np.argsort(scores, kind="stable") if np.isfinite(scores[i]) or np.isneginf(scores[i])]
-    best = [i for i in order if np.isfinite(scores[i])][-per_side:]
-    return sorted({*order[:per_side], *best})
+def unit_hash(seed: int, prompt: str, purpose: str) -> float:
+    """A prompt's number in [0, 1): the coin that says which side is jpg_0, the lot that says which split it joins."""
+    return int.from_bytes(hashlib.sha256(f"{seed}|{prompt}|{purpose}".encode()).digest()[:6], "big") / 2**48
 
 
-def sd_recon_latents(x_0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """z_t = sqrt(abar_t) E(x_real) + sqrt(1 - abar_t) n: where SDRecon begins to denoise. x_0, noise: (B, C, H, W)."""
-    return alpha_bar.sqrt() * x_0 + (1 - alpha_bar).sqrt() * noise
-
-
-def sd_recon_timesteps(t: int, num_inference_steps: int, num_train_timesteps: int = 1000) -> list[int]:
-    """From t down to 0 in strides as long as those of a full run of `num_inference_steps`."""
-    count = max(1, round(num_inference_steps * t / num_train_timesteps))
-    return [round(t * (count - i) / count) for i in range(count)]
+def finalists(draft_scores: np.ndarray, per_side: int) -> list[int]:
+    """The indices, ascending, of the best and the worst `per_side` of a prompt's drafts, scores (N,): those that are
+    worth drawing in full. nan joins neither side."""
+    order = np.argsort(draft_scores, kind="stable")[: np.isfinite(draft_scores).sum()].tolist()  # nan comes last
+    return sorted({*order[:per_side], *order[-per_side:]})
 
 
 def pooled_spread(scores: Iterable[np.ndarray]) -> float:
@@ -169,210 +153,620 @@ def pooled_spread(scores: Iterable[np.ndarray]) -> float:
 
 
 def ensemble(scores: dict[str, np.ndarray], weights: dict[str, float], spreads: dict[str, float]) -> np.ndarray:
-    """The weighted sum of the scorers' scores, each in units of its `pooled_spread`. All of one shape, say (N,).
+    """The weighted sum of the scorers' scores, (N,) each, in units of each one's `pooled_spread`.
 
     Raw sums would mix scales (PickScore is about 20, others about 1); a global z-score mostly measures how hard a
-    prompt is. A single voting scorer keeps its own units. A scorer of weight 0 only vetoes: any scorer's -inf makes
-    the sum -inf. An image to which any scorer gives nan or +inf gets nan.
+    prompt is. A single voting scorer keeps its own units. What any scorer vetoes, by nan, is nan, whatever its weight.
     """
-    stacked = np.stack([scores[name] for name in weights])
     voting = [name for name, weight in weights.items() if weight != 0]
-    total = np.zeros(stacked.shape[1:])
-    for name in voting:
-        spread = spreads[name] if len(voting) > 1 else 1.0
-        total += weights[name] * np.ma.masked_invalid(scores[name]).filled(0.0) / (spread or 1.0)
-    total[np.isneginf(stacked).any(axis=0)] = -np.inf
-    total[(np.isnan(stacked) | np.isposinf(stacked)).any(axis=0)] = np.nan
-    return total
+    units = {name: spreads[name] or 1.0 if len(voting) > 1 else 1.0 for name in voting}
+    total = sum(weights[name] * scores[name].astype(np.float64) / units[name] for name in voting)
+    return np.where(np.isfinite(np.stack([scores[name] for name in weights])).all(axis=0), total, np.nan)
 
 
-def best_and_worst(scores: Sequence[float]) -> tuple[tuple[int, int] | None, str]:
-    """Easy: the indices (winner, loser) of the best and the worst of a prompt's scores; or None, and the reason why.
+def best_and_worst(scores: np.ndarray) -> tuple[tuple[int, int] | None, str]:
+    """Easy: the indices (winner, loser) of the best and the worst of a prompt's scores (N,); or None, and why.
 
-    nan is used for neither side; -inf may lose but never win; a gap of 0 is a tie.
+    nan is used for neither side; where all are equal there is no winner.
     """
-    scores = np.asarray(scores, dtype=np.float64)
-    usable = np.flatnonzero(np.isfinite(scores) | np.isneginf(scores))
-    winners = usable[np.isfinite(scores[usable])]
-    if len(winners) == 0:
-        return None, "no image with a finite score"
-    if len(usable) < 2:
-        return None, "only one image with a score"
-    best, worst = winners[scores[winners].argmax()], usable[scores[usable].argmin()]
-    if scores[best] == scores[worst]:
-        return None, "all scores equal"
-    return (int(best), int(worst)), "kept"
+    if np.isfinite(scores).sum() < 2:
+        return None, "less than two images with a score"
+    best, worst = int(np.nanargmax(scores)), int(np.nanargmin(scores))
+    return ((best, worst), "kept") if scores[best] > scores[worst] else (None, "all scores equal")
 
 
-def best_against_previous(
-    scores: Sequence[float], previous: int, must_win: bool
-) -> tuple[tuple[int, int] | None, str]:
+def best_against_previous(scores: np.ndarray, previous: int, must_win: bool) -> tuple[tuple[int, int] | None, str]:
     """Normal and Hard: the best of the photo's images against the previous stage's winner, the image `previous`.
 
     Normal keeps the prompts where it scores at least as high (`must_win`), Hard all of them.
     """
-    scores = np.asarray(scores, dtype=np.float64)
     ours = np.where(np.isfinite(scores), scores, -np.inf)
     ours[previous] = -np.inf
     best = int(ours.argmax())
     if np.isneginf(ours[best]):
-        return None, "no image with a finite score"
-    if np.isnan(scores[previous]):
+        return None, "no image with a score"
+    if not np.isfinite(scores[previous]):
         return None, "the previous winner has no score"
     if must_win and scores[best] < scores[previous]:
         return None, "worse than the previous winner"
     return (best, previous), "kept"
 
 
-def unit_hash(seed: int, prompt: str, purpose: str) -> float:
-    """A prompt's number in [0, 1): the coin that says which side is jpg_0, the lot that says which split it joins."""
-    return int.from_bytes(hashlib.sha256(f"{seed}|{prompt}|{purpose}".encode()).digest()[:6], "big") / 2**48
+def hold_out_prompts(prompts: Sequence[str], share: float, seed: int) -> set[str]:
+    """A seeded `share` of the prompts, rounded; at least one if any is asked for, and one at least is left."""
+    count = min(max(round(share * len(prompts)), int(share > 0)), len(prompts) - 1)
+    return set(sorted(prompts, key=lambda prompt: unit_hash(seed, prompt, "validation"))[:count])
 
 
-# ---- Sampling -------------------------------------------------------------------------------------------------------
+def sd_recon_timesteps(t: int, num_inference_steps: int, num_train_timesteps: int = 1000) -> list[int]:
+    """From t down to 0 in strides as long as those of a full run of `num_inference_steps`."""
+    count = max(1, round(num_inference_steps * t / num_train_timesteps))
+    return [round(t * (count - i) / count) for i in range(count)]
+
+
+def sd_recon_sigmas(t: int, sigmas: list[float]) -> list[float]:
+    """SDRecon of flow matching: from the sigma that has the signal-to-noise ratio of SD 1.5's schedule at timestep t
+    down by the `sigmas` of a full run."""
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar = (1 - beta).cumprod(dim=0)[t]
+    start = (1 / (1 + (alpha_bar / (1 - alpha_bar)).sqrt())).item()  # (1 - sigma) / sigma = a / s
+    return [start, *(sigma for sigma in sigmas if 0 < sigma < start)]
+
+
+# ---- Model families: everything that depends on the kind of model ---------------------------------------------------
+
+
+class NoisePath(NamedTuple):
+    """x_t = a x_0 + s noise at each of the T points of a model's schedule, least noise first; (T,) each."""
+
+    t: Tensor  # what the model is told
+    a: Tensor
+    s: Tensor
+    c: Tensor  # one reverse step turns a difference in the predicted x_0 into c times it
+    kind: str  # what the model predicts: epsilon, v_prediction, sample or flow
+
+
+class UNet:
+    """SD 1.x, SD 2.x and SDXL: a U-Net on a DDPM schedule, predicting epsilon, v or x_0."""
+
+    model, attention, multiple = "unet", ("to_q", "to_k", "to_v", "to_out.0"), 8
+    guidance = ("guidance_scale", 5.0)  # the argument of the pipeline's call, and the paper's value
+
+    def path(self, pipe: DiffusionPipeline, tokens: int) -> NoisePath:
+        """The model's own schedule, (T,) each; UserError for one that is no DDPM schedule, such as EDM, LCM or TCD."""
+        from diffusers import DDPMScheduler
+
+        config, name = pipe.scheduler.config, type(pipe.scheduler).__name__
+        if "beta_schedule" not in config or re.search("EDM|LCM|TCD|FlowMatch", name) or config.get("use_flow_sigmas"):
+            raise UserError(f"the model's scheduler, {name}, has no DDPM schedule, which {type(pipe).__name__} needs")
+        if config.prediction_type not in ("epsilon", "v_prediction", "sample"):
+            raise UserError(f"the scheduler's prediction_type {config.prediction_type!r} is no DDPM prediction")
+        alpha_bar = DDPMScheduler.from_config(config).alphas_cumprod
+        before = torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+        c = before.sqrt() * (1 - alpha_bar / before) / (1 - alpha_bar)
+        path = torch.arange(len(alpha_bar)), alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), c
+        if config.prediction_type == "epsilon":  # of pure noise, at zero terminal SNR, it says nothing about the image
+            path = [values[alpha_bar > 0] for values in path]
+        return NoisePath(*path, config.prediction_type)
+
+    def sampler(self, pipe: DiffusionPipeline) -> Any:
+        """DPM-Solver++ multistep with the model's schedule, as the paper samples."""
+        from diffusers import DPMSolverMultistepScheduler
+
+        options = {"algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": True}
+        return DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **options)
+
+    def encode_text(self, pipe: DiffusionPipeline, prompts: list[str], **options: Any) -> dict[str, Tensor]:
+        """The prompts' embeddings (B, ...) by the pipeline's own encoders, under the names that its call takes; with
+        do_classifier_free_guidance=True also those of the empty prompt."""
+        names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
+        options = {"do_classifier_free_guidance": False, "num_images_per_prompt": 1} | options
+        values = pipe.encode_prompt(prompts, device=pipe.text_encoder.device, **options)
+        return {name: value for name, value in zip(names, values, strict=False) if value is not None}
+
+    def predict(self, model: torch.nn.Module, x_t: Tensor, t: Tensor, text: dict, sizes: Tensor) -> Tensor:
+        """The bare model call, x_t (B, C, h, w), t (B,), text (B, ...); sizes (B, 6), SDXL: original height and
+        width, top and left of the crop, height and width, in pixels -> (B, C, h, w)."""
+        added = None
+        if "pooled_prompt_embeds" in text:  # SDXL
+            added = {"text_embeds": text["pooled_prompt_embeds"], "time_ids": sizes}
+        embeds = text["prompt_embeds"]
+        return model(x_t, t, encoder_hidden_states=embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+    def unpack(self, pipe: DiffusionPipeline, latents: Tensor, height: int, width: int) -> Tensor:
+        """Latents (B, C, h, w) of what the pipeline's call returns as such; the image's size in pixels."""
+        return latents
+
+    def pack(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
+        """The inverse of unpack: latents (B, C, h, w) as the pipeline's call takes them."""
+        return latents
+
+    def latent_scale(self, vae: torch.nn.Module) -> tuple[Tensor, Tensor]:
+        """Mean and factor, (1, C or 1, 1, 1), of latents = (the VAE's - mean) * factor."""
+        mean, std = (vae.config.get(key) for key in ("latents_mean", "latents_std"))
+        mean = torch.tensor(mean or vae.config.get("shift_factor") or 0.0).view(1, -1, 1, 1)
+        factor = vae.config.scaling_factor / torch.tensor(std or 1.0).view(1, -1, 1, 1)
+        return mean.to(vae.device), factor.to(vae.device)
+
+    def to_latents(self, pipe: DiffusionPipeline, pixels: Tensor) -> Tensor:
+        """Scaled latents (B, C, h, w), the means of the VAE's posterior, of pixels (B, 3, H, W) in [-1, 1]."""
+        mean, factor = self.latent_scale(pipe.vae)
+        return (pipe.vae.encode(pixels.to(pipe.vae.device, pipe.vae.dtype)).latent_dist.mode() - mean) * factor
+
+    def to_pixels(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in [-1, 1] of scaled latents."""
+        mean, factor = self.latent_scale(pipe.vae)
+        return pipe.vae.decode((latents.to(pipe.vae.device) / factor + mean).to(pipe.vae.dtype)).sample
+
+
+class SD3(UNet):
+    """SD 3 and SD 3.5: a transformer on the path of flow matching, predicting noise - x_0."""
+
+    model, multiple = "transformer", 16
+    attention = (*UNet.attention, "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+    guidance = ("guidance_scale", 4.5)
+
+    def path(self, pipe: DiffusionPipeline, tokens: int) -> NoisePath:
+        """The sampler's own shifted sigmas, least noise first, (T,) each; `tokens`: those of an image, on which a
+        dynamic shift depends. UserError for a sampler that is no FlowMatchEulerDiscreteScheduler."""
+        from diffusers import FlowMatchEulerDiscreteScheduler
+        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift
+
+        config, name = pipe.scheduler.config, type(pipe.scheduler).__name__
+        if name != "FlowMatchEulerDiscreteScheduler":
+            raise UserError(f"the model's scheduler, {name}, is no FlowMatchEulerDiscreteScheduler, as flow needs")
+        kinds = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "shift_terminal")
+        if other := [kind for kind in kinds if config.get(kind)]:
+            raise UserError(f"the scheduler's {', '.join(other)} leaves the path that SD 3 was trained on")
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+        sigma = scheduler.sigmas
+        if config.use_dynamic_shifting:
+            lengths = config.base_image_seq_len, config.max_image_seq_len
+            mu = calculate_shift(tokens, *lengths, config.base_shift, config.max_shift)
+            sigma = scheduler.time_shift(mu, 1.0, sigma)
+        sigma = sigma.flip(0)
+        c = (sigma - torch.cat([sigma.new_zeros(1), sigma[:-1]])) / sigma
+        return NoisePath(sigma * config.num_train_timesteps, 1 - sigma, sigma, c, "flow")
+
+    def sampler(self, pipe: DiffusionPipeline) -> Any:
+        """The model's own, Euler steps of the flow."""
+        return pipe.scheduler
+
+    def encode_text(self, pipe: DiffusionPipeline, prompts: list[str], **options: Any) -> dict[str, Tensor]:
+        """As U-Nets' pipelines; the second and third encoder read the same prompts."""
+        return super().encode_text(pipe, prompts, prompt_2=None, prompt_3=None, **options)
+
+    def predict(self, model: torch.nn.Module, x_t: Tensor, t: Tensor, text: dict, sizes: Tensor) -> Tensor:
+        """The bare model call; sizes are not read."""
+        text = {"encoder_hidden_states": text["prompt_embeds"], "pooled_projections": text["pooled_prompt_embeds"]}
+        return model(hidden_states=x_t, timestep=t, **text, return_dict=False)[0]
+
+
+FAMILIES = {"StableDiffusionPipeline": UNet, "StableDiffusionXLPipeline": UNet, "StableDiffusion3Pipeline": SD3}
+
+
+# ---- Models and sampling --------------------------------------------------------------------------------------------
 
 
 OWN_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
 
 
-@torch.inference_mode()
-def sample(
-    pipe: DiffusionPipeline,
-    embeds: dict[str, torch.Tensor],
-    rows: Sequence[int],
-    seeds: Sequence[int],
-    steps: int | list[int],
-    guidance_scale: float,
-    height: int | None = None,
-    width: int | None = None,
-    latents: torch.Tensor | None = None,
-    **options: Any,
-) -> tuple[list[Image.Image], torch.Tensor]:
-    """Draws an image for every prompt `rows[i]` of `embeds` (see encode_prompts) with the seed `seeds[i]`.
+def quiet_libraries() -> None:
+    """Silences what the libraries print and a user cannot act on; call it before diffusers' models are imported."""
+    for name in ("xformers", "bitsandbytes"):  # "can't load C++/CUDA extensions", "failed to load CPU gemm" on a CPU
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # diffusers 0.36 has no other name
+    import diffusers
+    import transformers
 
-    Batches mix prompts freely: each image has its own CPU generator, so it depends on (model, prompt, seed) alone.
-    `steps` is their number or the timesteps themselves, `latents` (B, C, H, W) what to begin with in place of noise,
-    `options` what else a call of the pipeline takes.
-    Returns the images and the sampler's own latents, scaled, (B, C, H, W) float16 on the CPU; those of an image that
-    is not finite are nan. Without a height and width, the model's own size.
-    """
-    index = torch.tensor(rows, device=pipe.unet.device)
-    latents = pipe(
-        **{k: v.expand(len(index), *v.shape[1:]) if k.startswith("negative") else v[index] for k, v in embeds.items()},
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
-        **({"num_inference_steps": steps} if isinstance(steps, int) else {"timesteps": steps}),
-        guidance_scale=guidance_scale,
-        height=height,
-        width=width,
-        latents=latents,
-        output_type="latent",
-        **options,
-    ).images
-    images, latents = decode(pipe, latents)
-    return images, latents.to("cpu", torch.float16)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()  # "requires torchvision", the safety checker's notice
+        library.utils.logging.disable_progress_bar()  # "Loading pipeline components", "Loading weights"
 
 
-@contextlib.contextmanager
-def drafting(pipe: DiffusionPipeline) -> Iterator[None]:
-    """Within the block `pipe` samples with UniPC (https://arxiv.org/abs/2302.04867), good in few steps.
+def hash_of(*parts: Any) -> str:
+    """A short name for what a cached file depends on."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def weights_hash(*modules: torch.nn.Module) -> str:
+    """A hash of about 1,000 values of each weight, as fp16: what a model is, whatever its folder is called and whether
+    it was loaded in fp16 or fp32, in milliseconds."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, value in sorted(module.state_dict().items()):
+            flat = value.detach().flatten()
+            values = flat[:: max(1, len(flat) // 1000)].to("cpu", torch.float16)
+            digest.update(f"{name}{tuple(value.shape)}".encode() + values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def draw_with_lora(pipe: DiffusionPipeline, source: str, scale: float) -> None:
+    """Draws with a LoRA, a folder, file or hub name, as diffusers loads it. UserError for what would come in part or
+    with other strengths: tensors that find no place, a DoRA, a file whose layers have several alphas."""
+    from huggingface_hub import hf_hub_download
+    from safetensors import safe_open
+
+    name = "pytorch_lora_weights.safetensors"
+    try:
+        file = Path(source, name) if Path(source).is_dir() else Path(source)
+        file = file if file.is_file() else Path(hf_hub_download(source, name))
+        with safe_open(file, "pt") as opened:
+            is_dora = any(re.search("dora_scale|magnitude", key) for key in opened.keys())  # noqa: SIM118
+        found = pipe.lora_state_dict(str(file))
+        pipe.load_lora_weights(str(file), adapter_name="default")
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot load the LoRA {source}: {str(error).splitlines()[0]}") from error
+    state, alphas = found if isinstance(found, tuple) else (found, {})
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    lost = len(state) - sum("lora_" in name for module in modules for name, _ in module.named_parameters())
+    why = {"it is a DoRA": is_dora, f"{lost} of its {len(state)} tensors find no place": lost}
+    why["its layers have several alphas"] = len({float(alpha) for alpha in (alphas or {}).values()}) > 1
+    if reasons := [reason for reason, is_so in why.items() if is_so]:
+        raise UserError(f"the LoRA {source} cannot be drawn with ({reasons[0]}): merge it into the model's weights")
+    pipe.set_adapters(["default"], [scale])
+
+
+@torch.no_grad()
+def load_sampler(args: argparse.Namespace) -> tuple[DiffusionPipeline, UNet, NoisePath, str]:
+    """The user's pipeline on the CPU, with its LoRA and sampler, without SD's safety checker; its family, its noise
+    path, and a hash of all in it that an image depends on. UserError for what cannot draw this stage."""
+    from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
+
+    name, dtypes = args.pretrained_model_name_or_path, {"fp16": torch.float16, "bf16": torch.bfloat16}
+    dtype = dtypes.get(args.mixed_precision or ("fp16" if torch.cuda.is_available() else "no"), torch.float32)
+    try:
+        config = DiffusionPipeline.load_config(name, revision=args.revision)
+        if config["_class_name"] not in FAMILIES:
+            raise UserError(f"{name} is a {config['_class_name']}: {', '.join(FAMILIES)} can draw")
+        family = FAMILIES[config["_class_name"]]()
+        parts = {key: None for key, value in config.items() if isinstance(value, list) and value[0] is None}  # no T5
+        if "safety_checker" in config:
+            parts |= {"safety_checker": None, "requires_safety_checker": False}
+        source = {"revision": args.revision, "variant": args.variant}
+        pipe = DiffusionPipeline.from_pretrained(
+            name, torch_dtype={"default": dtype, "vae": torch.float32}, **source, **parts
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        hint = " (where all files are fp16, set --variant fp16)" * (isinstance(error, OSError) and not args.variant)
+        raise UserError(f"cannot load {name}: {str(error).splitlines()[0]}{hint}") from error
+    pipe.set_progress_bar_config(disable=True)
+    denoiser = getattr(pipe, family.model)
+    says_nothing = "force_upcast" in pipe.vae.config.get("_use_default_values", [])  # SD 1.x's and 2.x's: it holds
+    if dtype == torch.float16 and (says_nothing or not pipe.vae.config.force_upcast):
+        pipe.vae.to(dtype)  # bf16 is too coarse for pixels
+    for module in (denoiser, pipe.vae):
+        module.to(memory_format=torch.channels_last)
+    if args.lora:
+        draw_with_lora(pipe, args.lora, args.lora_scale)
+
+    side = pipe.vae_scale_factor * (getattr(pipe, "default_sample_size", None) or denoiser.config.sample_size)
+    args.height, args.width = args.height or args.resolution or side, args.width or args.resolution or side
+    if args.height % family.multiple or args.width % family.multiple:
+        raise UserError(f"--height {args.height} --width {args.width}: it takes multiples of {family.multiple}")
+    args.guidance_scale = family.guidance[1] if args.guidance_scale is None else args.guidance_scale
+    path = family.path(pipe, args.height * args.width // family.multiple**2)
+    if args.num_inference_steps > len(path.t):
+        raise UserError(f"--num_inference_steps {args.num_inference_steps}: the model has {len(path.t)} timesteps")
+    if args.sampler == "dpmsolver":
+        pipe.scheduler = family.sampler(pipe)
+    if args.stage != "easy":  # SDRecon names its timesteps, or sigmas: with none of the sampler's own, and not shifted
+        own = dict.fromkeys(OWN_SIGMAS, False) | {"use_dynamic_shifting": False, "shift": 1.0}
+        own = {option: value for option, value in own.items() if option in pipe.scheduler.config}
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **own)
+    modules = [part for _, part in sorted(pipe.components.items()) if isinstance(part, torch.nn.Module)]
+    tokenizers = [part for name, part in sorted(pipe.components.items()) if "tokenizer" in name and part]
+    words = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
+    sampler = {option: value for option, value in pipe.scheduler.config.items() if option[0] != "_"}
+    layers = [layer for module in modules for layer in module.modules() if hasattr(layer, "lora_A")]
+    strengths = [layer.scaling["default"] for layer in layers if "default" in layer.scaling]
+    key = hash_of(weights_hash(*modules), strengths or None, words, type(pipe.scheduler).__name__, sampler, str(dtype))
+    return pipe, family, path, key
+
+
+def draft_sampler(scheduler: Any, num_inference_steps: int) -> Any:
+    """UniPC (https://arxiv.org/abs/2302.04867), good in few steps, on the schedule of a `scheduler` of DDPM's kind,
+    from where its full run begins; a flow's own sampler.
 
     A deterministic sampler solves the same equation from the same noise, so a draft foretells the full image of any.
     """
     from diffusers import UniPCMultistepScheduler
 
-    full = pipe.scheduler
-    own = dict.fromkeys(OWN_SIGMAS, False)
-    pipe.scheduler = UniPCMultistepScheduler.from_config(full.config, timestep_spacing="trailing", **own)
-    try:
-        yield
-    finally:
-        pipe.scheduler = full
+    if "beta_schedule" not in scheduler.config:
+        return scheduler
+    scheduler.set_timesteps(num_inference_steps)
+    start = round(float(scheduler.timesteps[0])) + 1
+    whole = scheduler.config.get("rescale_betas_zero_snr", False) and start == len(scheduler.betas)
+    options = {"num_train_timesteps": start, "trained_betas": scheduler.betas[:start].tolist()}
+    options |= {"timestep_spacing": "trailing", "lower_order_final": True, "rescale_betas_zero_snr": whole}
+    return UniPCMultistepScheduler.from_config(scheduler.config, **options, **dict.fromkeys(OWN_SIGMAS, False))
 
 
 def draws_fresh_noise(scheduler: Any) -> bool:
-    """Whether a step of the sampler draws noise (ancestral ones, DDPM, LCM): then a draft foretells nothing."""
-    sample, prediction = torch.randn(2, 1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    outcomes = []
-    with torch.random.fork_rng(devices=[]):
-        for seed in (0, 1):
-            torch.manual_seed(seed)
-            one = type(scheduler).from_config(scheduler.config)
-            one.set_timesteps(4)
-            x_t = sample
-            for t in one.timesteps[:2]:  # of two steps: some draw only at every second
-                x_t = one.step(prediction, t, x_t).prev_sample
-            outcomes.append(x_t)
-    return not torch.equal(*outcomes)
+    """Whether a sampler draws noise at its steps: then a draft foretells nothing of the full image."""
+    kind = f"{type(scheduler).__name__} {scheduler.config.get('algorithm_type')}".lower()
+    return bool(re.search("ancestral|sde|ddpm|sasolver", kind)) or scheduler.config.get("stochastic_sampling", False)
+
+
+@torch.inference_mode()
+def encode_prompts(
+    pipe: DiffusionPipeline, family: UNet, prompts: list[str], negative_prompt: str, guided: bool
+) -> dict[str, Tensor]:
+    """The embeddings (P, ...) of P prompts, as the pipeline's call takes them; guided: with the negative prompt's
+    (1, ...)."""
+    text = family.encode_text(pipe, prompts)
+    if guided:
+        negative = [negative_prompt] if negative_prompt else None
+        both = family.encode_text(pipe, [""], do_classifier_free_guidance=True, negative_prompt=negative)
+        text |= {name: value for name, value in both.items() if name.startswith("negative")}
+    return text
+
+
+@torch.inference_mode()
+def sample(
+    pipe: DiffusionPipeline, family: UNet, text: dict[str, Tensor], rows: Sequence[int], seeds: Sequence[int],
+    height: int, width: int, **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Draws an image for every prompt `rows[i]` of `text` (see encode_prompts) with the seed `seeds[i]`.
+
+    Batches mix prompts freely: each image has its own CPU generator and is decoded by itself from what is kept of its
+    latents, so it depends on (model, prompt, seed) alone. `options`: what else a call of the pipeline takes. Returns
+    pixels (B, 3, H, W), about [-1, 1], and the sampler's own latents, scaled, (B, C, h, w) in fp16.
+    """
+    shared = {name: value.expand(len(rows), *value.shape[1:]) for name, value in text.items() if "negative" in name}
+    own = {name: value[list(rows)] for name, value in text.items() if "negative" not in name}
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    options |= {"height": height, "width": width, "output_type": "latent"}
+    latents = pipe(**own, **shared, generator=generators, **options).images
+    latents = family.unpack(pipe, latents, height, width).to(torch.float16)
+    return torch.cat([family.to_pixels(pipe, x_0[None]).float() for x_0 in latents]), latents
 
 
 @torch.inference_mode()
 def sd_recon(
-    pipe: DiffusionPipeline,
-    embeds: dict[str, torch.Tensor],
-    rows: Sequence[int],
-    seeds: Sequence[int],
-    photos: list[Image.Image],
-    t: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-) -> tuple[list[Image.Image], torch.Tensor]:
-    """Photos, noised up to timestep t and denoised again by the model: SDRecon of the paper. As `sample` otherwise.
+    pipe: DiffusionPipeline, family: UNet, path: NoisePath, text: dict[str, Tensor], rows: Sequence[int],
+    seeds: Sequence[int], x_0: Tensor, t: int, num_inference_steps: int, **options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Photos, x_0 (B, C, h, w), noised up to timestep t and denoised again by the model: z_t = a x_0 + s noise.
 
-    A small t keeps the photo, a large one leaves its composition; 0 < t < 1000.
+    A small t keeps the photo, a large one leaves its composition; 0 < t < 1000 on SD 1.5's schedule, or the same
+    signal-to-noise ratio of a flow. As `sample` otherwise.
     """
-    x_0 = encode(pipe, photos)
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-    noise = torch.stack([torch.randn(x_0.shape[1:], generator=generator) for generator in generators]).to(x_0.device)
-    z_t = sd_recon_latents(x_0, noise, pipe.scheduler.alphas_cumprod[t]).to(pipe.unet.dtype)
-    timesteps = sd_recon_timesteps(t, num_inference_steps, pipe.scheduler.config.num_train_timesteps)
-    width, height = photos[0].size
-    return sample(pipe, embeds, rows, seeds, timesteps, guidance_scale, height, width, z_t)
+    noise = torch.stack([torch.randn(x_0.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    if path.kind == "flow":
+        full = path.s.flip(0)[:: max(1, len(path.s) // num_inference_steps)]
+        steps = {"sigmas": sd_recon_sigmas(t, full.tolist())}
+        a, s = 1 - steps["sigmas"][0], steps["sigmas"][0]
+    else:
+        steps = {"timesteps": sd_recon_timesteps(t, num_inference_steps, pipe.scheduler.config.num_train_timesteps)}
+        a, s = path.a[t].item(), path.s[t].item()
+    z_t = (a * x_0 + s * noise.to(x_0.device)).to(getattr(pipe, family.model).dtype)
+    return sample(pipe, family, text, rows, seeds, latents=family.pack(pipe, z_t), **steps, **options)
+
+
+# ---- The pool: rows in parts, each made once ------------------------------------------------------------------------
+# `rows` is a table of the images that are wanted: image_id (names all that it depends on), prompt (its number), number
+# (among the prompt's images), seed, source (draft, generated, sdrecon-400, ...), and of SDRecon t and photo.
+
+
+POOL_COLUMNS = {"image_id": pa.string(), "caption": pa.string(), "index": pa.int64(), "source": pa.string()}
+POOL_COLUMNS |= {"seed": pa.int64(), "jpg": pa.binary(), "latents": pa.binary()}  # no jpg: the image is not finite
+
+
+def read_parts(files: Iterable[Path | str], *columns: str) -> pa.Table:
+    """image_id and some other columns of parts, and the `file` of each row; UserError for a damaged part."""
+    files = sorted(map(str, files))
+    if not files:
+        return pa.table({name: pa.array([], pa.string()) for name in ("image_id", *columns, "file")})
+    try:
+        table = pads.dataset(files).to_table(columns=["image_id", *columns, "__filename"])
+    except (pa.ArrowException, OSError) as error:
+        advice = "delete the damaged part, and the same command makes it anew"
+        raise UserError(f"cannot read {Path(files[0]).parent}: {str(error).splitlines()[0]}; {advice}") from error
+    return table.rename_columns(["image_id", *columns, "file"])
+
+
+def look_up(image_ids: pd.Series, table: pa.Table) -> np.ndarray:
+    """The numbers of the rows of `table` with these image_ids, (N,), -1 where there is none. In Arrow, as millions of
+    names are too many for an index of pandas."""
+    found = pc.index_in(pa.array(image_ids, pa.string()), value_set=table["image_id"].combine_chunks())
+    return found.fill_null(-1).to_numpy(zero_copy_only=False)
+
+
+def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes under a temporary name, then renames: whoever sees `path` sees it whole. UserError on a full disk."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(unfinished)
+        unfinished.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        told = f"cannot write {path}: {error.strerror or error}; what is finished is kept, start again to go on"
+        raise UserError(told) from error
+
+
+def make_missing(
+    rows: pd.DataFrame, folder: Path, make: Callable[[pd.DataFrame, tqdm], pa.Table], what: str, state: PartialState,
+    by: np.ndarray | None = None,
+) -> np.ndarray:  # fmt: skip
+    """The one rule of every step: the rows wanted, less the rows that the folder's parts hold, are the parts to make.
+
+    The main process looks and tells the others where the rows lie; each process makes every K-th part. A part has the
+    missing among IMAGES_IN_A_PART rows, or those that are alike in `by`. Returns the file of each row, (N,); UserError
+    where a part is not there when all are done.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    plan = [None]
+    if state.is_main_process:
+        table = read_parts(folder.glob("[!.]*.parquet"))
+        places = table["file"].combine_chunks().dictionary_encode()
+        codes = np.append(places.indices.to_numpy(), -1)[look_up(rows.image_id, table)]
+        plan = [(codes, places.dictionary.to_pylist())]
+    codes, names = broadcast_object_list(plan)[0]
+    files, by = np.array([*names, None], object)[codes], np.arange(len(rows)) // IMAGES_IN_A_PART if by is None else by
+    missing, parts = codes < 0, {}
+    for _, at in pd.Series(np.flatnonzero(missing)).groupby(by[missing], sort=False):
+        part = rows.iloc[at]
+        path = folder / f"{hash_of(part.image_id.tolist())}.parquet"
+        parts[path], files[at] = part, str(path)
+    if state.is_main_process and parts:
+        here = f"{(~missing).sum()} of {len(rows)} images are here"
+        print(f"{what:<10} {here}, {missing.sum()} to go in {len(parts)} parts", flush=True)
+    mine = list(parts.items())[state.process_index :: state.num_processes]
+    with progress(sum(len(part) for _, part in mine), state, what, "img") as bar:
+        for path, part in mine:
+            write_whole(path, partial(pq.write_table, make(part, bar)))
+    state.wait_for_everyone()
+    for _ in range(30):  # folders of a network may lag
+        if not (lost := [path for path in parts if not path.is_file()]):
+            return files
+        time.sleep(1)
+    raise UserError(f"{len(lost)} parts are not there, such as {lost[0]}: do all processes see this folder?")
+
+
+def progress(total: int, state: PartialState, what: str, unit: str) -> tqdm:
+    """A bar for this process's share of the work; only the main process shows its own."""
+    share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
+    hidden = not (total and state.is_main_process)
+    return tqdm(total=total, desc=what + share, unit=unit, smoothing=0.1, disable=hidden)
+
+
+def rows_of_prompts(prompts: Sequence[str], count: int, seed: int) -> pd.DataFrame:
+    """The table `rows` of `count` images a prompt, which differ in their seeds; image_id lacks the pool's key."""
+    table = pd.DataFrame({"prompt": np.repeat(np.arange(len(prompts)), count)})
+    table["number"] = np.tile(np.arange(count), len(prompts))
+    names = [prompt_id(prompt) for prompt in prompts]
+    table["image_id"] = [f"{names[p]}-{number}-" for p, number in zip(table.prompt, table.number, strict=True)]
+    table["seed"] = [image_seed(seed, prompts[p], i) for p, i in zip(table.prompt, table.number, strict=True)]
+    return table.assign(source="generated", t=0, photo=None)
+
+
+def rows_of_photos(table: pd.DataFrame, timesteps: Sequence[int], seed: int, key: str) -> pd.DataFrame:
+    """The table `rows` of the later stages: of each prompt the winner of the stage before, and a reconstruction of its
+    photo from every timestep."""
+    numbers, names = np.arange(len(table)), table.prompt.map(prompt_id)
+    tables = [table.assign(prompt=numbers, number=PREVIOUS, t=0, photo=None)]
+    for number, t in enumerate(timesteps):
+        own = pd.DataFrame({"prompt": numbers, "number": number, "t": t, "source": f"sdrecon-{t}"})
+        own["photo"] = table.photo.astype(object)
+        own["image_id"] = [f"{name}-{t}-{photo}-{key}" for name, photo in zip(names, table.photo_id, strict=True)]
+        own["seed"] = [image_seed(seed, prompt, t) for prompt in table.prompt]
+        tables.append(own)
+    return pd.concat(tables).sort_values(["prompt", "number"], kind="stable", ignore_index=True)
+
+
+def prompt_id(prompt: str) -> str:
+    """A prompt's name in ids and files."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+
+
+def to_jpeg(image: Image.Image) -> bytes:
+    """Quality 95, no chroma subsampling: the same codec for winners and losers."""
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=95, subsampling=0)
+    return buffer.getvalue()
+
+
+def from_jpeg(data: bytes) -> Image.Image:
+    """Decodes what to_jpeg encoded."""
+    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 @torch.inference_mode()
-def encode(pipe: DiffusionPipeline, images: list[Image.Image]) -> torch.Tensor:
-    """Images of one size to scaled latents (B, C, H, W), the mean of the VAE's distribution; in fp32, one by one."""
-    pixels = pipe.image_processor.preprocess(images).to(pipe.vae.device, torch.float32).split(1)
-    return torch.cat([pipe.vae.encode(one).latent_dist.mode() for one in pixels]) * pipe.vae.config.scaling_factor
+def draw_part(
+    part: pd.DataFrame, bar: tqdm, prompts: Sequence[str], pipe: DiffusionPipeline, family: UNet, path: NoisePath,
+    args: argparse.Namespace, device: torch.device,
+) -> pa.Table:  # fmt: skip
+    """The images of some of `rows`, as the pool keeps them; JPEGs are made beside the next batch."""
+    pipe.to(device)
+    steps = {family.guidance[0]: args.guidance_scale}
+    steps["num_inference_steps"] = args.draft_steps if part.source.iloc[0] == "draft" else args.num_inference_steps
+    order, size = part.prompt.unique().tolist(), (args.height, args.width)
+    text = encode_prompts(pipe, family, [prompts[p] for p in order], args.negative_prompt, args.guidance_scale > 1)
+    part = part.assign(caption=[prompts[p] for p in part.prompt], index=part.number)
+
+    def encode(photo: Any) -> Tensor | None:
+        """A photo's latents (1, C, h, w): filled to the size, cut around the upper centre, where heads are."""
+        try:
+            image = ImageOps.fit(read_image(Path(photo)), size[::-1], centering=(0.5, 0.2))
+        except Exception as error:  # Pillow's plugins raise all kinds
+            tqdm.write(f"left out   the photo {photo}: {type(error).__name__}: {error}", file=sys.stderr)
+            return None
+        return family.to_latents(pipe, pipe.image_processor.preprocess(image))
+
+    def to_rows(batch: pd.DataFrame, images: list[Image.Image], finite: list[bool], latents: Tensor) -> list[dict]:
+        rows = batch.to_dict("records")
+        for row, image, is_finite, latent in zip(rows, images, finite, latents, strict=True):
+            if is_finite:
+                row["jpg"] = to_jpeg(image)
+                row["latents"] = None if args.no_latents or row["source"] == "draft" else latent.numpy().tobytes()
+        return rows
+
+    photos = {photo: encode(photo) for photo in part.photo.dropna().unique()}
+    unreadable = part.photo.isin([photo for photo, latents in photos.items() if latents is None])
+    bar.update(unreadable.sum())
+    batches = []
+    with ThreadPoolExecutor(1) as beside:
+        for t, alike in part[~unreadable].groupby("t", sort=False):
+            for start in range(0, len(alike), args.batch_size):
+                batch = alike[start : start + args.batch_size]
+                common = (text, [order.index(p) for p in batch.prompt], batch.seed.tolist())
+                try:
+                    if t:
+                        x_0 = torch.cat([photos[photo] for photo in batch.photo])
+                        options = {"height": size[0], "width": size[1], **steps}
+                        pixels, latents = sd_recon(pipe, family, path, *common, x_0, t, **options)
+                    else:
+                        pixels, latents = sample(pipe, family, *common, *size, **steps)
+                except torch.OutOfMemoryError as error:
+                    raise UserError(f"out of memory: set --batch_size below {args.batch_size}") from error
+                finite = pixels.isfinite().flatten(1).all(dim=1).tolist()
+                images = pipe.image_processor.postprocess(pixels.nan_to_num(), output_type="pil")
+                batches.append(beside.submit(to_rows, batch, images, finite, latents.cpu()))
+                bar.update(len(batch))
+    rows = [row for batch in batches for row in batch.result()] + part[unreadable].to_dict("records")
+    return pa.Table.from_pylist(rows, pa.schema(POOL_COLUMNS.items()))
 
 
-@torch.inference_mode()
-def decode(pipe: DiffusionPipeline, latents: torch.Tensor) -> tuple[list[Image.Image], torch.Tensor]:
-    """Scaled latents (B, C, H, W) to images. The VAE works in fp32: SDXL's overflows in fp16.
-
-    It takes one image at a time, or as many small ones as have the pixels of one of 512 x 512. Returns the latents
-    too, with nan in place of those whose pixels are not finite.
-    """
-    at_once = max(1, 512 * 512 // (latents[0, 0].numel() * pipe.vae_scale_factor**2))
-    parts = (latents.to(pipe.vae.device, torch.float32) / pipe.vae.config.scaling_factor).split(at_once)
-    pixels = torch.cat([pipe.vae.decode(some, return_dict=False)[0] for some in parts])
-    broken = ~pixels.isfinite().flatten(1).all(1).to(latents.device)
-    latents = latents.masked_fill(broken[:, None, None, None], math.nan)
-    return pipe.image_processor.postprocess(pixels, output_type="pil"), latents
+def previous_winners(folder: Path) -> pd.DataFrame:
+    """The winner of each caption of a stage's folder: prompt, image_id, source, seed, split and the file of the pool
+    where the image lies; ties are left out. UserError for what is no stage's output."""
+    names, files = ("image_id", "source", "seed"), sorted(folder.glob("data/*.parquet"))
+    columns = ["caption", *(f"{name}_{side}" for name in (*names, "label") for side in (0, 1))]
+    if not files:
+        raise UserError(f"--previous_pairs {folder}: no data/*.parquet; give the output folder of the stage before")
+    try:
+        tables = [pq.read_table(file, columns=columns).to_pandas() for file in files]
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"--previous_pairs {folder} is no stage's output: {str(error).splitlines()[0]}") from error
+    splits = [file.name.partition("-")[0] for file in files]
+    table = pd.concat([table.assign(split=split) for table, split in zip(tables, splits, strict=True)])
+    table = table[table.label_0 != table.label_1].rename(columns={"caption": "prompt"})
+    for name in names:
+        table[name] = table[f"{name}_0"].where(table.label_0 > table.label_1, table[f"{name}_1"])
+    table = table.drop_duplicates("prompt", ignore_index=True)
+    pool = read_parts([*folder.glob("pool/full-*/[!.]*.parquet"), *folder.glob("pool/sdrecon-*/[!.]*.parquet")])
+    at = look_up(table.image_id, pool)
+    if lost := (at < 0).sum():
+        raise UserError(f"--previous_pairs {folder}: {lost} of its {len(table)} winners are not in its pool/")
+    return table.assign(file=pool["file"].take(at).to_pylist())[["prompt", "split", "file", *names]]
 
 
 # ---- Scorers --------------------------------------------------------------------------------------------------------
 # A scorer is a function factory(device, **options) -> score(images, prompts) -> one float per image, higher is better.
-# -inf may lose but never win; nan is used for neither side. Your own: module:factory or path/to/file.py:factory; or
-# file.jsonl, with scores made elsewhere. No score needs torchvision.
+# nan is a veto: the image is used for neither side. Your own: module:factory or path/to/file.py:factory; file.jsonl:
+# scores made elsewhere. An option has the type of its default. A factory with a parameter `columns` gets {prompt: its
+# row of the prompts' file}.
 
 Score = Callable[[list[Image.Image], list[str]], list[float]]
 Device = torch.device | str
-
-
-class Scorer(NamedTuple):
-    """A parsed --scorer; `load(device)` makes the scoring function."""
-
-    label: str  # its name in the data set
-    weight: float  # its weight in the ensemble
-    source: str  # NAME[=MODEL][,option=value...] as given
-    load: Callable[[Device], Score]
-
-
 CLIP_L = "openai/clip-vit-large-patch14"
 CLIP_H = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PROCESSORS = {"yuvalkirstain/PickScore_v1": CLIP_H, "adams-story/HPSv2-hf": CLIP_H}  # of all others: the model's own
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 def clip_score(device: Device, model: str = CLIP_L, processor: str = "", crop: bool = False) -> Score:
@@ -413,318 +807,6 @@ def aesthetic_score(
     embed_images, _, _ = load_clip(device, model, processor, crop)
     predict = linear_head(load_tensors(head, "model.safetensors"), "layers.", device)
     return lambda images, prompts: predict(embed_images(images)).tolist()
-
-
-def clip_iqa(
-    device: Device,
-    model: str = CLIP_L,
-    processor: str = "",
-    crop: bool = False,
-    good: str = "Good photo.",
-    bad: str = "Bad photo.",
-) -> Score:
-    """CLIP-IQA (https://arxiv.org/abs/2207.12396): P(good) of softmax over exp(logit_scale) * cos with both texts.
-
-    Blind to the prompt. The paper's CLIP is an RN50 without position embeddings; here it is any CLIPModel.
-    """
-    embed_images, embed_texts, scale = load_clip(device, model, processor, crop)
-    texts = embed_texts([good, bad])
-    return lambda images, prompts: (scale * embed_images(images) @ texts.T).softmax(-1)[:, 0].tolist()
-
-
-def image_reward(
-    device: Device,
-    model: str = "zai-org/ImageReward",
-    tokenizer: str = "google-bert/bert-base-uncased",
-    crop: bool = False,
-) -> Score:
-    """ImageReward (https://arxiv.org/abs/2304.05977): BLIP reads the prompt while looking at the image; about N(0, 1).
-
-    (mlp(first token) - mean) / std, in fp32. `model` is the published checkpoint ImageReward.pt, or its folder or
-    repository; the sizes are read off its tensors. Prompts are cut at 35 tokens, as in its training.
-    """
-    from transformers import AutoTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
-
-    weights = load_tensors(model, "ImageReward.pt")
-    vision, text = (
-        {key.removeprefix(part): value for key, value in weights.items() if key.startswith(part)}
-        for part in ("blip.visual_encoder.", "blip.text_encoder.")
-    )
-    width, _, patch, _ = vision["patch_embed.proj.weight"].shape
-    size = math.isqrt(vision["pos_embed"].shape[1] - 1) * patch
-    see = BlipVisionModel(
-        BlipVisionConfig(
-            hidden_size=width,
-            intermediate_size=len(vision["blocks.0.mlp.fc1.bias"]),
-            num_hidden_layers=sum(key.endswith("norm1.bias") for key in vision),
-            num_attention_heads=max(1, width // 64),
-            image_size=size,
-            patch_size=patch,
-            layer_norm_eps=1e-6,
-        )
-    )
-    words, text_width = text["embeddings.word_embeddings.weight"].shape
-    read = BlipTextModel(
-        BlipTextConfig(
-            vocab_size=words,
-            hidden_size=text_width,
-            encoder_hidden_size=width,
-            intermediate_size=len(text["encoder.layer.0.intermediate.dense.bias"]),
-            num_hidden_layers=sum(key.endswith("intermediate.dense.bias") for key in text),
-            num_attention_heads=max(1, text_width // 64),
-            max_position_embeddings=len(text["embeddings.position_embeddings.weight"]),
-            is_decoder=True,  # gives it the cross-attention; it is called as an encoder, without a causal mask
-        ),
-        add_pooling_layer=False,
-    )
-    for part, tensors in ((see, {blip_key(key): value for key, value in vision.items()}), (read, text)):
-        missing = part.load_state_dict(tensors, strict=False).missing_keys
-        if missing:
-            raise ValueError(f"{model} has no weights {missing[0]}")
-        part.to(device).eval()
-    predict = linear_head(weights, "mlp.layers.", device)
-    to_tokens = AutoTokenizer.from_pretrained(tokenizer)
-    fit = ImageOps.fit if crop else ImageOps.pad
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
-
-    @torch.inference_mode()
-    def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
-        squares = np.stack([np.asarray(fit(image.convert("RGB"), (size, size))) for image in images])
-        pixels = (torch.from_numpy(squares).permute(0, 3, 1, 2) / 255 - mean) / std
-        tokens = to_tokens(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
-        seen = see(pixels.to(device)).last_hidden_state
-        hidden = read(
-            tokens.input_ids.to(device),
-            attention_mask=tokens.attention_mask.to(device),
-            encoder_hidden_states=seen,
-        ).last_hidden_state
-        return ((predict(hidden[:, 0]) - 0.16717362830052426) / 1.0333394966054072).tolist()
-
-    return score
-
-
-def people_score(
-    device: Device,
-    model: str = "PekingU/rtdetr_v2_r50vd",
-    pose: str = "usyd-community/vitpose-base-simple",
-    count: int = 0,
-    part: str = "",
-) -> Score:
-    """Are the people there whom the prompt asks for, and can their bodies be read? -inf if not, else 0 to 1.
-
-    A detector (https://arxiv.org/abs/2407.17140) finds persons with a score above 0.5 on at least 2 % of the image;
-    ViTPose (https://arxiv.org/abs/2204.12484) gives their 17 COCO keypoints; see rate_people, also for `part`. `count`
-    overrides the number that count_people reads in the prompt. It is our heuristic. It sees missing, surplus and
-    unreadable people and limbs that are much too long; not fingers, faces, a third arm, or limbs that are too short.
-    """
-    if part not in ("", "count", "pose", "limbs"):
-        raise ValueError(f"part is count, pose or limbs, not {part}")
-    from transformers import AutoImageProcessor, AutoModelForObjectDetection, VitPoseForPoseEstimation
-
-    detector, estimator = (
-        load_weights(kind, name, device)
-        for kind, name in ((AutoModelForObjectDetection, model), (VitPoseForPoseEstimation, pose))
-    )
-    to_pixels, to_crops = (AutoImageProcessor.from_pretrained(name, backend="pil") for name in (model, pose))
-    person = detector.config.label2id.get("person")
-    if person is None:
-        raise ValueError("the detector has no label 'person'")
-
-    def find_people(images: list[Image.Image]) -> list[list[list[float]]]:
-        """Every image's boxes (left, top, width, height) in pixels."""
-        found = to_pixels.post_process_object_detection(
-            detector(**to_pixels(images=images, return_tensors="pt").to(device)),
-            threshold=0.5,
-            target_sizes=[(image.height, image.width) for image in images],
-        )
-        boxes = []
-        for image, result in zip(images, found, strict=True):
-            corners = result["boxes"][result["labels"] == person].view(-1, 2, 2).clamp(min=0)
-            corners = torch.minimum(corners, corners.new_tensor(image.size))
-            sides = corners[:, 1] - corners[:, 0]
-            large = sides.prod(-1) >= 0.02 * image.width * image.height
-            boxes.append(torch.cat([corners[:, 0], sides], dim=-1)[large].tolist())
-        return boxes
-
-    @torch.inference_mode()
-    def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
-        images = [image.convert("RGB") for image in images]
-        boxes = find_people(images)
-        heatmaps = torch.zeros(0, 17, 1, 1)
-        if any(boxes):  # ViTPose's processor raises where a batch has no box at all
-            crops = to_crops(images, boxes=boxes, return_tensors="pt").pixel_values.to(device)
-            coco = torch.zeros(len(crops), dtype=torch.long, device=device)  # ViTPose+ has an expert per data set
-            heatmaps = estimator(crops, dataset_index=coco).heatmaps.cpu()
-        confidence, cell = heatmaps.flatten(2).max(dim=-1)
-        points = torch.stack([cell % heatmaps.shape[3], cell // heatmaps.shape[3]], dim=-1).float()
-        sizes = [len(found) for found in boxes]
-        each = zip(points.split(sizes), confidence.clamp(0, 1).split(sizes), prompts, strict=True)
-        return [rate_people(place, sure, count or count_people(prompt), part) for place, sure, prompt in each]
-
-    return score
-
-
-def rate_people(points: torch.Tensor, confidence: torch.Tensor, wanted: int | None, part: str = "") -> float:
-    """Rates the keypoints of P boxes, (P, 17, 2), with their confidences in [0, 1], for `wanted` people (None: any).
-
-    A box holds a person if the shoulders (5 and 6) have a mean confidence above 0.3; a profile hides one of them.
-    part "count": 1 if as many persons are there as wanted, else 0; "pose": mean confidence, 0 without a person;
-    "limbs": the persons' mean of plausible_limbs, nan where it is not known; "": pose * limbs, or pose alone where
-    limbs is not known, but -inf unless as many persons are there as wanted.
-    """
-    clear = confidence[:, 5:7].mean(-1) > 0.3
-    there = clear.sum() == wanted if wanted else clear.any()
-    pose = confidence[clear].mean().item() if clear.any() else 0.0
-    limbs = plausible_limbs(points[clear], confidence[clear]).nanmean().item()
-    combined = pose * (1.0 if math.isnan(limbs) else limbs)
-    return {"count": float(there), "pose": pose, "limbs": limbs, "": combined if there else -math.inf}[part]
-
-
-# COCO's keypoints: nose, eyes and ears (0 to 4), then left and right by turns: shoulders (5, 6), elbows (7, 8), wrists
-# (9, 10), hips (11, 12), knees (13, 14), ankles (15, 16). Lengths as shares of a standing body's height, rounded from
-# Drillis and Contini's tables (Body Segment Parameters, 1966) between the joints that annotators mark.
-LIMBS = {
-    **dict.fromkeys(((5, 7), (6, 8)), 0.19),  # upper arms
-    **dict.fromkeys(((7, 9), (8, 10)), 0.15),  # forearms
-    **dict.fromkeys(((11, 13), (12, 14), (13, 15), (14, 16)), 0.25),  # thighs and shins
-}
-TRUNK = {
-    0.29: [(5, 11), (6, 12)],  # shoulder to hip
-    0.23: [(5, 6)],  # shoulder to shoulder
-    0.08: [(a, b) for a in range(5) for b in range(a)],  # the head: ear to ear from the front, nose to ear from a side
-}
-
-
-def plausible_limbs(points: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
-    """Share of each person's clearly seen limbs that are not too long, (P,): keypoints (P, 17, 2), confidence (P, 17).
-
-    Too long is above 1.6 * share * body_height: foreshortening may make the height 1.41 times too small, and people
-    differ by a tenth. A limb may be short: it points at the camera. nan where no limb or no height is known.
-    """
-    lengths = limb_lengths(points, confidence, LIMBS)
-    longest = 1.6 * body_height(points, confidence)[:, None] * torch.tensor(list(LIMBS.values()))
-    unknown = lengths.isnan() | longest.isnan()
-    return (lengths <= longest).float().masked_fill(unknown, math.nan).nanmean(-1)
-
-
-def body_height(points: torch.Tensor, confidence: torch.Tensor) -> torch.Tensor:
-    """Standing heights (P,) of bodies by torso, shoulder line or head, whichever tells most, in units of `points`.
-
-    Torso and shoulder line are at a right angle, so that a view from anywhere leaves one of them at least 1 / sqrt(2)
-    of its length. nan unless two of the three are seen: the shoulder line alone may be a profile's.
-    """
-    parts = [limb_lengths(points, confidence, ends).nan_to_num(0).amax(-1) / share for share, ends in TRUNK.items()]
-    heights = torch.stack(parts, dim=-1)
-    return heights.amax(-1).masked_fill((heights > 0).sum(-1) < 2, math.nan)
-
-
-def limb_lengths(points: torch.Tensor, confidence: torch.Tensor, ends: Iterable[tuple[int, int]]) -> torch.Tensor:
-    """Distances (P, S) of S pairs of keypoints (P, 17, 2); nan unless both have a confidence above 0.3."""
-    a, b = torch.tensor(list(ends)).T
-    lengths = (points[:, a] - points[:, b]).norm(dim=-1)
-    return lengths.masked_fill(torch.minimum(confidence[:, a], confidence[:, b]) <= 0.3, math.nan)
-
-
-NUMBERS = {
-    **dict.fromkeys(("a", "an", "one", "another", "his", "her", "their", "my"), 1),
-    **{"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10},
-}
-PERSON = (
-    "person|human|man|woman|boy|girl|lady|gentleman|guy|child|kid|baby|toddler|teenager|adult|friend|mother|father|"
-    "mom|dad|daughter|son|sister|brother|parent|grandmother|grandfather|bride|groom|husband|wife"
-)
-PEOPLE = f"people|men|women|ladies|gentlemen|children|babies|wives|(?:{PERSON})s"
-TOGETHER = {"couple": 2, "duo": 2, "twins": 2, "trio": 3, "triplets": 3}
-GENERAL = "people|persons|humans|friends|adults|" + "|".join(TOGETHER)
-UNCOUNTED = "crowds?|groups?|family|families|teams?|couples|audience"
-
-
-def count_people(prompt: str) -> int | None:
-    """How many people a prompt asks for, by its English nouns: "a mother and her two sons" is 3; None: not said.
-
-    A bare noun that was there before ("a woman ..., the woman ...") is the same person. The number is left open by a
-    plural without one, by a crowd or group, and by "two people, a man and a woman", which may or may not be two.
-    """
-    text = re.sub(r"\b\d+[ -]?years?[ -]old\b", "", prompt.lower())
-    text = re.sub(r"\b(couple|pair) of\b", "two", text)
-    text = re.sub(rf"\b(group|family|team) of (?=\d|({'|'.join(NUMBERS)})\b)", "", text)
-    number, known, general, special = None, set(), 0, 0
-    for word in re.findall(r"[a-z]+|\d+|[^\w\s]", text):
-        plural = re.fullmatch(PEOPLE, word)
-        if word in NUMBERS or word.isdigit():
-            number = NUMBERS.get(word) or int(word)
-        elif re.fullmatch(UNCOUNTED, word) or (plural and number in (None, 1)):
-            return None
-        elif plural or word in TOGETHER or re.fullmatch(PERSON, word):
-            new = bool(number) or word not in known
-            count = new * (number if plural else TOGETHER.get(word, 1))
-            general, special = (
-                (general + count, special) if re.fullmatch(GENERAL, word) else (general, special + count)
-            )
-            known.add(word)
-            number = None
-        elif word in {"and", "of", "the", "with"} or not word.isalpha():
-            number = None  # other words may stand between a number and its noun
-    return None if general and special else general or special or None
-
-
-def vqa_score(
-    device: Device,
-    model: str,
-    question: str = 'Does this picture show "{prompt}" with correct human anatomy? Answer Yes or No.',
-) -> Score:
-    """P("Yes") of a model that answers questions about images, any decoder of AutoModelForImageTextToText; 0 to 1.
-
-    VQAScore (https://arxiv.org/abs/2404.01291): softmax over the vocabulary at the last position, in fp32. `{prompt}`
-    stands for the prompt. Without a chat template the question has to hold the model's own image token. On CUDA in the
-    precision of the model's files.
-    """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    vlm = load_weights(
-        AutoModelForImageTextToText, model, device, "auto" if torch.device(device).type == "cuda" else torch.float32
-    )
-    processor = AutoProcessor.from_pretrained(model, backend="pil")
-    processor.tokenizer.padding_side = "left"  # so that the last position is the answer's
-    processor.tokenizer.pad_token = processor.tokenizer.pad_token or processor.tokenizer.eos_token
-    yes = processor.tokenizer.encode("Yes", add_special_tokens=False)[0]
-
-    def ask(prompt: str) -> str:
-        words = question.replace("{prompt}", prompt)
-        if not processor.chat_template:
-            return words
-        content = [{"type": "image"}, {"type": "text", "text": words}]
-        return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-
-    @torch.inference_mode()
-    def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
-        inputs = processor(
-            images=[[image.convert("RGB")] for image in images],
-            text=[ask(prompt) for prompt in prompts],
-            padding=True,
-            return_tensors="pt",
-        )
-        logits = vlm(**inputs.to(device, vlm.dtype), logits_to_keep=1).logits[:, -1]
-        return logits.float().softmax(-1)[:, yes].tolist()
-
-    return score
-
-
-def safety_score(device: Device, model: str = "CompVis/stable-diffusion-safety-checker") -> Score:
-    """Stable Diffusion's safety checker as a veto, to be used with weight 0: nan where it flags the image, else 0."""
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import AutoImageProcessor
-
-    checker = load_weights(StableDiffusionSafetyChecker, model, device)
-    to_pixels = AutoImageProcessor.from_pretrained(model, backend="pil")
-
-    @torch.inference_mode()
-    def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
-        pixels = to_pixels(images=[image.convert("RGB") for image in images], return_tensors="pt").pixel_values
-        _, flagged = checker(clip_input=pixels.to(device), images=np.zeros((len(images), 1, 1, 3)))
-        return [math.nan if one else 0.0 for one in flagged]
-
-    return score
 
 
 def load_clip(
@@ -801,2398 +883,792 @@ def linear_head(
     return predict
 
 
-def blip_key(key: str) -> str:
-    """The name in transformers of a weight of BLIP's image encoder, which has timm's names."""
-    for theirs, ours in {
-        "cls_token": "embeddings.class_embedding",
-        "pos_embed": "embeddings.position_embedding",
-        "patch_embed.proj": "embeddings.patch_embedding",
-        "blocks.": "encoder.layers.",
-        "attn.": "self_attn.",
-        "attn.proj.": "attn.projection.",
-        "norm1": "layer_norm1",
-        "norm2": "layer_norm2",
-    }.items():
-        key = key.replace(theirs, ours)
-    return re.sub(r"^norm\.", "post_layernorm.", key)
+class Scorer(NamedTuple):
+    """A parsed --scorer or --agree."""
+
+    label: str  # its name in the data set
+    weight: float  # its weight in the ensemble
+    key: str  # a hash of all that its scores depend on, but image and prompt
+    load: Callable[[Device], Score]  # makes the scoring function
+    rows: dict[str, dict[str, Any]] | None  # each prompt's row of the prompts' file, for a scorer that reads them
 
 
-def file_score(path: str) -> Callable[[Device], Score]:
-    """Scores made elsewhere: lines {"image_id": "...", "score": number or null}; null is used for neither side.
-
-    They are joined on the images' `info["image_id"]`.
-    """
-    if not Path(path).is_file():
-        raise UserError(f"no such file: {path}")
+def file_score(device: Device, file: str, missing: str = "") -> Score:
+    """Scores made elsewhere: lines {"image_id": "...", "score": number or null}, ids as in pool/*/*.parquet; null is a
+    veto. An image that the file does not know is an error, or with missing=veto a veto, too."""
+    if missing not in ("", "veto"):
+        raise UserError(f"scorer {file}: missing can only be veto")
+    if not Path(file).is_file():
+        raise UserError(f"scorer {file}: no such file")
     table: dict[str, float] = {}
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, line in enumerate(Path(file).read_bytes().split(b"\n"), 1):
         try:
-            row = json.loads(line)
-            image_id, value = row["image_id"], row["score"]
-            table[image_id] = math.nan if value is None else float(value)
-        except (ValueError, KeyError, TypeError):
+            row = json.loads(line.decode("utf-8-sig").strip() or "null")
+            table |= {row["image_id"]: math.nan if row["score"] is None else float(row["score"])} if row else {}
+        except (ValueError, KeyError, TypeError) as error:
             form = '{"image_id": "...", "score": number or null}'
-            raise UserError(f"{path}, line {number}: not of the form {form}") from None
+            raise UserError(f"{file}, line {number}: not of the form {form}") from error
 
     def score(images: list[Image.Image], prompts: list[str]) -> list[float]:
-        ids = [image.info.get("image_id") for image in images]
-        for image_id in ids:
-            if image_id not in table:
-                raise UserError(f"{path} has no score for the image {image_id}: give it one, or null")
-        return [table[image_id] for image_id in ids]
+        return [table.get(image.info["image_id"], math.nan) for image in images]
 
-    return lambda device: score
+    score.image_ids = None if missing else table.keys()
+    return score
 
 
-BUILT_IN_SCORERS: dict[str, Callable[..., Score]] = {
+SCORERS: dict[str, Callable[..., Score]] = {
     "pickscore": pick_score,
-    "clip": clip_score,
     "hpsv2": hps_score,
+    "clip": clip_score,
     "aesthetic": aesthetic_score,
-    "imagereward": image_reward,
-    "clip_iqa": clip_iqa,
-    "clip_iqa_sharpness": partial(clip_iqa, good="Sharp photo.", bad="Blurry photo."),
-    "people": people_score,
-    "people_count": partial(people_score, part="count"),
-    "people_pose": partial(people_score, part="pose"),
-    "people_limbs": partial(people_score, part="limbs"),
-    "vqa": vqa_score,
-    "safety": safety_score,
-}
-# The options that name weights, and the file by which their folder is known.
-WEIGHTS = {
-    "model": "config.json",
-    "pose": "config.json",
-    "processor": "tokenizer_config.json",
-    "tokenizer": "tokenizer_config.json",
-    "head": "model.safetensors",
 }
 
 
-def split_spec(spec: str) -> tuple[str, str | None, str, str, dict[str, str]]:
-    """A spec's label, weight (None: not given), source (all but the weight), NAME and options, unchecked."""
-    weight, source = re.fullmatch(r"(?:([^*=:,]*)\*)?(.*?)(?:,sha256=\w*)?", spec, re.DOTALL).groups()
-    first, *rest = re.split(r",(?=\w+=)", source)
+def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """NAME=PATH,option=value: NAME and the options, PATH among them as `model`. An option begins at a comma that a
+    word and = follow, so that values may hold commas."""
+    first, *rest = re.split(r",(?=\w+=)", spec)
     name, _, model = first.partition("=")
-    options = {"model": model} if model else {}
-    options |= dict(option.split("=", 1) for option in rest)
+    return name, ({"model": model} if model else {}) | dict(option.split("=", 1) for option in rest)
+
+
+def parse_scorer(spec: str, rows: dict[str, dict[str, Any]]) -> Scorer:
+    """A --scorer, checked without loading its weights. `rows`: each prompt's row of the prompts' file, for a scorer
+    with a parameter `columns`."""
+    name, options = parse_spec(spec)
     label = options.pop("label", Path(name).stem if name.endswith(".jsonl") else name.rpartition(":")[2])
-    return label, weight, source, name, options
+    weight = read_option(spec, float, options.pop("weight", "1"))
+    if name.endswith(".jsonl"):
+        factory, options = file_score, options | {"file": name}
+    else:
+        factory = SCORERS.get(name) or find_factory(name)
+    known = {option.name: option for option in [*inspect.signature(factory).parameters.values()][1:]}
+    reads_rows = known.pop("columns", None) is not None
+    takes_any = any(option.kind is option.VAR_KEYWORD for option in known.values())
+    if unknown := [] if takes_any else sorted(options.keys() - known.keys()):
+        raise UserError(f"scorer {spec}: no option {unknown[0]}, only {', '.join(['label', 'weight', *known])}")
+    for option, parameter in known.items():
+        if option in options:
+            options[option] = read_option(spec, type(parameter.default), options[option])
+        elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
+            hint = " (a scorer is a factory: device, options -> score(images, prompts))" if name not in SCORERS else ""
+            raise UserError(f"scorer {spec} needs {option}: {name},{option}=...{hint}")
+    stands_for = {option: parameter.default for option, parameter in known.items()} | options
+    files = {"model": "config.json", "processor": "config.json", "head": "model.safetensors"}
+    files = files if name in SCORERS else {}
+    for option, value in stands_for.items():
+        stands_for[option] = content_of(value, files.get(option)) if isinstance(value, str) and value else str(value)
+    function = getattr(factory, "func", factory)
+    code = inspect.getsource(function) if name in SCORERS else content_of(inspect.getsourcefile(function))
+    key = hash_of(getattr(factory, "__name__", name), stands_for, code)[:8]
+    if factory is file_score:
+        factory("cpu", **options)  # what is wrong with it is told before anything is drawn
+    options |= {"columns": rows} if reads_rows else {}
+    return Scorer(label, weight, key, partial(load_scorer, spec, factory, **options), rows if reads_rows else None)
 
 
-def parse_scorer(spec: str) -> Scorer:
-    """Reads `[WEIGHT*]NAME[=MODEL][,option=value...]` and checks all that can be checked without loading weights.
-
-    NAME is one of BUILT_IN_SCORERS, module:function, file.py:function or file.jsonl. An option begins at a comma that
-    a word and = follow, so that a question may hold commas. `label` is an option of every scorer.
-    """
-    label, weight, source, name, options = split_spec(spec)
-    weight = 1.0 if weight is None else read_number(float, f"scorer {spec}", weight)
-    factory = BUILT_IN_SCORERS.get(name) or find_factory(name)
-    options = read_options(name, factory, options)
-    load = partial(load_named, source, factory, **options)
-    for file in plug_in_files(name):  # other code or other scores under the old name are another scorer
-        source += f",sha256={hashlib.sha256(file.read_bytes()).hexdigest()[:8]}"
-    return Scorer(label, weight, source, load)
-
-
-def parse_scorers(specs: list[str]) -> list[Scorer]:
-    """All of --scorer; two scorers of the same label cannot be told apart."""
-    scorers = [parse_scorer(spec) for spec in specs]
-    twice = [label for label, count in Counter(scorer.label for scorer in scorers).items() if count > 1]
-    if twice:
+def parse_scorers(specs: list[str], rows: dict[str, dict[str, Any]]) -> list[Scorer]:
+    """All of --scorer or --agree; two scorers of the same label cannot be told apart."""
+    scorers = [parse_scorer(spec, rows) for spec in specs]
+    if twice := [label for label, count in Counter(scorer.label for scorer in scorers).items() if count > 1]:
         raise UserError(f"two scorers are called {twice[0]}: give one of them another name with ,label=...")
     return scorers
 
 
-def read_options(name: str, factory: Callable[..., Score], options: dict[str, str]) -> dict[str, Any]:
-    """The options in the types of the factory's defaults; weights have to be there or to be a hub id."""
+def read_option(spec: str, kind: type, text: str) -> Any:
+    """An option's text in the type of its default: bool (0 or 1), int, a finite float, else as it is."""
     try:
-        _, *parameters = inspect.signature(factory).parameters.values()  # the device comes first
-    except ValueError:  # no parameter at all, or a type of Python's own
-        raise UserError(f"scorer {name} is not a function of the device that returns score(images, prompts)") from None
-    known = {p.name: p.default for p in parameters if p.kind is not p.VAR_KEYWORD}
-    read: dict[str, Any] = {}
-    for option, text in options.items():
-        if option not in known and len(known) == len(parameters):
-            raise UserError(f"scorer {name} has no option {option}, only {', '.join([*known, 'label'])}")
-        kind = type(known.get(option))
-        read[option] = read_number(kind, f"scorer {name}", text) if kind in (bool, int, float) else text
-        if name in BUILT_IN_SCORERS and option in WEIGHTS:
-            check_weights(text, "ImageReward.pt" if (name, option) == ("imagereward", "model") else WEIGHTS[option])
-    for option, default in known.items():
-        if default is inspect.Parameter.empty and option not in read:
-            hint = "" if name in BUILT_IN_SCORERS else " (a scorer is a function device -> score(images, prompts))"
-            way = f"{name}{'' if option == 'model' else ',' + option}=..."
-            raise UserError(f"scorer {name} needs a {option}: {way}{hint}")
-    return read
-
-
-def read_number(kind: type, what: str, text: str) -> Any:
-    """A finite number of the kind int, float, or bool (0 or 1)."""
-    try:
-        number = float(text) if kind is float else kind(int(text))
+        value = kind(int(text)) if kind in (bool, int) else float(text) if kind is float else text
     except ValueError:
-        raise UserError(f"{what}: {text} is not a number") from None
-    if not math.isfinite(number):
-        raise UserError(f"{what}: {text} is not a finite number")
-    return number
+        value = math.nan
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"scorer {spec}: {text} is not a number")
+    return value
 
 
-def check_weights(name: str, needs: str) -> None:
-    """Refuses what is neither a file of weights, nor a folder that holds the file `needs`, nor a hub id."""
-    if Path(name).suffix not in {".safetensors", ".pt", ".pth"}:
-        check_model(name, needs)
-    elif not Path(name).is_file():
-        raise UserError(f"no such file: {name}")
+def content_of(value: str, needs: str | None = None) -> str:
+    """What a scorer's option stands for: of a file or folder a hash of its content (4 MB across a file of weights), of
+    a name on the hub its commit, of all else the text itself. UserError for weights, which have a file that the scorer
+    `needs`, that are neither."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    path, digest = Path(value), hashlib.sha256()
+    if os.path.exists(path):  # Path.exists raises where a text is too long for a name
+        for file in [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file()):
+            size = file.stat().st_size
+            digest.update(f"{'' if file == path else file.relative_to(path).as_posix()}|{size}|".encode())
+            is_weights = file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+            with file.open("rb") as opened:
+                for start in range(0, size, max(2**16, size // 64 * is_weights)):
+                    opened.seek(start)
+                    digest.update(opened.read(2**16))
+        return digest.hexdigest()[:16]
+    try:
+        if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value):
+            return Path(hf_hub_download(value, needs or "config.json")).parent.name
+        reason = "no such file or folder"
+    except (OSError, HfHubHTTPError) as error:
+        reason = str(error).strip().splitlines()[0]
+    if needs:
+        raise UserError(f"cannot find {value}: {reason}")
+    return value
 
 
 def find_factory(name: str) -> Callable[..., Score]:
-    """The scorer of a file.jsonl, or the function that `module:function` or `path/to/file.py:function` names."""
-    if name.endswith(".jsonl"):
-        return file_score(name)
+    """The function that `module:function` or `path/to/file.py:function` names; what its import raises is raised."""
     module_name, colon, function = name.rpartition(":")
     if not colon:
-        known = ", ".join(BUILT_IN_SCORERS)
+        known = ", ".join(SCORERS)
         raise UserError(f"unknown scorer {name!r}: use {known}, module:function, file.py:function or file.jsonl")
-    try:
-        if module_name.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
+    if not module_name.endswith(".py"):
+        try:
             module = importlib.import_module(module_name)
-    except Exception as error:  # it is the user's code
-        raise UserError(f"scorer {name}: cannot import {module_name}: {error}") from error
+        except ModuleNotFoundError as error:  # one that is missing inside it keeps its traceback
+            if not f"{module_name}.".startswith(f"{error.name}."):
+                raise
+            raise UserError(f"scorer {name}: no module {error.name}") from error
+    elif not Path(module_name).is_file():
+        raise UserError(f"scorer {name}: no such file {module_name}")
+    else:
+        spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
+        module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up
+        spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise UserError(f"scorer {name}: {module_name} has no function {function}")
     return getattr(module, function)
 
 
-def plug_in_files(name: str) -> list[Path]:
-    """The file of a file.jsonl, module:function or file.py:function, by whose content it is known; [] of others."""
-    module, colon, _ = name.rpartition(":")
-    if name.endswith(".jsonl"):
-        return [Path(name)]
-    spec = importlib.util.find_spec(module) if colon and not module.endswith(".py") else None
-    origin = (spec.origin if spec else module) if colon else ""
-    return [Path(origin)] if Path(origin).is_file() else []  # of a module of Python's own there is none
+def load_scorer(spec: str, factory: Callable[..., Score], device: Device, **options: Any) -> Score:
+    """factory(device, **options); files that are not there are one line, an error in code keeps its traceback."""
+    from safetensors import SafetensorError
 
-
-def load_named(source: str, factory: Callable[..., Score], device: Device, **options: Any) -> Score:
-    """factory(device, **options); what a hub, a file or a user's code raises becomes one line with its name."""
     try:
         return factory(device, **options)
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot load the scorer {source}: {reason}") from error
+    except (OSError, ValueError, SafetensorError) as error:
+        if not isinstance(error, OSError) and factory not in SCORERS.values():
+            raise
+        raise UserError(f"cannot load the scorer {spec}: {str(error).strip().splitlines()[0]}") from error
 
 
-def run_scorer(score: Score, label: str, images: list[Image.Image], prompts: list[str]) -> list[float]:
-    """One float per image, or an error that names the scorer."""
-    scores = [float(value) for value in score(images, prompts)]
-    if len(scores) != len(images):
-        raise UserError(f"scorer {label} gave {len(scores)} scores for {len(images)} images")
-    return scores
+# ---- Scoring --------------------------------------------------------------------------------------------------------
 
 
-# ---- Models ---------------------------------------------------------------------------------------------------------
+def scores_folder(folder: Path, scorer: Scorer) -> Path:
+    """Where a scorer's scores lie."""
+    return folder / "scores" / f"{re.sub('[^A-Za-z0-9_.-]', '_', scorer.label)}-{scorer.key}"
 
 
-def quiet_libraries() -> None:
-    """Silences what the libraries print and a user cannot act on; call it before diffusers' models are imported."""
-    for name in ("xformers", "bitsandbytes"):  # "can't load C++/CUDA extensions", "failed to load CPU gemm" on a CPU
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", "`torch_dtype` is deprecated", FutureWarning)  # diffusers 0.36 has no other name
-    import diffusers
-    import transformers
+def score_missing(
+    rows: pd.DataFrame, files: np.ndarray, scorer: Scorer, args: argparse.Namespace, state: PartialState
+) -> np.ndarray:
+    """A scorer's scores of all images (N,), nan where it gave none. Those that are missing are scored by the stored
+    `files`; the scorer is loaded if there are any, and let go after."""
+    folder = scores_folder(Path(args.output_dir), scorer)
+    rows = rows.assign(stored=rows.image_id)
+    if scorer.rows is not None:  # then a score is of the image and of its prompt's row
+        row_hashes = np.array([f"-{hash_of(str(row))}" for row in scorer.rows.values()], object)
+        rows["image_id"] += row_hashes[rows.prompt]
+    loaded: list[Score] = []
 
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()  # "requires torchvision", the safety checker's notice
-        library.utils.logging.disable_progress_bar()  # "Loading pipeline components", "Loading weights"
+    def make(part: pd.DataFrame, bar: tqdm) -> pa.Table:
+        if not loaded:
+            loaded.append(scorer.load(state.device))
+            known = getattr(loaded[0], "image_ids", None)
+            unknown = rows.stored[~rows.stored.isin(list(known))].tolist() if known is not None else []
+            if unknown:
+                told = f"no score for {len(unknown)} of {len(rows)} images, such as {unknown[0]}"
+                raise UserError(f"{scorer.label} has {told}: give them one, or null, or add ,missing=veto")
+        table = pq.read_table(files[part.index[0]], columns=["image_id", "caption", "jpg"])
+        stored = {row["image_id"]: row for row in table.to_pylist()}
+        finite = part[[stored[name]["jpg"] is not None for name in part.stored]]
+        scores = pd.Series(np.float32(math.nan), index=part.image_id)  # of an image that is not finite
+        for start in range(0, len(finite), args.batch_size):
+            batch = finite[start : start + args.batch_size]
+            images = list(beside.map(from_jpeg, [stored[name]["jpg"] for name in batch.stored]))
+            for image, name in zip(images, batch.stored, strict=True):
+                image.info["image_id"] = name
+            captions = [stored[name]["caption"] for name in batch.stored]
+            values = [float(value) for value in loaded[0](images, captions)]
+            if len(values) != len(batch):
+                raise UserError(f"scorer {scorer.label} gave {len(values)} scores for {len(batch)} images")
+            scores[batch.image_id] = values
+            bar.update(len(batch))
+        bar.update(len(part) - len(finite))
+        return pa.table({"image_id": part.image_id.tolist(), "score": scores.to_numpy()})
 
-
-def check_model(name: str, needs: str) -> None:
-    """Refuses a model name that is neither a hub id (owner/name) nor a folder that holds the file `needs`."""
-    if Path(name).is_dir():
-        if not (Path(name) / needs).is_file():
-            raise UserError(f"{name} holds no {needs}: it is not a model folder")
-    elif Path(name).is_file():
-        raise UserError(
-            f"{name} is a single file: make a folder of it by from_single_file(...).save_pretrained(FOLDER)"
-        )
-    elif not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise UserError(f"no such model folder: {name}")
-
-
-def load_pipeline(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
-    """The user's text-to-image pipeline (SD1.x, SD2.x, SDXL), ready for `sample`, without SD's safety checker.
-
-    --sampler dpmsolver puts the paper's DPM-Solver multistep in place of the model's scheduler. The VAE stays in fp32.
-    """
-    from diffusers import (
-        DiffusionPipeline,
-        DPMSolverMultistepScheduler,
-        StableDiffusionPipeline,
-        StableDiffusionXLPipeline,
-    )
-
-    name = args.pretrained_model_name_or_path
-    precision = args.mixed_precision or ("fp16" if device.type == "cuda" else "no")
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            name,
-            revision=args.revision,
-            variant=args.variant,
-            torch_dtype={"vae": torch.float32, "default": dtype},
-            safety_checker=None,
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load {name}: {str(error).splitlines()[0]}") from error
-    if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
-        raise UserError(f"{name} is a {type(pipe).__name__}; text-to-image of SD 1.x, SD 2.x and SDXL can be used")
-    if args.sampler == "dpmsolver":
-        pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    pipe.to(device)
-    pipe.unet.to(memory_format=torch.channels_last)
-    pipe.vae.to(memory_format=torch.channels_last)
-    return pipe
+    with ThreadPoolExecutor() as beside:
+        parts = make_missing(rows, folder, make, scorer.label, state, files)
+    loaded.clear()
+    torch.cuda.empty_cache()
+    table = read_parts(set(parts), "score")
+    scores = table["score"].to_numpy()[look_up(rows.image_id, table)]
+    return np.where(np.isfinite(scores), scores, np.float32(math.nan))
 
 
-@torch.inference_mode()
-def encode_prompts(pipe: DiffusionPipeline, prompts: list[str], negative_prompt: str) -> dict[str, torch.Tensor]:
-    """The pipeline's own prompt embeddings, each prompt encoded once, the negative one once for all.
-
-    Returns keyword arguments of the pipeline: prompt_embeds (P, L, D), negative_prompt_embeds (1, L, D), and for SDXL
-    the pooled ones (P, D) and (1, D).
-    """
-    options = {"device": pipe.unet.device, "num_images_per_prompt": 1}
-    positive = pipe.encode_prompt(prompts, do_classifier_free_guidance=False, **options)
-    pair = pipe.encode_prompt("", do_classifier_free_guidance=True, negative_prompt=negative_prompt or None, **options)
-    names = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
-    encoded = dict(zip(names, positive, strict=False))
-    return {
-        name: pair[i] if name.startswith("negative") else encoded[name] for i, name in enumerate(names[: len(pair)])
-    }
+def vote(scores: dict[str, np.ndarray], scorers: list[Scorer], spreads: dict[str, float]) -> np.ndarray:
+    """The ensemble's scores (N,) of images that each scorer has scored, (N,) each."""
+    weights = {one.label: one.weight for one in scorers}
+    return ensemble({label: scores[label] for label in weights}, weights, spreads)
 
 
-def weights_hash(*modules: torch.nn.Module) -> str:
-    """A hash of about 1,000 values of each weight, as fp16: what a model is, whatever its folder is called and whether
-    it was loaded in fp16 or fp32, in milliseconds."""
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, value in sorted(module.state_dict().items()):
-            flat = value.detach().flatten()
-            values = flat[:: max(1, len(flat) // 1000)].to("cpu", torch.float16)
-            digest.update(f"{name}{tuple(value.shape)}".encode() + values.numpy().tobytes())
-    return digest.hexdigest()
+def measure_spreads(
+    rows: pd.DataFrame, scores: dict[str, np.ndarray], scorers: list[Scorer], pool: str, record: dict[str, Any]
+) -> dict[str, float]:
+    """Each voting scorer's `pooled_spread` over the first SPREAD_PROMPTS prompts: measured once for a pool and kept in
+    the record, so that a larger pool does not move old choices. One that votes alone needs none."""
+    voting = [scorer for scorer in scorers if scorer.weight]
+    if len(voting) == 1:
+        return {}
+    groups = rows[rows.prompt < SPREAD_PROMPTS].groupby("prompt", sort=False).indices.values()
+    kept = record.setdefault("spreads", {})
+    names = {scorer.label: f"{scorer.label}-{scorer.key} on {pool}" for scorer in voting}
+    for label, name in names.items():
+        kept[name] = kept[name] if name in kept else pooled_spread(scores[label][at] for at in groups)
+    return {label: kept[name] for label, name in names.items()}
+
+
+# ---- Pairs ----------------------------------------------------------------------------------------------------------
+
+
+PAIR_COLUMNS = {"jpg_0": pa.binary(), "jpg_1": pa.binary(), "label_0": pa.float64(), "label_1": pa.float64()}
+PAIR_COLUMNS |= {"caption": pa.string()}  # so far Pick-a-Pic v2
+PAIR_COLUMNS |= {"score_0": pa.float64(), "score_1": pa.float64(), "scores": pa.string(), "margin": pa.float64()}
+PAIR_COLUMNS |= {"seed_0": pa.int64(), "seed_1": pa.int64(), "source_0": pa.string(), "source_1": pa.string()}
+PAIR_COLUMNS |= {"image_id_0": pa.string(), "image_id_1": pa.string()}
+PAIR_COLUMNS |= {"latents_0": pa.binary(), "latents_1": pa.binary()}
+PAIR_COLUMNS |= {"prompt_id": pa.string(), "stage": pa.string(), "num_candidates": pa.int64()}
+SPLITS = ("train", "validation")
+
+
+def best_pairs(
+    rows: pd.DataFrame, totals: np.ndarray, agree: dict[str, np.ndarray], prompts: Sequence[str],
+    args: argparse.Namespace,
+) -> tuple[pd.DataFrame, Counter[str]]:
+    """The pairs of all prompts, a table with the columns prompt, winner and loser (numbers of `rows`) and margin;
+    and how many prompts have none, by reason. Every scorer of `agree`, scores (N,), must order a pair alike."""
+    pairs, dropped = [], Counter()
+    groups = rows.groupby("prompt", sort=False).indices
+    for number in range(len(prompts)):
+        at = groups.get(number, np.empty(0, int))
+        if args.stage == "easy":
+            pair, reason = best_and_worst(totals[at])
+        else:
+            previous = int(np.flatnonzero(rows.number.to_numpy()[at] == PREVIOUS)[0])
+            pair, reason = best_against_previous(totals[at], previous, must_win=args.stage == "normal")
+        for label, scores in agree.items() if pair else ():
+            winner, loser = scores[at[list(pair)]]
+            if not winner > loser:
+                pair, reason = None, f"{label} {'gave no score' if np.isnan(winner + loser) else 'disagrees'}"
+                break
+        if pair is None:
+            dropped[reason] += 1
+        else:
+            winner, loser = at[list(pair)].tolist()
+            pairs.append((number, winner, loser, float(totals[winner] - totals[loser])))
+    pairs = pd.DataFrame(pairs, columns=["prompt", "winner", "loser", "margin"])
+    if args.min_margin is not None and len(pairs):
+        share = float(args.min_margin[:-1]) / 100 if args.min_margin.endswith("%") else None
+        floor = float(args.min_margin) if share is None else np.quantile(pairs.margin, share, method="lower")
+        dropped["margin below --min_margin"] = int((pairs.margin < floor).sum())
+        pairs = pairs[pairs.margin >= floor]
+    return pairs.reset_index(drop=True), +dropped
+
+
+def write_pairs(
+    folder: Path, pairs: pd.DataFrame, rows: pd.DataFrame, files: np.ndarray, totals: np.ndarray,
+    scores: dict[str, np.ndarray], prompts: Sequence[str], args: argparse.Namespace, state: PartialState,
+) -> None:  # fmt: skip
+    """Writes the pairs of each split as SPLIT-00000-of-00004.parquet, ... of about BYTES_IN_A_FILE, each process its
+    share. A seeded coin says which side is jpg_0."""
+    schema = pa.schema([one for one in PAIR_COLUMNS.items() if not (args.no_latents and "latents" in one[0])])
+    winners = set(files[pairs.winner[:1000]])
+    size_of_a_pair = 2 * max(os.path.getsize(file) / pq.read_metadata(file).num_rows for file in winners)
+    tasks = []
+    for split, of_split in pairs.groupby("split"):
+        count = math.ceil(len(of_split) * size_of_a_pair / BYTES_IN_A_FILE)
+        for number, at in enumerate(np.array_split(np.arange(len(of_split)), count)):
+            tasks.append((folder / f"{split}-{number:05d}-of-{count:05d}.parquet", of_split.iloc[at]))
+
+    def pair_row(pair: Any) -> dict[str, Any]:
+        prompt = prompts[pair.prompt]
+        sides = (pair.winner, pair.loser)
+        sides = sides if unit_hash(args.seed, prompt, "side") < 0.5 else sides[::-1]
+        raw = {label: [float(values[i]) for i in sides] for label, values in scores.items()}
+        raw = {label: [value if math.isfinite(value) else None for value in pair] for label, pair in raw.items()}
+        row = {"caption": prompt, "scores": json.dumps(raw), "margin": pair.margin, "prompt_id": prompt_id(prompt)}
+        count = args.num_images_per_prompt if args.stage == "easy" else len(args.sdrecon_timesteps)
+        row |= {"stage": args.stage, "num_candidates": count}
+        for side, i in enumerate(sides):
+            image = read_images(files[i])[rows.image_id[i]]
+            row |= {f"{name}_{side}": image[name] for name in ("jpg", "seed", "source", "image_id", "latents")}
+            row |= {f"label_{side}": float(i == pair.winner), f"score_{side}": float(totals[i])}
+        return row
+
+    def write(path: Path, of_file: pd.DataFrame) -> None:
+        with pq.ParquetWriter(path, schema) as writer:
+            for start in range(0, len(of_file), 64):
+                batch = [pair_row(pair) for pair in of_file[start : start + 64].itertuples()]
+                writer.write_table(pa.Table.from_pylist(batch, schema))
+                bar.update(len(batch))
+
+    mine = tasks[state.process_index :: state.num_processes]
+    with progress(sum(len(of_file) for _, of_file in mine), state, "pairs", "pair") as bar:
+        for path, of_file in mine:
+            write_whole(path, partial(write, of_file=of_file))
+
+
+@lru_cache(maxsize=8)
+def read_images(file: str) -> dict[str, dict[str, Any]]:
+    """The images of a file of the pool by image_id, kept for the next pairs."""
+    return {row["image_id"]: row for row in pq.read_table(file).to_pylist()}
+
+
+def iterate_pairs(folder: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The finished pairs, split and row, in their order, a few at a time in memory."""
+    for split in SPLITS:
+        for file in sorted(folder.glob(f"data/{split}-*.parquet")):
+            for batch in pq.ParquetFile(file).iter_batches(16, columns=list(columns)):
+                yield from ((split, row) for row in batch.to_pylist())
+
+
+def winner_first(row: dict[str, Any], name: str) -> list[Any]:
+    """The winner's and the loser's value of a column that stands in a row as name_0 and name_1."""
+    sides = [row[f"{name}_0"], row[f"{name}_1"]]
+    return sides if row["label_0"] >= row["label_1"] else sides[::-1]
 
 
 # ---- Prompts and photos ---------------------------------------------------------------------------------------------
 
 
 CAPTION_COLUMNS = ("prompt", "caption", "text")
-PHOTO_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
-TABLE_SUFFIXES = {".parquet", ".arrow", ".csv", ".tsv"}
-CAPTION_REQUEST = "Describe the person in this photo in one sentence: looks, clothes, pose, hands, place and light."
+NO_PHOTOS = {".pdf", ".ps", ".eps", ".mpg", ".mpeg", ".h5", ".hdf", ".palm"}  # that Pillow knows
+COMPANIONS = re.compile(r"(-masklabel|\.mask|_mask)\.|@eaDir|__MACOSX|/\.")  # images that belong to photos
 
 
-def read_prompts(source: str, column: str | None, max_prompts: int | None) -> tuple[list[str], str]:
-    """The first `max_prompts` prompts of `source`, and a remark on what was left out (blank and repeated ones).
-
-    A text file with one prompt per line; a .jsonl, .json, .csv, .tsv or .parquet file; a folder of photos with their
-    captions; a folder or hub name (owner/name, owner/name:split) that `datasets` reads. `column`: where a source has
-    some, else the first of CAPTION_COLUMNS. White space is made single spaces, the order is kept. UserError: one line.
-    """
-    texts, unit = read_texts(source, column)
-    prompts = list(dict.fromkeys(filter(None, texts)))
-    if not prompts:
-        raise UserError(f"{source} {f'holds only blank {unit}s' if texts else 'is empty'}: no prompts")
-    blank, chosen = texts.count(""), prompts[:max_prompts]
-    left_out = f"{blank} blank {unit}s and {len(texts) - blank - len(prompts)} repeated prompts left out"
-    return chosen, f"prompts: the first {len(chosen)} of {len(prompts)} in {source} ({left_out})"
-
-
-def read_texts(source: str, column: str | None) -> tuple[list[str], str]:
-    """The text of every line, row or photo of `source`, "" where it has none, and which of the three they are."""
+def read_table(source: str, column: str | None, count: int | None = None) -> pd.DataFrame:
+    """The rows of a text file with one prompt a line, of a .jsonl, .json, .csv, .tsv or .parquet file, of a folder of
+    photos with captions, or of what `datasets` reads (a folder, or owner/name[:split] on the hub; of this the one
+    column and the first `count` rows), with the texts in a column `prompt`. UserError for what cannot be read."""
     path, kind = Path(source), Path(source).suffix.lower()
-    if is_photo_folder(path):
-        return list(read_captions(path, column).values()), "caption"
-    unit = "line" if path.is_file() and kind not in {*TABLE_SUFFIXES, ".json"} else "row"
     try:
-        if path.is_dir() or not (path.exists() or kind in {*TABLE_SUFFIXES, ".json", ".jsonl", ".txt"}):
-            rows = load_rows(source)
-            values = read_column(rows, choose_column(column, rows.column_names, source))
+        if path.is_dir() and find_photos(path)[0]:
+            table = read_photos(source, column)[0]
+        elif path.is_dir() or not (path.exists() or kind in (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")):
+            table = read_rows(source, column, count)
+        elif kind in (".csv", ".tsv"):
+            form = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "index_col": False}
+            form |= {"sep": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)  # more cells than columns
+                table = pd.read_csv(path, **form)
+        elif kind == ".parquet":
+            schema = pq.read_schema(path)
+            images = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_nested)
+            simple = [field.name for field in schema if not any(is_kind(field.type) for is_kind in images)]
+            table = pd.read_parquet(path, columns=simple)
+        elif kind in (".json", ".jsonl"):
+            text = path.read_text(encoding="utf-8-sig")
+            texts = [text] if kind == ".json" else text.split("\n")
+            rows = []
+            for number, line in enumerate(texts, 1):
+                try:
+                    rows += [json.loads(line)] if line.strip() else []
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{source}, line {number + error.lineno - 1}: not json ({error.msg})") from error
+            rows = rows[0] if kind == ".json" and rows else rows
+            if not isinstance(rows, list):
+                raise UserError(f"{source} is not a list of texts or of objects")
+            table = pd.DataFrame([row if isinstance(row, dict) else {"prompt": row} for row in rows], dtype=object)
         else:
-            values = read_file(path, column)
-        return [to_text(value, f"{source}, {unit} {number}") for number, value in enumerate(values, 1)], unit
-    except (OSError, ValueError, csv.Error) as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-        raise UserError(f"cannot read {source}: {reason}") from error
+            table = pd.DataFrame({"prompt": path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")})
+            table.loc[table.prompt.str.match(r"\s*#"), "prompt"] = ""
+            for number, line in enumerate(table.prompt, 1):
+                if flags := re.search(r"(?:^|\s)(--\w+)", line):
+                    told = "is a generator's flag, not text: leave the prompt alone (--negative_prompt is a flag here)"
+                    raise UserError(f"{source}, line {number}: {flags[1]} {told}")
+    except (OSError, ValueError, pd.errors.ParserWarning) as error:
+        told = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        hint = " (save it as utf-8)" if isinstance(error, UnicodeDecodeError) else ""
+        hint = " (a prompt with a comma needs quotes)" if "loss of data" in told or "Expected" in told else hint
+        raise UserError(f"cannot read {source}: {told}{hint}") from error
+    table = table.rename(columns=str.strip) if len(table.columns) else table.assign(prompt="")
+    name = choose_column(source, column, table.columns)
+    texts = [to_text(value, f"{source}, row {number}") for number, value in enumerate(table[name], 1)]
+    return table.assign(prompt=texts)
 
 
-def to_text(value: Any, place: str) -> str:
-    """`value` with single spaces, "" for None; UserError with its place where it is no text."""
-    if not isinstance(value, str | None):
-        raise UserError(f"{place}: a {type(value).__name__} in place of a text")
-    try:
-        return " ".join((value or "").encode().decode().split())
-    except UnicodeEncodeError:
-        raise UserError(f"{place}: half a character (a lone surrogate)") from None
+def read_prompts(source: str, column: str | None, count: int | None) -> tuple[pd.DataFrame, str]:
+    """The first `count` distinct prompts, in single spaces, with the columns of their file; and what was left out."""
+    table = read_table(source, column, count)
+    blank, total = table.prompt == "", len(table)
+    table = table[~blank].drop_duplicates("prompt", ignore_index=True)
+    if table.empty:
+        raise UserError(f"{source} {'holds only blank prompts' if total else 'is empty'}")
+    left_out = f"{blank.sum()} blank and {total - blank.sum() - len(table)} repeated ones left out"
+    chosen = table[:count]
+    return chosen, f"prompts    the first {len(chosen)} of {len(table)} in {source} ({left_out})"
 
 
-def choose_column(column: str | None, columns: Iterable[str], place: str | Path) -> str:
-    """`column`, or the first of CAPTION_COLUMNS; UserError with the names that exist where it is not in `columns`."""
-    wanted, columns = [column] if column else CAPTION_COLUMNS, list(columns)
-    found = [name for name in wanted if name in columns]
-    if not found:
-        has = textwrap.shorten(", ".join(columns), 100, placeholder=" ...")
-        raise UserError(f"{place} has no column {', '.join(wanted)}: --prompt_column can be one of {has}")
+def choose_column(source: str, column: str | None, columns: Iterable[str]) -> str:
+    """`column`, or the first of CAPTION_COLUMNS that is there; UserError with the names that are."""
+    wanted = [column] if column else CAPTION_COLUMNS
+    if not (found := [name for name in wanted if name in set(columns)]):
+        has = textwrap.shorten(", ".join(map(str, columns)), 100, placeholder=" ...")
+        raise UserError(f"{source} has no column {', '.join(wanted)}: --prompt_column can be one of {has}")
     return found[0]
 
 
-def read_file(path: Path, column: str | None) -> Iterable[Any]:
-    """A value for every line or row of a file, by its suffix; the lines themselves where it is no table."""
-    kind = path.suffix.lower()
-    if kind in {".csv", ".tsv"}:
-        return read_csv(path, column)
-    if kind == ".parquet":
-        file = pq.ParquetFile(path)
-        name = choose_column(column, file.schema_arrow.names, path)
-        return (value for batch in file.iter_batches(columns=[name]) for value in batch.column(0).to_pylist())
-    if kind in {".json", ".jsonl"}:
-        rows = read_json(path)
-        name = choose_column(column, columns, path) if (columns := dict.fromkeys(chain(*rows))) else ""
-        return [row.get(name) for row in rows]
-    return read_lines(path)
-
-
-def read_lines(path: Path) -> Iterator[str]:
-    """The lines of a utf-8 file, with or without a byte order mark; UserError with the line that is not utf-8."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}, line {number}: not utf-8") from error
-
-
-def read_csv(path: Path, column: str | None) -> Iterator[str]:
-    """The cells of a column of a .csv (commas) or .tsv (tabs) file, whose first row has the names of the columns."""
-    rows = csv.reader(read_lines(path), delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-    header = [name.strip() for name in next(rows, [])]
-    if not header:
-        return
-    index = header.index(choose_column(column, header, f"the first row of {path}"))
-    for row in rows:
-        if len(row) > len(header):
-            told = f"{len(row)} cells under {len(header)} columns (a prompt with a comma needs quotes)"
-            raise UserError(f"{path}, line {rows.line_num}: {told}")
-        yield row[index] if len(row) > index else ""
-
-
-def read_json(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file, one a line ({} where blank), or of a .json file, a list; a text is a prompt."""
-    lines = map(str.strip, read_lines(path))
-    texts = lines if path.suffix.lower() == ".jsonl" else ["\n".join(lines) or "[]"]
-    values = []
-    for number, text in enumerate(texts):
-        try:
-            values.append(json.loads(text or "{}"))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number + error.lineno}: not json ({error.msg})") from error
-    if path.suffix.lower() == ".json":
-        values = values[0]
-        if not isinstance(values, list):
-            raise UserError(f"{path} is not a list of texts or of objects")
-    return [value if isinstance(value, dict) else {"prompt": value} for value in values]
-
-
-def load_rows(source: str) -> Dataset:
-    """The rows of a folder or hub name, with or without :split, that `datasets` reads: of train, else the first split.
-
-    A folder is read anew, because one that changed under its old name would come out of the cache as it was.
-    """
-    import datasets
-
-    named = None if Path(source).is_dir() else re.fullmatch(r"(.+):([\w.-]+(?:\[[^]]*\])?)", source)
-    name, split = named.groups() if named else (source, None)
-    folder = Path(name).is_dir()
-    if not folder and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise UserError(f"no such file or folder: {source}")
-    datasets.disable_progress_bars()
-    mode = "force_redownload" if folder else "reuse_dataset_if_exists"
-    try:
-        loaded = datasets.load_dataset(name, split=split, download_mode=mode)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error.__cause__ or error).partition("\n")[0]
-        raise UserError(f"{source} is not a file, nor can datasets load it: {reason}") from error
-    return loaded if split else loaded["train" if "train" in loaded else next(iter(loaded))]
-
-
-def read_column(rows: Dataset, name: str) -> Iterator[Any]:
-    """The values of a column, in batches, without reading the others."""
-    return (value for batch in rows.select_columns([name]).iter(1000) for value in batch[name])
-
-
-def is_photo_folder(folder: Path) -> bool:
-    """A folder with photos in it, and with captions if it has tables too; other tables are left to `datasets`."""
-    photos = find_photos(folder)
-    tables = any(path.suffix.lower() in TABLE_SUFFIXES for path in folder.rglob("*"))
-    return bool(photos) and (not tables or any(map(read_caption_file, photos)) or any(folder.rglob("metadata.jsonl")))
-
-
-def find_photos(folder: Path) -> list[Path]:
-    """The photos in a folder and the folders in it, by path; hidden ones are no photos."""
-    photos = (path for path in folder.rglob("*") if path.suffix.lower() in PHOTO_SUFFIXES)
-    return sorted(path for path in photos if not any(part[0] == "." for part in path.relative_to(folder).parts))
-
-
-def find_captions(folder: Path, column: str | None) -> dict[Path, str]:
-    """The photos of a folder, by path, with their captions: metadata.jsonl's, else the file's beside it, else ""."""
-    told: dict[Path, str] = {}
-    for table in folder.rglob("metadata.jsonl"):
-        told |= read_metadata(table, column)
-    return {photo: told.get(photo) or read_caption_file(photo) for photo in sorted({*find_photos(folder), *told})}
-
-
-def read_captions(folder: Path, column: str | None) -> dict[Path, str]:
-    """find_captions of a folder where at least one photo has one."""
-    captions = find_captions(folder, column)
-    if not any(captions.values()):
-        told = "none has a caption (metadata.jsonl, or a .txt or .caption file beside it)"
-        raise UserError(
-            f"{len(captions)} photos in {folder}, {told}: make_preference_data.py --caption_model writes them"
-        )
-    return captions
-
-
-def read_metadata(table: Path, column: str | None) -> dict[Path, str]:
-    """The captions in a metadata.jsonl of `datasets`' imagefolder; UserError with the line whose photo is missing."""
-    rows, captions = read_json(table), {}
-    columns = dict.fromkeys(chain(*rows))
-    name = choose_column(column, columns, table) if column or not columns.keys().isdisjoint(CAPTION_COLUMNS) else ""
-    for number, row in enumerate(rows, 1):
-        photo = table.parent / str(row.get("file_name"))
-        if row and not photo.is_file():
-            raise UserError(f"{table}, line {number}: there is no file {row.get('file_name', '(no file_name)')}")
-        if row:
-            captions[photo] = to_text(row.get(name), f"{table}, line {number}")
-    return captions
-
-
-def read_caption_file(photo: Path) -> str:
-    """The text of the .txt or .caption file beside a photo, "" where there is none."""
-    files = [file for file in (photo.with_suffix(".txt"), photo.with_suffix(".caption")) if file.is_file()]
-    return next(filter(None, (" ".join("".join(read_lines(file)).split()) for file in files)), "")
-
-
-def read_photos(source: str, column: str | None) -> tuple[dict[str, Callable[[], Image.Image]], str]:
-    """caption -> a function that opens its photo (RGB, upright), as read_prompts has them; and a remark on the rest.
-
-    A folder of photos, or what `datasets` reads with a column of images; of a repeated caption the first photo counts.
-    UserError for a source without photos or captions, and from the function for a photo that cannot be read.
-    """
-    if is_photo_folder(Path(source)):
-        found = read_captions(Path(source), column)
-        captions, openers = list(found.values()), [partial(open_photo, path, str(path)) for path in found]
-    else:
-        captions, openers = read_photo_rows(load_rows(source), column, source)
-    photos: dict[str, Callable[[], Image.Image]] = {}
-    for caption, opener in zip(captions, openers, strict=True):
-        if caption:
-            photos.setdefault(caption, opener)
-    blank = captions.count("")
-    left_out = f"{blank} without caption and {len(captions) - blank - len(photos)} of a repeated one left out"
-    return photos, f"photos: {len(photos)} of {len(captions)} in {source} ({left_out})"
-
-
-def read_photo_rows(
-    rows: Dataset, column: str | None, source: str
-) -> tuple[list[str], list[Callable[[], Image.Image]]]:
-    """The captions of all rows, "" where there is none, and the functions that open their photos."""
-    import datasets
-
-    image = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
-    if image is None:
-        raise UserError(f"{source} has no column of images (it has {', '.join(rows.column_names)})")
-    values = read_column(rows, choose_column(column, rows.column_names, source))
-    captions = [to_text(value, f"{source}, row {number}") for number, value in enumerate(values, 1)]
-    files = rows.cast_column(image, datasets.Image(decode=False))
-
-    def open_row(row: int) -> Image.Image:
-        cell = files[row][image] or {"bytes": b""}  # a row without a photo is told as one that cannot be read
-        file = cell["path"] if cell["bytes"] is None else io.BytesIO(cell["bytes"])
-        return open_photo(file, f"{source}, row {row + 1}")
-
-    return captions, [partial(open_row, row) for row in range(len(rows))]
-
-
-def open_photo(file: Path | str | io.BytesIO, name: str) -> Image.Image:
-    """The photo in RGB, upright by its EXIF orientation; UserError with its name where it cannot be read."""
-    try:
-        with Image.open(file) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the photo {name}: {str(error).partition(chr(10))[0]}") from error
-
-
-def write_captions(
-    folder: Path, model: str, device: torch.device | str, batch_size: int, column: str | None = None
-) -> None:
-    """Writes a .txt beside every photo of the folder that has no caption, in the words of an image-to-text model.
-
-    A start after an interruption carries on. UserError where the model does not load or a photo cannot be read.
-    """
-    todo = [photo for photo, caption in find_captions(folder, column).items() if not caption]
-    if not todo:
-        return
-    caption = load_captioner(model, device)
-    with tqdm(total=len(todo), desc="captions", unit="img", smoothing=0.1) as bar:
-        for start in range(0, len(todo), batch_size):
-            batch = todo[start : start + batch_size]
-            texts = caption([open_photo(photo, str(photo)) for photo in batch])
-            for photo, text in zip(batch, texts, strict=True):
-                replace_file(photo.with_suffix(".txt"), lambda part, text=text: part.write_text(text + "\n", "utf-8"))
-            bar.update(len(batch))
-
-
-def load_captioner(model: str, device: torch.device | str) -> Callable[[list[Image.Image]], list[str]]:
-    """The function captions(photos) of an image-to-text model: greedy, at most 60 tokens, bf16 on CUDA, else fp32.
-
-    A model with a chat template is asked CAPTION_REQUEST; others (BLIP, GIT) caption unasked.
-    """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
-    try:
-        captioner = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype).to(device).eval()
-        processor = AutoProcessor.from_pretrained(model, backend="pil")
-    except (OSError, ValueError, ImportError) as error:
-        raise UserError(
-            f"cannot load the caption model {model}: {str(error).strip().partition(chr(10))[0]}"
-        ) from error
-    request = ""
-    if getattr(processor, "chat_template", None):
-        content = [{"type": "image"}, {"type": "text", "text": CAPTION_REQUEST}]
-        request = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        processor.tokenizer.padding_side = "left"  # so that every answer begins where the requests end
-
-    @torch.inference_mode()
-    def captions(photos: list[Image.Image]) -> list[str]:
-        asked = {"text": [request] * len(photos), "padding": True} if request else {}
-        images = [[photo] for photo in photos] if request else photos
-        inputs = processor(images=images, return_tensors="pt", **asked).to(device, dtype)
-        tokens = captioner.generate(**inputs, do_sample=False, max_new_tokens=60)
-        answers = tokens[:, inputs["input_ids"].shape[1] :] if request else tokens
-        return [" ".join(text.split()) for text in processor.batch_decode(answers, skip_special_tokens=True)]
-
-    return captions
-
-
-def too_long(prompts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The indices of the prompts with more tokens, special ones included, than the text encoder reads (75 + 2)."""
-    parts = (tokenizer(prompts[start : start + 1000]).input_ids for start in range(0, len(prompts), 1000))
-    return [index for index, tokens in enumerate(chain(*parts)) if len(tokens) > tokenizer.model_max_length]
-
-
-def listed(text: str) -> list[str]:
-    """The items of a text that has semicolons or new lines between them."""
-    return re.split(r"\s*[;\n]\s*", text.strip())
-
-
-# A grammar of prompts. A scene is what goes together: places (with a seat after @), light, clothes (a close-up shows
-# what stands before "and"), what one person does, what one does with the whole body in view, and what two or three do.
-# {c} is a colour; "a" becomes "an" where it has to. Children are in every scene but those with a cast of adults.
-SCENES = """
-where in a snow-covered park @ on a bench; beside a frozen lake @ on a log; in a snowy village @ on a low wall
-  light under a pale winter sky; in low winter sun; in the blue light of dusk; in softly falling snow
-  wears a {c} winter coat and boots; a {c} padded jacket and warm trousers; a {c} parka and a woollen hat
-  does throwing a snowball; shaping a snowball with both hands; catching snowflakes with open palms; holding an icicle
-  does cupping a steaming mug in both hands; pulling up {their} scarf with both hands
-  moves shovelling snow; jumping up with both arms raised; pulling a wooden sled by its rope; building a small snowman
-  group building a snowman; pulling a wooden sled; throwing snow into the air; walking arm in arm
-where in a sunny park @ on a bench; on a seaside promenade @ on a low wall; on a tree-lined square @ on a stone step
-  light in bright sunshine; in golden evening light; in soft morning light; under a blue sky
-  wears a {c} T-shirt and jeans; a {c} linen shirt and light trousers; a {c} summer dress and sandals
-  does eating an ice cream; blowing soap bubbles; holding a bunch of flowers in both hands; opening a paper parasol
-  does taking a picture with a small camera; juggling three balls; unwrapping a sandwich; holding a paper windmill
-  moves riding a bicycle; skipping with a rope; flying a kite; throwing a frisbee; jumping up with both arms raised
-  moves balancing on one leg with outstretched arms; walking a small dog on a lead
-  group holding hands; sharing a picnic on a blanket; giving each other a high five; walking and waving
-where on a rainy street @ in a bus shelter; on a rainy market square @ under an awning; in a wet park @ in a bandstand
-  light under a heavy grey sky; in the glow of street lamps; in soft diffuse light; with puddles all around
-  wears a {c} raincoat and rubber boots; a {c} waterproof jacket and jeans; a {c} hooded jacket and dark trousers
-  does holding an open umbrella; folding up a wet umbrella; wringing out a wet scarf with both hands
-  does pulling up {their} hood with both hands; pointing at the clouds; buttoning up {their} collar with both hands
-  moves jumping over a puddle; running with a newspaper held over {their} head; carrying two full shopping bags
-  group sharing one large umbrella; jumping into a puddle; looking at a city map; looking up at the rain
-where in a bright kitchen @ at the table; in a farmhouse kitchen @ on a wooden chair; in a small bakery @ on a stool
-  light in warm lamplight; lit by a large window; in soft daylight; under bright ceiling lamps
-  wears a {c} shirt and a white apron; a {c} sweater and jeans; a {c} T-shirt and a striped apron
-  does kneading dough with both hands; using a rolling pin; pouring milk from a jug into a glass; peeling an orange
-  does whisking eggs in a bowl; decorating a cake with berries; holding a tray of fresh bread rolls; tasting some soup
-  moves sweeping the floor with a broom; carrying a large pot in both arms; reaching up for a jar on a high shelf
-  group kneading dough; rolling out a pizza; filling jars with jam; sharing a bowl of cherries; drying the dishes
-where in a cosy living room @ in an armchair; in a quiet library @ at a desk; in a bookshop @ in a leather armchair
-  light in warm lamplight; lit by a tall window; in soft morning light; in late afternoon light
-  wears a {c} knitted sweater and jeans; a {c} cardigan and corduroy trousers; a {c} dress and woollen tights
-  does turning the pages of a large book; writing in a notebook with a pencil; drawing a picture; folding a letter
-  does holding a paperback in one hand; winding a clock; folding a paper plane; holding up an old photograph
-  moves carrying a tall stack of books in both arms; reaching up for a book on a high shelf; dusting a globe
-  group playing chess; playing cards; bending over a large atlas; reading from one book; doing a jigsaw puzzle
-where on a concert stage @ on a chair; in a music room @ on a stool; in a rehearsal room @ on a wooden chair
-  light in a warm spotlight; in soft daylight; in coloured light; lit by a row of tall windows
-  wears a {c} shirt and black trousers; a {c} blouse and a long skirt; a {c} velvet jacket and dark trousers
-  does playing the violin; playing an acoustic guitar; playing the flute; playing the trumpet; playing the ukulele
-  does playing the accordion; conducting with a baton; shaking a tambourine; singing with one hand on the microphone
-  moves playing the cello; playing the drums; playing the harp; playing the piano; dancing with one arm raised
-  group playing violins; playing guitars; clapping in rhythm; singing from one sheet; playing hand drums
-where at a running track @ on the grass; in a sports hall @ on a wooden bench; at a basketball court @ on a bench
-  light in clear morning light; in bright even light; in late afternoon light; with strong light from one side
-  wears a {c} T-shirt and tracksuit trousers; a {c} tracksuit and running shoes; a {c} jersey and training trousers
-  does holding a basketball in both hands; stretching both arms overhead; spinning a ball on one finger
-  does drinking from a water bottle; lifting a small dumbbell; wiping {their} forehead with a towel; blowing a whistle
-  moves throwing a basketball; jumping with arms and legs spread; kicking a ball; sprinting; tying {their} shoelaces
-  moves standing on one leg with both palms overhead; doing a lunge with both arms raised
-  group giving each other a high five; passing a ball; stretching side by side; running in a row; lifting a trophy
-where in a carpenter's workshop @ on a stool; in a tidy garage @ on a crate; in a boatbuilder's shed @ on a trestle
-  cast adults
-  light in dusty sunlight; under a bright work lamp; in light from an open door; in light from above
-  wears a {c} work shirt and a leather apron; a {c} boiler suit and sturdy boots; a {c} work jacket and canvas trousers
-  does hammering a nail into a board; tightening a screw with a screwdriver; measuring a board with a tape measure
-  does sanding a chair leg; wiping {their} hands on a cloth; putting on a pair of work gloves; pointing at a drawing
-  moves carrying a ladder on one shoulder; sawing a plank; drilling a hole into a plank; painting a door with a brush
-  group lifting a heavy crate; bending over a plan; carrying a long plank; holding mugs of tea; painting a wooden boat
-where in a hotel ballroom @ on a velvet chair; in an opera foyer @ on a marble bench; on a roof terrace @ at a table
-  cast adults
-  light by candlelight; in the light of chandeliers; in soft golden light; under strings of lamps
-  wears a {c} evening dress and long earrings; a {c} suit and a silk scarf; a {c} velvet jacket and a white shirt
-  does raising a glass in a toast; holding a bouquet of roses; holding an open fan; straightening {their} collar
-  does fastening a wristwatch; slipping a ring onto one finger; blowing out a candle; clapping {their} hands
-  moves dancing with one arm stretched out; taking a bow with one hand on {their} chest; leaning on a railing
-  group raising their glasses; dancing and holding hands; talking with lively gestures; walking arm in arm
-"""
-HANDS = listed("""
-    waving with {their} right hand; waving with {their} left hand; giving a thumbs up; making a peace sign
-    pointing into the distance; holding up five fingers; holding up three fingers; crossing {their} arms
-    clapping {their} hands; counting on {their} fingers; reaching out one open hand; laying one hand on {their} heart
-    raising both arms; pressing both palms together; forming a heart with both hands; snapping {their} fingers
-""")
-FACE = listed("""
-    resting {their} chin on one hand; laughing with one hand over {their} mouth; touching one cheek with the fingertips
-    shading {their} eyes with one hand; holding both hands to {their} cheeks; whistling on two fingers
-    cupping one hand behind {their} ear; holding a phone to {their} ear; smelling a flower held in one hand
-    adjusting {their} round glasses with two fingers
-""")
-ORIGINS = listed("""
-    Black: coily, curly, braided: black; dark-skinned: coily, braided, wavy: black; Polynesian: wavy, curly: black
-    white: straight, wavy, curly: blond, brown, red; light-skinned: straight, wavy, curly: brown, dark brown, black
-    East Asian: straight: black; Southeast Asian: straight, wavy: black; South Asian: straight, wavy: black, dark brown
-    Middle Eastern: wavy, curly: black, dark brown; brown-skinned: straight, wavy, curly: black, dark brown
-    Latin American: straight, wavy, curly: black, brown; Native American: straight, braided: black
-""")
-ADULTS = ("woman", "man", "person")
-AGES = {"young": ADULTS, "middle-aged": ADULTS, "elderly": ADULTS, "little": ("girl", "boy", "child")}
-THEIR = {"woman": "her", "girl": "her", "man": "his", "boy": "his", "person": "their", "child": "their"}
-COVERED = {"woman": "a patterned headscarf", "man": "a shaved head", "person": "a shaved head"}
-CLOTH_COLOURS = (
-    "red",
-    "yellow",
-    "orange",
-    "green",
-    "blue",
-    "purple",
-    "pink",
-    "white",
-    "black",
-    "grey",
-    "brown",
-    "beige",
-)
-SHOTS = {"full": ("full-body photo", "wide shot"), "half": ("half-body photo", "waist-up photo")}
-SHOTS["close"] = ("close-up portrait", "head-and-shoulders portrait")
-
-
-def parse_scenes(text: str) -> list[dict[str, list[str]]]:
-    """SCENES as lists of items by key; each scene begins with its `where`, a key that comes again goes on."""
-    scenes: list[dict[str, list[str]]] = []
-    for line in text.strip().splitlines():
-        key, _, items = line.strip().partition(" ")
-        if key == "where":
-            scenes.append(defaultdict(list))
-        scenes[-1][key] += listed(items)
-    return scenes
-
-
-def draw_person(rng: random.Random, scene: dict[str, list[str]]) -> tuple[str, str, str, str]:
-    """Someone who fits into the scene: (age, origin and noun), hair, clothes, and the possessive pronoun."""
-    age = rng.choice([*AGES][: 3 if scene["cast"] else 4])
-    (noun,) = rng.choices(AGES[age], (9, 9, 2))
-    origin, textures, colours = rng.choice(ORIGINS).split(": ")
-    length = "short" if noun in ("man", "boy") else rng.choice(("short", "shoulder-length", "long"))
-    colour = rng.choice(("grey", "white", "silver") if age == "elderly" else colours.split(", "))
-    hair = f"{length} {rng.choice(textures.split(', '))} {colour} hair"
-    if noun in COVERED and rng.random() < 0.12:
-        hair = COVERED[noun]
-    clothes = [c for c in scene["wears"] if noun in ("woman", "girl") or not re.search("dress|skirt|blouse", c)]
-    return f"a {age} {origin} {noun}", hair, rng.choice(clothes).format(c=rng.choice(CLOTH_COLOURS)), THEIR[noun]
-
-
-def draw_one(rng: random.Random, scene: dict[str, list[str]], place: str, seat: str) -> tuple[str, str, str]:
-    """A person alone: the kind of shot, who it is, and what the hands do where."""
-    (shot,) = rng.choices(list(SHOTS), (4, 3, 2))
-    who, hair, clothes, their = draw_person(rng, scene)
-    pose = rng.choices(("standing", f"sitting {seat}", "sitting in a wheelchair"), (4, 3, 1))[0]
-    anywhere = f"{pose} {place} and {rng.choice(HANDS)}"
-    doing = [anywhere, *(f"{rng.choice(scene[key])} {place}" for key in ("does", "moves"))]
-    if shot == "close":
-        clothes, doing = clothes.split(" and ")[0], [f"{rng.choice(FACE)} {place}"]
-    action = rng.choice(doing[:2] if shot == "half" else doing).format(their=their)
-    return shot, f"{who} with {hair}, wearing {clothes}", action
-
-
-def draw_group(rng: random.Random, scene: dict[str, list[str]], count: int, place: str) -> tuple[str, str, str]:
-    """Two people, each with the upper part of the clothes, or three, each in a colour; and what they do where."""
-    people: dict[str, str] = {}
-    while len(people) < count:
-        who, _, clothes, _ = draw_person(rng, scene)
-        people[who] = f"{who} in {clothes.split(' and ')[0] if count == 2 else rng.choice(CLOTH_COLOURS)}"
-    *first, last = people.values()
-    action = rng.choice(scene["group"] + ["shaking hands"] * (count == 2))
-    return "full", f"{('two', 'three')[count - 2]} people, {', '.join(first)} and {last}", f"{action} {place}"
-
-
-def human_prompts(count: int, seed: int) -> list[str]:
-    """`count` distinct prompts of people, clothed and with busy hands; the first ones are the same for any count.
-
-    Ages, origins, women and men come equally often; 6 in 11 prompts have one person, 3 two and 2 three.
-    """
-    rng, scenes = random.Random(seed), parse_scenes(SCENES)
-    prompts: dict[str, None] = {}
-    while len(prompts) < count:
-        scene = rng.choice(scenes)
-        (people,) = rng.choices((1, 2, 3), (6, 3, 2))
-        place, seat = rng.choice(scene["where"]).split(" @ ")
-        shot, who, action = draw_one(rng, scene, place, seat) if people == 1 else draw_group(rng, scene, people, place)
-        what, light = f"a {rng.choice(SHOTS[shot])}", rng.choice(scene["light"])
-        parts = rng.choice(([f"{what} of {who}", action, light], [who, action, light, what], [who, action, what]))
-        prompt = re.sub(r"\b[Aa](?= [aeio]| u(?!ku|ni))", r"\g<0>n", ", ".join(parts))
-        prompts[prompt[0].upper() + prompt[1:]] = None
-    return list(prompts)
-
-
-def write_prompts(path: Path, count: int, seed: int) -> list[str]:
-    """Writes human_prompts, one per line, and returns them; UserError for a file that is there already."""
-    if path.exists():
-        raise UserError(f"{path} is there already: choose another file for --write_prompts, or delete it")
-    prompts = human_prompts(count, seed)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {path.parent}: {error.strerror}") from error
-    replace_file(path, lambda part: part.write_text("\n".join(prompts) + "\n", encoding="utf-8"))
-    return prompts
-
-
-# ---- The pool -------------------------------------------------------------------------------------------------------
-# A row for each image, in shards: fixed groups of prompts, whatever the batch size and the number of processes. With
-# drafts there are two kinds: drafts-*.parquet with N quick images of each prompt, images-*.parquet with its finalists.
-
-Row = dict[str, Any]
-Plan = Callable[[list[str]], list[Row]]  # the rows that some prompts' shard shall hold
-
-SCORE_COLUMNS = {"prompt_id": pa.string(), "caption": pa.string(), "index": pa.int64(), "source": pa.string()}
-SCORE_COLUMNS |= {"seed": pa.int64(), "scores": pa.string()}
-POOL_COLUMNS = SCORE_COLUMNS | {"jpg": pa.binary(), "latents": pa.binary()}
-DISCARDED = b""  # in place of the jpg of a draft that was scored and not kept; one that is not finite has none
-FINALISTS = 4  # a prompt's in plan_shards, whatever --finalists is, so that --rescore finds them in the same files
-PREVIOUS = -1  # the index of the previous stage's winner among a prompt's images
-
-
-class LeftOut(Exception):
-    """A scorer failed: the shard is tried once more, then left out and counted."""
-
-
-NO_IMAGE = "no image is finite (another --mixed_precision, with --overwrite, may help)"
-
-
-class Winner(NamedTuple):
-    """Where a winner of the previous stage is written."""
-
-    file: Path
-    row_group: int
-    row: int
-    side: int
-    source: str
-    seed: int
-    split: str
-
-
-class Tools(NamedTuple):
-    """What draws and scores; a model is loaded when the first image needs it."""
-
-    wanted: list[Scorer]
-    scorers: Callable[[], dict[Scorer, Score]]
-    pipe: Callable[[], DiffusionPipeline]
-    vae_hash: Callable[[], str]
-    model_hash: Callable[[], str]  # of all its weights
-    photos: dict[str, Callable[[], Image.Image]]
-    winners: dict[str, Winner]
-    winners_latents: dict[str, Any] | None  # their shape, type and VAE
-
-
-class Inline(Executor):
-    """Does what it is given at once: on a CPU, where a second thread would only take cores from the first."""
-
-    def submit(self, function: Callable[..., Any], *args: Any) -> Future:
-        """As Executor.submit."""
-        job: Future = Future()
-        try:
-            job.set_result(function(*args))
-        except Exception as error:
-            job.set_exception(error)
-        return job
-
-
-class Done(NamedTuple):
-    """What complete_shards did: images, seconds, shards, and those of them that it left out, with the reason."""
-
-    images: int
-    seconds: float
-    shards: int
-    left_out: dict[Path, str]
-
-
-class Votes(NamedTuple):
-    """The scorers of --scorer with the spread of each, and those of --agree."""
-
-    scorers: list[Scorer]
-    spreads: dict[str, float]
-    agree: list[Scorer]
-
-    def totals(self, rows: list[Row]) -> np.ndarray:
-        """The ensemble's scores of rows, (N,)."""
-        scores = {scorer.label: scores_of(rows, scorer) for scorer in self.scorers}
-        return ensemble(scores, {scorer.label: scorer.weight for scorer in self.scorers}, self.spreads)
-
-
-def new_row(caption: str, index: int, source: str, seed: int) -> Row:
-    """A row of the pool before its image is drawn."""
-    prompt_id = hashlib.sha256(caption.encode()).hexdigest()[:16]
-    return {"prompt_id": prompt_id, "caption": caption, "index": index, "source": source, "seed": seed}
-
-
-def image_id(row: Row) -> str:
-    """An image's name, by which scores that were made elsewhere find it."""
-    return f"{row['prompt_id']}-{row['source']}-{row['index']}"
-
-
-def plan_shards(folder: Path, kind: str, prompts: list[str], images_per_prompt: int) -> dict[Path, list[str]]:
-    """The pool's files of a kind and their prompts."""
-    size = math.ceil(SHARD_IMAGES / images_per_prompt)
-    groups = [prompts[start : start + size] for start in range(0, len(prompts), size)]
-    return {folder / "pool" / f"{kind}-{number:05d}.parquet": group for number, group in enumerate(groups)}
-
-
-def shard_of_prompts(shards: dict[Path, list[str]]) -> dict[str, Path]:
-    """plan_shards the other way round."""
-    return {prompt: path for path, prompts in shards.items() for prompt in prompts}
-
-
-def plan_candidates(prompts: list[str], count: int, seed: int, source: str) -> list[Row]:
-    """`count` rows of each prompt, whose images differ in their seeds."""
-    return [new_row(prompt, i, source, image_seed(seed, prompt, i)) for prompt in prompts for i in range(count)]
-
-
-def plan_finalists(prompts: list[str], drafts: dict[str, Path], per_side: int, votes: Votes) -> list[Row]:
-    """The rows of the drafts that are worth drawing in full; `drafts` tells in which shard a prompt's are."""
-    rows = []
-    for shard in dict.fromkeys(drafts[prompt] for prompt in prompts):
-        for caption, pool in read_pools([shard]):
-            if caption in prompts:
-                chosen = [pool[i] for i in finalists(votes.totals(pool), per_side)]
-                rows += [new_row(caption, row["index"], "generated", row["seed"]) for row in chosen]
-    return rows
-
-
-def plan_kept(prompts: list[str], images: dict[str, Path]) -> list[Row]:
-    """--rescore: the images that are there; `images` tells in which shard a prompt's are."""
-    pools = read_pools(dict.fromkeys(images[prompt] for prompt in prompts))
-    return [
-        new_row(*(row[name] for name in ("caption", "index", "source", "seed"))) for _, rows in pools for row in rows
-    ]
-
-
-def plan_reconstructions(prompts: list[str], timesteps: list[int], seed: int, winners: dict[str, Winner]) -> list[Row]:
-    """For each prompt the winner of the previous stage, and a row per timestep of SDRecon."""
-    rows = []
-    for prompt in prompts:
-        rows.append(new_row(prompt, PREVIOUS, winners[prompt].source, winners[prompt].seed))
-        rows += [new_row(prompt, i, f"sdrecon-{t}", image_seed(seed, prompt, t)) for i, t in enumerate(timesteps)]
-    return rows
-
-
-def batches(rows: list[Row], size: int, key: Callable[[Row], Any] = lambda row: ()) -> Iterator[list[Row]]:
-    """Cuts rows into lists of at most `size`, each of one `key`."""
-    for _, alike in groupby(sorted(rows, key=key), key=key):
-        alike = list(alike)
-        yield from (alike[start : start + size] for start in range(0, len(alike), size))
-
-
-def how_drawn(row: Row) -> tuple[bool, str]:
-    """What rows of a batch must have in common: taken from the previous stage or drawn, and how."""
-    return row["index"] == PREVIOUS, row["index"] != PREVIOUS and row["source"]
-
-
-def draw_rows(
-    batch: list[Row], prompts: list[str], embeds: dict[str, torch.Tensor], tools: Tools, args: argparse.Namespace
-) -> tuple[list[Image.Image], torch.Tensor]:
-    """The images and latents of rows that are drawn alike."""
-    pipe, source = tools.pipe(), batch[0]["source"]
-    which, seeds = [prompts.index(row["caption"]) for row in batch], [row["seed"] for row in batch]
-    steps: int | list[int] = args.num_inference_steps
-    if batch[0]["index"] == PREVIOUS:
-        return restore_winners([tools.winners[row["caption"]] for row in batch], tools)
-    if source.startswith("sdrecon"):
-        found = [open_or_tell(row, tools.photos) for row in batch]
-        black = Image.new("RGB", (args.width, args.height))
-        photos = [ImageOps.fit(photo or black, black.size) for photo in found]
-        t = int(source.rpartition("-")[2])
-        images, latents = sd_recon(pipe, embeds, which, seeds, photos, t, steps, args.guidance_scale)
-        lost = torch.tensor([photo is None for photo in found])
-        return images, latents.masked_fill(lost[:, None, None, None], math.nan)  # neither image nor score
-    size = (args.guidance_scale, args.height, args.width)
-    if source == "draft":
-        with drafting(pipe):
-            return sample(pipe, embeds, which, seeds, args.draft_steps, *size)
-    return sample(pipe, embeds, which, seeds, steps, *size)
-
-
-def open_or_tell(row: Row, photos: dict[str, Callable[[], Image.Image]]) -> Image.Image | None:
-    """A row's photo; None where it cannot be read, which is told at the first of its rows."""
-    try:
-        return photos[row["caption"]]()
-    except UserError as error:
-        row["unread"] = True  # it is not written, so that the next start tries again
-        if row["index"] == 0:
-            tqdm.write(f"left out: {error}; the same command tries it again", file=sys.stderr)
-        return None
-
-
-def restore_winners(winners: list[Winner], tools: Tools) -> tuple[list[Image.Image], torch.Tensor]:
-    """Images and latents of the previous stage; decoded again if the latents are this VAE's, else from the files."""
-    pipe, rows = tools.pipe(), [read_winner(winner) for winner in winners]
-    known = tools.winners_latents or {}
-    if known.get("vae_hash") == tools.vae_hash():
-        arrays = [np.frombuffer(row["latents"], known["dtype"]).reshape(known["shape"]) for row in rows]
-        latents = torch.from_numpy(np.stack(arrays))
-        return decode(pipe, latents)
-    images = [from_jpeg(row["jpg"]) for row in rows]
-    return images, encode(pipe, images).to("cpu", torch.float16)
-
-
-def keep_images(
-    batch: list[Row], images: list[Image.Image], latents: torch.Tensor, tools: Tools, args: argparse.Namespace
-) -> None:
-    """Scores a batch's images and notes them in its rows, as files. An image that is not finite gets no file."""
-    finite = latents.isfinite().flatten(1).all(1).tolist()
-    for row, image, latent, good in zip(batch, images, latents, finite, strict=True):
-        draft, previous = row["source"] == "draft", row["index"] == PREVIOUS
-        if previous:
-            row["jpg"] = read_winner(tools.winners[row["caption"]])["jpg"]
-        else:
-            row["jpg"] = (DISCARDED if draft and args.discard_drafts else to_jpeg(image)) if good else None
-        row["latents"] = latent.numpy().tobytes() if good and not draft and not args.no_latents else None
-    score_rows(
-        batch, [image if good else None for image, good in zip(images, finite, strict=True)], chosen_scorers(tools)
-    )
-
-
-def chosen_scorers(tools: Tools) -> dict[Scorer, Score]:
-    """The loaded scorers of these shards: drafts are not shown to those of --agree."""
-    return {scorer: score for scorer, score in tools.scorers().items() if scorer in tools.wanted}
-
-
-def score_kept(rows: list[Row], scorers: dict[Scorer, Score]) -> None:
-    """Scores images of the pool by their files, with the scorers that have not seen them."""
-    unseen = {s: score for s, score in scorers.items() if any(s.source not in json.loads(r["scores"]) for r in rows)}
-    if any(row["jpg"] == DISCARDED for row in rows):
-        raise UserError(
-            f"{next(iter(unseen)).label} cannot score drafts that --discard_drafts did not keep: make a new pool"
-        )
-    score_rows(rows, [row["jpg"] and from_jpeg(row["jpg"]) for row in rows], unseen)
-
-
-def score_rows(rows: list[Row], images: list[Image.Image | None], scorers: dict[Scorer, Score]) -> None:
-    """Adds every scorer's raw scores to the rows' json; nan where there is no image."""
-    there = [(row, image) for row, image in zip(rows, images, strict=True) if image]
-    for row, image in there:
-        image.info["image_id"] = image_id(row)
-    for scorer, score in scorers.items():
-        values = ask(scorer, score, [image for _, image in there], [row["caption"] for row, _ in there])
-        found = dict(zip((image_id(row) for row, _ in there), values, strict=True))
-        for row in rows:
-            known = json.loads(row.get("scores", "{}"))
-            row["scores"] = json.dumps(known | {scorer.source: found.get(image_id(row), math.nan)})
-
-
-def ask(scorer: Scorer, score: Score, images: list[Image.Image], prompts: list[str]) -> list[float]:
-    """run_scorer; whatever a scorer may raise, it must not end a run of days."""
-    try:
-        return run_scorer(score, scorer.label, images, prompts) if images else []
-    except UserError:
-        raise
-    except Exception as error:
-        raise LeftOut(f"scorer {scorer.label} raised {type(error).__name__}: {error}") from error
-
-
-def complete_shard(
-    path: Path,
-    prompts: list[str],
-    plan: Plan,
-    tools: Tools,
-    args: argparse.Namespace,
-    beside: Executor,
-    bar: tqdm,
-) -> Future:
-    """Draws the rows that a shard lacks; on a GPU the thread `beside` scores and writes while the next are drawn."""
-    kept = {image_id(row): row for row in read_shard(path)} if path.exists() else {}
-    facts, scorers = read_facts(path) if kept else {}, chosen_scorers(tools)
-    rows = list(({image_id(row): row for row in plan(prompts)} | kept).values())
-    rows.sort(key=lambda row: (prompts.index(row["caption"]), row["index"]))
-    missing = [row for row in rows if "jpg" not in row]
-    unscored = [row for row in kept.values() if any(s.source not in json.loads(row["scores"]) for s in tools.wanted)]
-    jobs: list[Future] = []
-    for batch in batches(unscored, args.batch_size):
-        jobs.append(beside.submit(score_kept, batch, scorers))
-        wait(jobs[-2:-1])
-        bar.update(len(batch))
-    if missing:
-        tools.model_hash()  # refuses a model that did not draw the others
-    embeds = encode_prompts(tools.pipe(), prompts, args.negative_prompt) if missing else {}
-    for batch in batches(missing, args.batch_size, how_drawn):
-        try:
-            images, latents = draw_rows(batch, prompts, embeds, tools, args)
-        except torch.OutOfMemoryError as error:
-            raise UserError(f"out of memory: set --batch_size below {args.batch_size}") from error
-        facts = facts or describe_images(images[0], latents, tools, args)
-        jobs.append(beside.submit(keep_images, batch, images, latents, tools, args))
-        wait(jobs[-2:-1])  # so that no more than two batches are held
-        bar.update(len(batch))
-    return beside.submit(finish_shard, path, rows, facts, jobs)
-
-
-def finish_shard(path: Path, rows: list[Row], facts: dict[str, Any], jobs: list[Future]) -> str:
-    """Writes a shard once all of its images are scored, or raises what went wrong with one; what is odd about it."""
-    for job in jobs:
-        job.result()
-    read = [row for row in rows if "unread" not in row]
-    write_shard(path, read, facts)
-    if any(row["jpg"] is not None for row in read if row["index"] != PREVIOUS):
+def to_text(value: Any, place: str) -> str:
+    """A prompt in single spaces, "" for none; UserError with its place where it is no text."""
+    if isinstance(value, str):
+        return " ".join(value.encode("utf-8", "ignore").decode().split())  # half a character is left out
+    if value is None or value is pd.NA or value != value:  # nan
         return ""
-    return NO_IMAGE if len(read) == len(rows) else "no photo can be read"
+    raise UserError(f"{place}: {value!r:.40} in place of a text")
 
 
-def trouble_with(job: Future) -> str:
-    """What is odd about a shard or why it has to be left out, "" if nothing; any other error is raised."""
-    error = job.exception()
-    return str(error) if isinstance(error, LeftOut) else job.result()
+def read_rows(source: str, column: str | None, count: int | None = None) -> pd.DataFrame:
+    """The captions' column, alone, of what `datasets` reads of a folder, or of owner/name[:split] on the hub, train or
+    else the first split."""
+    import datasets
 
-
-def complete_shards(
-    shards: dict[Path, list[str]],
-    plan: Plan,
-    tools: Tools,
-    args: argparse.Namespace,
-    state: PartialState,
-) -> Done:
-    """Draws and scores what this process's shards lack; what failed twice is left out.
-
-    A folder that another process fills is asked once, at the start: each process has every K-th shard to itself.
-    UserError for trouble with three shards in a row: so it would go on.
-    """
-    lacking = {path: count_lacking(path, plan(shards[path]), tools.wanted) for path in process_share(shards, state)}
-    todo = [(number, path) for number, (path, count) in enumerate(lacking.items()) if count]
-    if not todo:
-        return Done(0, 0.0, 0, {})
-    shards_lacking, trouble = len(todo), [""] * len(lacking)
-    tools.scorers()  # what is loaded here is not counted as drawing
-    if not all(path.exists() for _, path in todo):
-        tools.vae_hash()
-        tools.model_hash()
-    what, start = todo[0][1].stem.partition("-")[0], time.perf_counter()
-    executor = Inline() if state.device.type == "cpu" else ThreadPoolExecutor(1)
-    with progress(sum(lacking.values()), state, what, "img") as bar, executor as beside:
-        for attempt in (1, 2):  # what a scorer fails on is tried once more
-            jobs = ((*one, complete_shard(one[1], shards[one[1]], plan, tools, args, beside, bar)) for one in todo)
-            failed = []
-            for (number, path, job), _ in pairwise(chain(jobs, [None])):  # each is looked at when the next is drawn
-                trouble[number] = trouble_with(job)
-                if job.exception():
-                    failed.append((number, path))
-                if attempt == 1 and number >= 2 and all(trouble[number - 2 : number + 1]):
-                    words = "three shards in a row, so the run ends; what is finished is kept for the next start"
-                    raise UserError(f"{trouble[number]}: {words}")
-            todo = failed
-    left_out = {path: trouble[number] for number, path in todo}
-    return Done(sum(lacking.values()), time.perf_counter() - start, shards_lacking, left_out)
-
-
-def count_lacking(path: Path, rows: list[Row], scorers: list[Scorer]) -> int:
-    """How many of the planned rows a shard does not have yet with every score."""
-    if not path.exists():
-        return len(rows)
-    seen = {image_id(row): json.loads(row["scores"]) for row in read_shard(path, list(SCORE_COLUMNS))}
-    return sum(any(scorer.source not in seen.get(image_id(row), {}) for scorer in scorers) for row in rows)
-
-
-def describe_images(image: Image.Image, latents: torch.Tensor, tools: Tools, args: argparse.Namespace) -> Row:
-    """What holds for all images of a shard: size, model and device, and the shape, scale and VAE of the latents."""
-    unet, scale, shape = tools.pipe().unet, tools.pipe().vae.config.scaling_factor, list(latents.shape[1:])
-    vae = {"vae": args.pretrained_model_name_or_path, "scaling_factor": scale, "vae_hash": tools.vae_hash()}
-    device = torch.cuda.get_device_name(unet.device) if unet.device.type == "cuda" else unet.device.type
-    drawn = {"model_hash": tools.model_hash(), "device": device, "precision": str(unet.dtype).removeprefix("torch.")}
-    return {"image_size": image.size, "latents": {"shape": shape, "dtype": "float16"} | vae} | drawn
-
-
-def process_share(shards: Iterable[Path], state: PartialState) -> list[Path]:
-    """The shards that this process makes: every K-th, finished or not, so that the processes agree without asking."""
-    return list(shards)[state.process_index :: state.num_processes]
-
-
-def progress(total: int, state: PartialState, what: str, unit: str) -> tqdm:
-    """A bar for this process's share of the work; only the main process shows its own."""
-    share = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
-    hidden = not (total and state.is_main_process)
-    return tqdm(total=total, desc=what + share, unit=unit, smoothing=0.1, disable=hidden)
-
-
-def to_jpeg(image: Image.Image) -> bytes:
-    """Quality 95, no chroma subsampling: the same codec for winners and losers."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=95, subsampling=0)
-    return buffer.getvalue()
-
-
-def from_jpeg(data: bytes) -> Image.Image:
-    """Decodes what to_jpeg encoded."""
-    return Image.open(io.BytesIO(data)).convert("RGB")
-
-
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes under a temporary name, then renames: whoever sees `path` sees it whole. UserError on a full disk."""
-    part = path.with_name(path.name + ".part")
+    datasets.disable_progress_bars()
+    named = None if Path(source).is_dir() else re.fullmatch(r"(.+?):([\w.-]+)", source)
+    name, split = named.groups() if named else (source, None)
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise UserError(f"no such file or folder: {source}")
     try:
-        write(part)
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        reason = os.strerror(error.errno) if error.errno else error
-        raise UserError(f"cannot write {path}: {reason}; what is finished is kept, start again to go on") from error
+        splits = datasets.get_dataset_split_names(name)
+        split = split or ("train" if "train" in splits else splits[0])
+        rows = datasets.load_dataset(name, split=split, streaming=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise UserError(f"{source} is no file, nor can datasets load it: {str(error).splitlines()[0]}") from error
+    name = choose_column(source, column, rows.column_names or list(next(iter(rows))))
+    texts, distinct = [], set()
+    for row in rows.select_columns([name]):
+        texts.append(row[name])
+        distinct.add(row[name])
+        if len(distinct) == count:
+            break
+    return pd.DataFrame({name: texts}, dtype=object)
 
 
-@contextlib.contextmanager
-def reading(path: Path, remedy: str = "") -> Iterator[None]:
-    """UserError with the file's name where parquet cannot be read within the block, say because its end is missing."""
+def find_photos(folder: Path) -> tuple[list[Path], int]:
+    """The files that Pillow reads in a folder and the folders in it, by path; and how many were left out: masks,
+    thumbnails, hidden ones, and images of kinds that it cannot read."""
+    known, found, left_out = Image.registered_extensions().keys() - NO_PHOTOS, [], 0
+    if any(folder.rglob("*.parquet")):  # a data set with pictures, such as our own
+        return [], 0
+    for place, _, names in os.walk(folder, followlinks=True):
+        for file in (Path(place, name) for name in names):
+            kind = file.suffix.lower()
+            companion = COMPANIONS.search(f"/{file.relative_to(folder).as_posix()}")
+            left_out += bool(companion) if kind in known else kind in (".heic", ".heif", ".avif")
+            found += [file] if kind in known and not companion else []
+    return sorted(found), left_out
+
+
+def read_photos(source: str, column: str | None) -> tuple[pd.DataFrame, str]:
+    """A table of the photos with a caption, prompt and photo (its path), and what was left out, of a folder with
+    metadata.jsonl, metadata.csv, or a .txt or .caption beside each photo."""
+    folder = Path(source)
+    (photos, odd), captions = find_photos(folder), {}
+    places = sorted({place for photo in photos for place in photo.parents if folder in (place, *place.parents)})
+    tables = (place / name for place in places for name in ("metadata.jsonl", "metadata.csv"))
+    for file in filter(Path.is_file, tables):
+        listed = read_table(str(file), column)
+        if "file_name" not in listed:
+            raise UserError(f"{file} has no column file_name")
+        for number, (name, text) in enumerate(zip(listed.file_name, listed.prompt, strict=True), 1):
+            if not (file.parent / str(name)).is_file():
+                raise UserError(f"{file}, row {number}: there is no file {name}")
+            captions[file.parent / str(name)] = text
+    texts = [captions.get(photo) or to_text(read_caption(photo), str(photo)) for photo in photos]
+    table = pd.DataFrame({"prompt": texts, "photo": [str(photo) for photo in photos]})
+    kept = table[table.prompt != ""].drop_duplicates("prompt", ignore_index=True)
+    if kept.empty:
+        raise UserError(f"{len(table)} photos in {source}, none has a caption (metadata.jsonl, or a .txt beside it)")
+    blank = (table.prompt == "").sum()
+    left_out = f"{blank} without caption, {len(table) - blank - len(kept)} of a repeated one, {odd} masks, thumbnails"
+    return kept, f"photos     {len(kept)} of {len(table) + odd} in {source} ({left_out} or unknown kinds left out)"
+
+
+def read_caption(image: Path) -> str:
+    """The caption in the .txt or .caption file beside an image, "" without one; of several lines, which are
+    alternatives, the first. UserError for one that a generator's UI wrote, with settings in it."""
+    for file in (image.with_suffix(".txt"), image.with_suffix(".caption")):
+        try:
+            text = file.read_text(encoding="utf-8-sig").strip() if file.is_file() else ""
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not utf-8") from error
+        if re.search(r"^(Negative prompt:|Steps: \d+, )", text, re.MULTILINE):
+            raise UserError(f"{file} holds a generator's settings, not only a caption")
+        if text:
+            return text.splitlines()[0].strip()
+    return ""
+
+
+def read_image(file: BinaryIO | Path) -> Image.Image:
+    """An image in 8-bit sRGB, upright. 16-bit and float greys are scaled from the range of their kind, transparent
+    pixels lie on white, colour profiles are converted."""
+    image = ImageOps.exif_transpose(Image.open(file))
+    profile = image.info.get("icc_profile", b"")
+    if image.mode.startswith(("I", "F")):
+        grey = np.asarray(image, dtype=np.float32)
+        tops = (65535,) if image.mode.startswith("I") else (1, 255, 65535)
+        top = next((top for top in tops if grey.max() <= top), grey.max())
+        return Image.fromarray(np.uint8(np.clip(grey / top, 0, 1) * 255 + 0.5)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if profile and b"sRGB" not in profile and image.mode in ("RGB", "CMYK", "L"):
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):  # a damaged profile is none
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            image = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    return image.convert("RGB")
+
+
+def check_photo(photo: str, height: int, width: int) -> str:
+    """A hash of a photo's size in bytes and of 4 kB in its middle; or, in words, why it is left out."""
     try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"cannot read {path}: {str(error).partition(chr(10))[0]}{remedy}") from error
-
-
-MAKE_ANEW = "; delete it, and the same command makes it anew"
-
-
-def write_shard(path: Path, rows: list[Row], facts: Row) -> None:
-    """Writes a shard of the pool, a row per image, prompt by prompt; `facts` about all of them go to its metadata."""
-    schema = pa.schema(POOL_COLUMNS.items(), metadata={"facts": json.dumps(facts)})
-    replace_file(path, lambda part: pq.write_table(pa.Table.from_pylist(rows, schema), part))
-
-
-def read_shard(path: Path, columns: list[str] | None = None) -> list[Row]:
-    """The rows of a shard, all columns or some."""
-    with reading(path, MAKE_ANEW):
-        return pq.read_table(path, columns=columns).to_pylist()
-
-
-def read_facts(path: Path) -> Row:
-    """What write_shard noted about all rows."""
-    with reading(path, MAKE_ANEW):
-        return json.loads(pq.read_schema(path).metadata[b"facts"])
-
-
-def read_pools(shards: Iterable[Path], columns: list[str] | None = None) -> Iterator[tuple[str, list[Row]]]:
-    """The rows of each prompt, shard by shard, those of SCORE_COLUMNS unless told; lacking shards are passed over."""
-    for shard in shards:
-        if shard.exists():
-            rows = read_shard(shard, columns or list(SCORE_COLUMNS))
-            yield from ((caption, list(pool)) for caption, pool in groupby(rows, key=itemgetter("caption")))
-
-
-def scores_of(rows: list[Row], scorer: Scorer) -> np.ndarray:
-    """A scorer's raw scores of rows, (N,); nan where it failed."""
-    return np.array([json.loads(row["scores"]).get(scorer.source, math.nan) for row in rows], np.float64)
-
-
-def count_votes(
-    scorers: list[Scorer], agree: list[Scorer], images: Collection[Path], drafts: Collection[Path] = ()
-) -> Votes:
-    """The scorers with their spreads; one that votes alone, or not at all, needs none.
-
-    The spread is that of the drafts, if there are any and all that vote have seen them, else that of the images: the
-    finalists are extremes, and the two cannot be mixed.
-    """
-    voting = [scorer for scorer in scorers if scorer.weight != 0]
-    spreads = {s.label: 0.0 for s in scorers}
-    if len(voting) > 1:
-        shards = drafts if all(has_seen(s, drafts) for s in voting) else images
-        for s in voting:
-            spreads[s.label] = pooled_spread(scores_of(pool, s) for _, pool in read_pools(shards))
-    return Votes(scorers, spreads, agree)
-
-
-def has_seen(scorer: Scorer, shards: Collection[Path]) -> bool:
-    """Whether a scorer has scored all there is in some shards, and there is something."""
-    seen = [scorer.source in json.loads(row["scores"]) for _, rows in read_pools(shards) for row in rows]
-    return bool(seen) and all(seen)
-
-
-# ---- The previous stage ---------------------------------------------------------------------------------------------
-
-
-def find_winners(folder: str) -> dict[str, Winner]:
-    """Where the winner of each caption of a folder of pairs is, without reading images; ties are left out."""
-    winners: dict[str, Winner] = {}
-    files = sorted(Path(folder, "data").glob("*.parquet"))
-    if not files:
-        raise UserError(f"--previous_pairs {folder}: no data/*.parquet; give the output folder of the stage before")
-    for file in files:
-        with reading(file):
-            for place, caption in winners_of(file):
-                winners.setdefault(caption, place)
-    return winners
-
-
-def winners_of(file: Path) -> Iterator[tuple[Winner, str]]:
-    """Where the winners in a file of pairs are, with their captions."""
-    parquet, split = pq.ParquetFile(file), file.name.partition("-")[0]
-    columns = ["caption", "label_0", "label_1", "source_0", "source_1", "seed_0", "seed_1"]
-    missing = set(columns) - set(parquet.schema_arrow.names)
-    if missing:
-        raise UserError(f"--previous_pairs: {file} has no column {min(missing)}; it is not a stage's output")
-    for group in range(parquet.num_row_groups):
-        for number, row in enumerate(parquet.read_row_group(group, columns).to_pylist()):
-            side = int(row["label_1"] > row["label_0"])
-            if row["label_0"] != row["label_1"]:
-                yield (
-                    Winner(file, group, number, side, row[f"source_{side}"], row[f"seed_{side}"], split),
-                    row["caption"],
-                )
-
-
-@lru_cache(maxsize=2)
-def read_row_group(file: Path, row_group: int) -> list[Row]:
-    """The images and latents of some pairs."""
-    with reading(file):
-        parquet = pq.ParquetFile(file)
-        columns = [name for name in parquet.schema_arrow.names if name.startswith(("jpg_", "latents_"))]
-        return parquet.read_row_group(row_group, columns).to_pylist()
-
-
-def read_winner(winner: Winner) -> Row:
-    """A winner's jpg, and its latents where they were kept (else None)."""
-    row = read_row_group(winner.file, winner.row_group)[winner.row]
-    return {name: row.get(f"{name}_{winner.side}") for name in ("jpg", "latents")}
-
-
-# ---- Pairs ----------------------------------------------------------------------------------------------------------
-
-
-PICKAPIC_COLUMNS = {"jpg_0": pa.binary(), "jpg_1": pa.binary(), "label_0": pa.float64(), "label_1": pa.float64()}
-PICKAPIC_COLUMNS |= {"caption": pa.string()}  # so far what everyone reads
-PICKAPIC_COLUMNS |= {"are_different": pa.bool_(), "has_label": pa.bool_(), "best_image_uid": pa.string()}
-PICKAPIC_COLUMNS |= {"image_0_uid": pa.string(), "image_1_uid": pa.string(), "model_0": pa.string()}
-PICKAPIC_COLUMNS |= {"model_1": pa.string(), "ranking_id": pa.int64(), "num_example_per_prompt": pa.int64()}
-
-PAIR_COLUMNS = {"jpg_0": pa.binary(), "jpg_1": pa.binary(), "label_0": pa.float64(), "label_1": pa.float64()}
-PAIR_COLUMNS |= {"caption": pa.string()}  # so far Pick-a-Pic v2
-PAIR_COLUMNS |= {"score_0": pa.float64(), "score_1": pa.float64(), "scores": pa.string(), "margin": pa.float64()}
-PAIR_COLUMNS |= {"seed_0": pa.int64(), "seed_1": pa.int64(), "source_0": pa.string(), "source_1": pa.string()}
-PAIR_COLUMNS |= {"latents_0": pa.binary(), "latents_1": pa.binary()}
-PAIR_COLUMNS |= {"prompt_id": pa.string(), "stage": pa.string(), "num_candidates": pa.int64()}
-
-
-class Choice(NamedTuple):
-    """A prompt's verdict: its rows of the pool, the pair of indices (winner, loser) or None, why, and all scores."""
-
-    caption: str
-    rows: list[Row]
-    pair: tuple[int, int] | None
-    reason: str
-    totals: np.ndarray
-
-    @property
-    def margin(self) -> float:
-        """The winner's score less the loser's."""
-        winner, loser = self.pair
-        return float(self.totals[winner] - self.totals[loser])
-
-
-def choose(caption: str, rows: list[Row], stage: str, votes: Votes) -> Choice:
-    """A prompt's pair; every scorer of --agree must order it alike."""
-    if not rows:
-        return Choice(caption, rows, None, "no image with a score", np.empty(0))
-    totals = votes.totals(rows)
-    if stage == "easy":
-        pair, reason = best_and_worst(totals)
-    else:
-        previous = next(i for i, row in enumerate(rows) if row["index"] == PREVIOUS)
-        pair, reason = best_against_previous(totals, previous, must_win=stage == "normal")
-    for scorer in votes.agree if pair else []:
-        winner, loser = scores_of([rows[i] for i in pair], scorer)
-        if not winner > loser:
-            what = "gave no score" if np.isnan([winner, loser]).any() else "disagrees"
-            return Choice(caption, rows, None, f"{scorer.label} {what}", totals)
-    return Choice(caption, rows, pair, reason, totals)
-
-
-def choose_all(args: argparse.Namespace, shards: dict[Path, list[str]], plan: Plan, votes: Votes) -> Iterator[Choice]:
-    """The verdict on every prompt of the pool, by its planned rows alone: what was drawn for other choices is out."""
-    for path, prompts in shards.items():
-        planned = plan(prompts) if path.exists() else []
-        pools = dict(read_pools([path]))
-        for prompt in prompts:
-            yield choose(prompt, only_planned(pools.get(prompt, []), planned), args.stage, votes)
-
-
-def only_planned(rows: list[Row], planned: list[Row]) -> list[Row]:
-    """Those of the rows that are planned, by their image_id."""
-    wanted = {image_id(row) for row in planned}
-    return [row for row in rows if image_id(row) in wanted]
-
-
-def least_margin(spec: str | None, margins: list[float]) -> float:
-    """--min_margin: a number, or as in 25% what a quarter of the margins lies below."""
-    if spec is None:
-        return -math.inf
-    if spec.endswith("%"):
-        return float(np.quantile(margins, float(spec[:-1]) / 100, method="lower")) if margins else -math.inf
-    return float(spec)
-
-
-def pair_row(choice: Choice, images: dict[str, Row], scorers: list[Scorer], args: argparse.Namespace) -> Row:
-    """The data set's row for a pair; `images`: its shard by image_id. A seeded coin says which side is jpg_0."""
-    winner, loser = choice.pair
-    sides = (winner, loser) if unit_hash(args.seed, choice.caption, "side") < 0.5 else (loser, winner)
-    raw = [json.loads(choice.rows[i]["scores"]) for i in sides]
-    row = {
-        "caption": choice.caption,
-        "scores": json.dumps({scorer.label: [side[scorer.source] for side in raw] for scorer in scorers}),
-        "margin": choice.margin,
-        "prompt_id": choice.rows[0]["prompt_id"],
-        "stage": args.stage,
-        "num_candidates": args.num_images_per_prompt if args.stage == "easy" else len(args.sdrecon_timesteps),
-    }
-    for side, i in enumerate(sides):
-        image = images[image_id(choice.rows[i])]
-        row |= {f"{name}_{side}": image[name] for name in ("jpg", "seed", "source", "latents")}
-        row |= {f"label_{side}": float(i == winner), f"score_{side}": float(choice.totals[i])}
-    return row
-
-
-def choose_validation(captions: list[str], share: float, seed: int) -> set[str]:
-    """A seeded `share` of the prompts, rounded; at least one if any is asked for, and one at least is left."""
-    count = min(max(round(share * len(captions)), int(share > 0)), len(captions) - 1)
-    return set(sorted(captions, key=lambda caption: unit_hash(seed, caption, "validation"))[:count])
-
-
-def pair_columns(no_latents: bool) -> list[tuple[str, pa.DataType]]:
-    """The data set's columns, with or without the latents."""
-    return [column for column in PAIR_COLUMNS.items() if not (no_latents and column[0].startswith("latents"))]
-
-
-def write_pairs(
-    args: argparse.Namespace,
-    shards: dict[Path, list[str]],
-    plan: Plan,
-    votes: Votes,
-    floor: float,
-    held_out: set[str],
-) -> dict[str, int]:
-    """Writes the pairs with a margin of at least `floor` to data/, shard by shard; returns how many of each split."""
-    scorers, schema = [*votes.scorers, *votes.agree], pa.schema(pair_columns(args.no_latents))
-    counts = {"train": 0, "validation": 0}
-    folder = Path(args.output_dir, "data")
-    folder.mkdir(exist_ok=True)
-    parts = {split: folder / f"{split}.part" for split in counts}
-    with contextlib.ExitStack() as files:
-        writers = {split: files.enter_context(pq.ParquetWriter(part, schema)) for split, part in parts.items()}
-        for path, prompts in shards.items():
-            kept = [one for one in choose_all(args, {path: prompts}, plan, votes) if one.pair and one.margin >= floor]
-            images = {image_id(row): row for row in read_shard(path)} if kept else {}
-            for split in counts:
-                chosen = [one for one in kept if (one.caption in held_out) == (split == "validation")]
-                counts[split] += len(chosen)
-                if chosen:  # datasets cannot read an empty row group
-                    rows = [pair_row(one, images, scorers, args) for one in chosen]
-                    writers[split].write_table(pa.Table.from_pylist(rows, schema))
-    for split, part in parts.items():
-        path = folder / f"{split}-00000-of-00001.parquet"
-        if counts[split]:
-            os.replace(part, path)
-        else:
-            part.unlink()
-            path.unlink(missing_ok=True)
-    return counts
-
-
-# ---- The finished pairs, read as a stream ---------------------------------------------------------------------------
-
-
-SPLITS = ("train", "validation")
-
-
-def split_file(folder: Path, split: str) -> Path:
-    """Where a split of the finished data set lies; a split without pairs has no file."""
-    return folder / "data" / f"{split}-00000-of-00001.parquet"
-
-
-def count_pairs(folder: Path) -> dict[str, int]:
-    """The numbers of pairs of the finished splits that have any."""
-    files = {split: split_file(folder, split) for split in SPLITS}
-    return {split: pq.read_metadata(file).num_rows for split, file in files.items() if file.exists()}
-
-
-def iterate_pairs(
-    folder: Path,
-    columns: list[str] | None = None,
-    splits: Sequence[str] = SPLITS,
-    positions: Collection[int] | None = None,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The finished pairs (split, row) in their order, a few at a time in memory; all columns or some.
-
-    With `positions` (0 is the first pair of the first split) those alone: no other row groups are read.
-    """
-    start = 0
-    for split in (split for split in splits if split_file(folder, split).exists()):
-        with pq.ParquetFile(split_file(folder, split)) as file:
-            for group in range(file.num_row_groups):
-                place = range(start, start + file.metadata.row_group(group).num_rows)
-                start = place.stop
-                if positions is None or any(position in place for position in positions):
-                    # one row group at a time: asked for several, pyarrow keeps them all
-                    rows = (row for batch in file.iter_batches(16, [group], columns) for row in batch.to_pylist())
-                    for position, row in zip(place, rows, strict=True):
-                        if positions is None or position in positions:
-                            yield split, row
-
-
-def spread_evenly(total: int, count: int, seed: int | None = None) -> list[int]:
-    """`count` positions out of `total`, one in each of as many equal stretches: the first there or, seeded, any."""
-    edges = np.linspace(0, total, min(count, total) + 1).astype(int)
-    first, end = edges[:-1], edges[1:]
-    return (first if seed is None else np.random.default_rng(seed).integers(first, end)).tolist()
-
-
-def winner_first(row: dict[str, Any], sides: Sequence[Any]) -> tuple[Any, Any]:
-    """Values of jpg_0 and of jpg_1 as the winner's and the loser's."""
-    return (sides[0], sides[1]) if row["label_0"] >= row["label_1"] else (sides[1], sides[0])
-
-
-def both_sides(row: dict[str, Any], name: str) -> tuple[Any, Any]:
-    """The winner's and the loser's value of a column that stands in a row as name_0 and name_1."""
-    return winner_first(row, (row[f"{name}_0"], row[f"{name}_1"]))
-
-
-def raw_scores(row: dict[str, Any]) -> dict[str, tuple[float | None, float | None]]:
-    """Every scorer's raw scores of the winner and of the loser."""
-    return {name: winner_first(row, sides) for name, sides in json.loads(row["scores"]).items()}
-
-
-# ---- Pictures and words ---------------------------------------------------------------------------------------------
+        with open(photo, "rb") as file:
+            image = Image.open(file)
+            size = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size  # it lies on its side
+            size_in_bytes = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size_in_bytes // 2 - 2048))
+            digest = hashlib.sha256(b"%d|" % size_in_bytes + file.read(4096)).hexdigest()[:8]
+    except Exception:  # Pillow's plugins raise all kinds
+        return "cannot be read"
+    return "would be enlarged more than 1.5 times" if max(width / size[0], height / size[1]) > 1.5 else digest
+
+
+# ---- Prompts of people ----------------------------------------------------------------------------------------------
+
+# A grammar of prompts: items of a scene by key; the first block holds for every scene that does not say otherwise.
+# A place has a seat after @; {still} stands or sits there; {suit} a suit or dress. Actions begin with the pose.
+GRAMMAR = """
+  age: young; middle-aged; elderly; little
+  gender: woman girl her; man boy his; woman girl her; man boy his; woman girl her; man boy his; person child their
+  origin: Black, coily black, braided black; white, wavy blond, straight brown, curly red; East Asian, straight black
+    South Asian, long black, wavy black; Southeast Asian, straight black, wavy black; Polynesian, wavy black
+    Middle Eastern, wavy black, curly brown; Latin American, wavy brown, curly black; Native American, straight black
+  colour: red; yellow; orange; green; blue; purple; pink; white; black; grey; brown; beige
+  light: in soft light; in warm light; in bright even light; with strong light from one side; with soft shadows
+  hands: {still} and waving with {their} right hand; {still} and crossing {their} arms; {still} and making a peace sign
+    {still} and forming a heart with both hands; {still} and clapping {their} hands; {still} and pointing to one side
+  face: resting {their} chin on one hand; holding a phone to {their} ear; shading {their} eyes with one hand
+where: in a snow-covered park @ on a bench; beside a frozen lake @ on a log; in a snowy village @ on a low wall
+  wears: a {c} winter coat and boots; a {c} padded jacket and warm trousers; a {c} parka and a woollen hat
+  alone: walking and pulling a sled by its rope; jumping with both arms raised; crouching and shaping a snowball
+  group: walking arm in arm; standing close together and holding steaming mugs; kneeling and building a snowman
+where: in a sunny park @ on a bench; on a seaside promenade @ on a low wall; on a tree-lined square @ in a wheelchair
+  wears: a {c} T-shirt and jeans; a {c} linen shirt and light trousers; a {c} summer {suit} and sandals
+  alone: riding a bicycle; walking a small dog on a lead; running with a kite; {still} and eating an apple
+  group: walking hand in hand; sitting side by side and sharing a picnic; running and throwing a ball to each other
+where: in a bright kitchen @ at the table; in a farmhouse kitchen @ on a wooden chair; in a small bakery @ on a stool
+  wears: a {c} shirt and a white apron; a {c} sweater and jeans; a {c} T-shirt and a striped apron
+  alone: standing and kneading dough with both hands; {still} and peeling an orange; walking with a tray of buns
+  group: standing side by side and kneading dough; sitting together and sharing a bowl of cherries; dancing together
+where: on a concert stage @ on a chair; in a music room @ on a stool; in a dance studio @ in a wheelchair
+  wears: a {c} shirt and black trousers; a {c} velvet jacket and dark trousers; a {c} {suit} and flat shoes
+  alone: dancing with one arm raised; {still} and playing the violin; {still} and playing an acoustic guitar
+  group: dancing and holding hands; standing side by side and playing violins; sitting together and playing guitars
+where: in a carpenter's workshop @ on a stool; in a tidy garage @ on a crate; in a boatbuilder's shed @ on a trestle
+  age: young; middle-aged; elderly
+  wears: a {c} work shirt and a leather apron; a {c} boiler suit and boots; a {c} work jacket and dark trousers
+  alone: walking with a ladder on one shoulder; {still} and sanding a chair leg; kneeling and sawing a plank
+  group: walking and carrying a long plank; standing together and pointing at a plan; kneeling and painting a boat"""
+PROMPT_BLOCKS = [re.findall(r"(\w+): ((?:.+|\n    )+)", block) for block in re.split(r"\n(?=where)", GRAMMAR)]
+EVERYWHERE, *SCENES = ({key: re.split(r"; |\n +", items) for key, items in block} for block in PROMPT_BLOCKS)
+CASTS = {("face", 1): 6, ("hands", 1): 12, ("alone", 1): 12, ("group", 2): 15, ("group", 3): 10}  # in 55 prompts
+SHOTS = {"close-up": ["close-up"], "standing": ["full-body", "half-body"], "sitting": ["full-body", "half-body"]}
+
+
+def draw_person(rng: random.Random, scene: dict[str, list[str]], kind: str) -> tuple[str, str]:
+    """Someone dressed for the scene, and what they do there; `kind` is the key of what they do."""
+    drawn = {key: rng.choice(items) for key, items in scene.items()}
+    age, (origin, *hair), (adult, child, their) = drawn["age"], drawn["origin"].split(", "), drawn["gender"].split()
+    clothes = drawn["wears"].format(c=drawn["colour"], suit="dress" if their == "her" else "suit")
+    looks = f" with {'grey' if age == 'elderly' else rng.choice(hair)} hair," if kind != "group" else ""
+    clothes = clothes.split(" and ")[0] if kind in ("face", "group") else clothes
+    place, seat = drawn["where"].split(" @ ")
+    action = drawn[kind].format(their=their, still=rng.choice(("standing", f"sitting {seat}")))
+    return f"a {age} {origin} {child if age == 'little' else adult}{looks} in {clothes}", f"{action} {place}"
+
+
+def human_prompts(count: int, seed: int) -> pd.DataFrame:
+    """`count` distinct prompts, the first ones the same for any count; columns prompt, people (how many) and pose (in
+    one word: standing, dancing ..., or close-up where only head and shoulders are in view)."""
+    rng, rows = random.Random(seed), {}
+    while len(rows) < count:
+        ((kind, people),) = rng.choices(list(CASTS), CASTS.values())
+        scene = EVERYWHERE | rng.choice(SCENES)
+        *first, (last, action) = (draw_person(rng, scene, kind) for _ in range(people))
+        who = f"{', '.join(text for text, _ in first)} and {last}" if first else last
+        pose = "close-up" if kind == "face" else action.split()[0]
+        shot = rng.choice(SHOTS.get(pose, ["full-body"]))
+        text = rng.choice((f"a {shot} photo of {who}, {action}", f"{who}, {action}, {shot} photo"))
+        prompt = re.sub(r"\ba(?= [aeiou])", "an", f"{text}, {rng.choice(scene['light'])}")
+        rows[prompt] = (prompt[0].upper() + prompt[1:], people, pose)
+    return pd.DataFrame(rows.values(), columns=["prompt", "people", "pose"])
+
+
+def write_prompts(file: str, count: int, seed: int) -> pd.DataFrame:
+    """Writes human_prompts to a .csv, .jsonl or .txt; UserError for another suffix or a file that is there already."""
+    path = Path(file)
+    if path.exists() or path.suffix not in (".csv", ".jsonl", ".txt"):
+        raise UserError(f"cannot write {path}: choose a new file that ends in .csv, .jsonl or .txt")
+    rows = human_prompts(count, seed)
+    texts = {".csv": rows.to_csv(index=False), ".txt": "\n".join([*rows["prompt"], ""])}
+    texts[".jsonl"] = rows.to_json(orient="records", lines=True, force_ascii=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(texts[path.suffix], encoding="utf-8")
+    return rows
+
+
+# ---- Pictures, card, exports ----------------------------------------------------------------------------------------
 
 DATA_CARD = """\
----
-pretty_name: {name}
-task_categories: [text-to-image]
-tags: [text-to-image, dpo, preference, synthetic]
-configs:
-- config_name: default
-  data_files:
-{files}
-dataset_info:
-  features:
-{features}
----
-
 # Preference pairs that a model made for itself
 
-{pairs}. Each is {each} by {scorers}; the model is {model}.
+{pairs}. Each is {each}, by {scorers}; the model is `{model}`. All settings are in `preference_data.json`.
+No person has looked at them: what a scorer does not see is wrong in winners, too, and the model's biases are in all.
 
 ![winners above losers](pairs.png)
 
-*Winners above losers, with their scores, evenly chosen. `pairs.html` shows more of them, and lets you choose blindly.*
-
-## Counts
-
-{counts}
-
-## Scores
-
-{scores}
-
-{gaps}
-
-![histograms of the scores and of the margins](scores.png)
-
-## Three pairs
-
-{examples}
-
-## How to use them
-
-```python
-import io
-
-from datasets import load_dataset
-from PIL import Image
-
-pairs = load_dataset("FOLDER_OR_HUB_NAME", split="train")
-image = Image.open(io.BytesIO(pairs[0]["jpg_0"]))
-```
+![histograms of the scores and of the margins](margins.png)
 
 ```bash
 {command}
 ```
 
-The columns are Pick-a-Pic v2's (`jpg_0`, `jpg_1`, `label_0`, `label_1`, `caption`), which diffusers', Salesforce's and
-MaPO's scripts read unchanged, and more: the winner has label 1; `scores` holds every scorer's raw scores of the two
-sides as json; `margin` is the winner's score less the loser's; `latents_0` and `latents_1`, if they were kept, are the
-sampler's scaled latents, whose shape and VAE stand in `preference_data.json` with all settings. `pool/`, if it is
-there, has every image and its scores.
+The columns are Pick-a-Pic v2's, which diffusers', Salesforce's and MaPO's scripts read unchanged, and more: `scores`
+has every scorer's scores of both sides as json, `margin` the winner's lead, `latents_0` and `latents_1` the sampler's
+latents.
 
-## Limits
-
-- No person has looked at them: the winner is not always the one that people like better. How often you agree, the
-  blind test in `pairs.html` tells.
-- What the model cannot draw is in no pair, and what is wrong in all images of a prompt is wrong in its winner too.
-- The images show what the model makes of the prompts, its biases included.
-- The model's licence says what its images may be used for.
-
-## How they were made
-
-{settings}
-
-Made by make_preference_data.py with {versions}.
+| | |
+|---|---|
+{table}
 """
-
-INK, PAPER, GOOD, BAD = "#1c1c1c", "#ffffff", "#12804a", "#b3261e"
-FAINT, RULE, PLAIN = "#66717a", "#e2e6e8", "#2c6e91"
+GREEN, RED = "#12804a", "#b3261e"
 
 
-class Card(NamedTuple):
-    """A column of a contact sheet: images from top to bottom, each with a label and its colour, and a caption."""
+def draw_grid(path: Path, title: str, cells: list[tuple[bytes, str, str, str]], per_row: int) -> None:
+    """A picture of images, each a JPEG with a label, its colour and a caption, row by row."""
+    from matplotlib.figure import Figure
 
-    images: list[tuple[Image.Image, str, str]]
-    caption: str = ""
-
-
-def contact_sheet(title: str, cards: list[Card], per_row: int, cell: int = 192) -> Image.Image:
-    """Cards in rows under a title. Images smaller than a cell are enlarged with hard pixels, larger ones reduced."""
-    gap, line, heading_line = 16, 20, 26
-    body, heading = ImageFont.load_default(size=14), ImageFont.load_default(size=20)
-    wrapped = [textwrap.wrap(card.caption, cell // 7, max_lines=5, placeholder=" ...") for card in cards]
-    height = max(len(card.images) for card in cards) * (cell + 2 * line) + max(map(len, wrapped)) * line + gap
-    rows = math.ceil(len(cards) / per_row)
-    width = gap + min(per_row, len(cards)) * (cell + gap)
-    titles = textwrap.wrap(title, (width - 2 * gap) // 11)
-    top = 3 * line + heading_line * (len(titles) - 1)
-    sheet = Image.new("RGB", (width, top + rows * height), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for number, words in enumerate(titles):
-        draw.text((gap, line + number * heading_line), words, INK, heading)
-    for number, (card, caption) in enumerate(zip(cards, wrapped, strict=True)):
-        x, y = gap + number % per_row * (cell + gap), top + number // per_row * height
-        for image, label, colour in card.images:
-            method = Image.Resampling.NEAREST if max(image.size) <= cell else Image.Resampling.LANCZOS
-            image = ImageOps.contain(image, (cell, cell), method)
-            sheet.paste(image, (x + (cell - image.width) // 2, y + cell - image.height))
-            draw.rectangle((x, y + cell + 3, x + cell - 1, y + cell + 6), colour)
-            draw.text((x, y + cell + 10), label, colour, body)
-            y += cell + 2 * line
-        draw.multiline_text((x, y - 4), "\n".join(caption), INK, body, spacing=5)
-    return sheet
+    count, (width, height) = math.ceil(len(cells) / per_row), from_jpeg(cells[0][0]).size
+    tall = 1.9 * height / width + 0.3 + 0.3 * any(caption for *_, caption in cells)
+    figure = Figure((1.9 * per_row, tall * count + 0.4), dpi=110, layout="constrained")
+    figure.suptitle(textwrap.shorten(title, 16 * per_row, placeholder=" ..."))
+    axes = figure.subplots(count, per_row, squeeze=False)
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for axis, (jpg, label, colour, caption) in zip(axes.flat, cells, strict=False):
+        axis.imshow(from_jpeg(jpg))
+        axis.set_title(label, color=colour, fontsize=9)
+        axis.set_xlabel(textwrap.fill(caption, 34, max_lines=4, placeholder=" ..."), fontsize=6.5)
+    write_whole(path, partial(figure.savefig, format="png"))
 
 
-def draw_pool(args: argparse.Namespace, pool: Pool, plan: Plan, votes: Votes) -> None:
-    """pool.png: all candidates of the first prompt that has some, best to worst; the finalists or the pair marked."""
-    drafts, images = (read_pools(shards, list(POOL_COLUMNS)) for shards in (pool.drafts, pool.images))
-    pools = chain(drafts, ((caption, only_planned(rows, plan([caption]))) for caption, rows in images))
-    caption, rows = next((caption, rows) for caption, rows in pools if any(row["jpg"] for row in rows))
-    are_drafts = rows[0]["source"] == "draft"
-    if are_drafts:
-        totals = votes.totals(rows)
-        chosen = sorted(finalists(totals, args.finalists), key=lambda i: -totals[i])
-    else:
-        _, _, pair, _, totals = choose(caption, rows, args.stage, votes)
-        chosen = pair or ()
-    colours = dict.fromkeys(chosen, BAD) | dict.fromkeys(chosen[: (len(chosen) + 1) // 2], GOOD)
-    cards = [
-        Card([(from_jpeg(rows[i]["jpg"]), f"{totals[i]:.2f}", colours.get(i, INK))])
-        for i in np.argsort(-totals)  # nan comes last
-        if rows[i]["jpg"]
-    ]
-    what = f"Drafts in {args.draft_steps} steps, best to worst" if are_drafts else "Best to worst"
-    title = textwrap.shorten(f"{what}: {caption}", 110)
-    save_png(contact_sheet(title, cards, per_row=10, cell=144), Path(args.output_dir) / "pool.png")
+def draw_pictures(
+    folder: Path, pairs: pd.DataFrame, rows: pd.DataFrame, pool: np.ndarray, files: np.ndarray, totals: np.ndarray,
+    prompts: Sequence[str], unit: str,
+) -> None:  # fmt: skip
+    """pool.png: the images of one prompt, `pool` (numbers of `rows`), best to worst; pairs.png: up to twelve pairs,
+    evenly spread; margins.png: histograms of scores and margins."""
+    from matplotlib.figure import Figure
+
+    def cell(i: int, colour: str, caption: str = "") -> tuple[bytes, str, str, str]:
+        return read_images(files[i])[rows.image_id[i]]["jpg"], f"{totals[i]:.2f}", colour, caption
+
+    ends = {pool[0]: GREEN, pool[-1]: RED}
+    title = f"Best to worst: {prompts[rows.prompt[pool[0]]]}"
+    draw_grid(folder / "pool.png", title, [cell(i, ends.get(i, "black")) for i in pool], min(8, len(pool)))
+
+    count = 12 if len(pairs) >= 12 else min(6, len(pairs))
+    shown, cells = pairs.iloc[np.linspace(0, len(pairs) - 1, count).astype(int)], []
+    for start in range(0, count, 6):
+        some = shown[start : start + 6]
+        cells += [cell(i, GREEN) for i in some.winner]
+        cells += [cell(i, RED, prompts[p]) for i, p in zip(some.loser, some.prompt, strict=True)]
+    draw_grid(folder / "pairs.png", "Winners above losers, with their scores", cells, min(6, count))
+
+    figure = Figure((10, 3.6), dpi=110, layout="constrained")
+    scores, margins = figure.subplots(1, 2)
+    style = {"bins": 40, "histtype": "stepfilled", "alpha": 0.5, "color": [GREEN, RED], "label": ["winners", "losers"]}
+    scores.hist([totals[pairs.winner], totals[pairs.loser]], **style)
+    scores.set(xlabel=textwrap.shorten(f"score: {unit}", 70), ylabel="pairs")
+    scores.legend()
+    margins.hist(pairs.margin, bins=40, color="#2c6e91")
+    for axis in (scores, margins):
+        axis.yaxis.get_major_locator().set_params(integer=True)
+    margins.set(xlabel="margin: the winner's score less the loser's", ylabel="pairs")
+    write_whole(folder / "margins.png", partial(figure.savefig, format="png"))
 
 
-def save_png(image: Image.Image, path: Path) -> None:
-    """Whoever sees the file sees all of it."""
-    replace_file(path, lambda part: image.save(part, "PNG", optimize=True))
+def write_data_card(folder: Path, record: dict[str, Any], command: str, args: argparse.Namespace) -> None:
+    """README.md: what the pairs are, pictures and numbers; of absolute paths the last part alone."""
+    from huggingface_hub import DatasetCardData
 
-
-def draw_pairs(folder: Path, count: int = 12) -> None:
-    """pairs.png: so many finished pairs, evenly spread over their order, winners above losers."""
-    columns = ["caption", "label_0", "label_1", "score_0", "score_1", "jpg_0", "jpg_1"]
-    cards = []
-    for _, row in iterate_pairs(folder, columns, positions=spread_evenly(sum(count_pairs(folder).values()), count)):
-        sides = zip(both_sides(row, "jpg"), both_sides(row, "score"), (GOOD, BAD), strict=True)
-        images = [(from_jpeg(jpg), f"{score:.2f}", colour) for jpg, score, colour in sides]
-        cards.append(Card(images, row["caption"]))
-    save_png(contact_sheet("Winners above losers, with their scores", cards, per_row=6), folder / "pairs.png")
-
-
-class Series(NamedTuple):
-    """What a histogram draws in one colour."""
-
-    name: str
-    values: np.ndarray  # (P,)
-    colour: str
-
-
-def round_steps(low: float, high: float, count: int) -> np.ndarray:
-    """Round numbers (1, 2 or 5 times a power of ten apart) from `low` or below to `high` or above, about `count`."""
-    power = 10.0 ** math.floor(math.log10((high - low) / count))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power * count >= 0.999 * (high - low))
-    return step * np.arange(math.floor(low / step), math.ceil(high / step) + 1)
-
-
-def histogram_steps(series: Sequence[Series], count: int = 40) -> np.ndarray:
-    """Edges of about `count` equal steps over the finite values; empty if there are none.
-
-    Values so far out that all others would be one bar stay outside.
-    """
-    values = np.concatenate([one.values[np.isfinite(one.values)] for one in series])
-    if not len(values):
-        return values
-    quarter, three_quarters = np.percentile(values, [25, 75]).tolist()
-    reach = 4 * (three_quarters - quarter) or math.inf
-    near = values[(values >= quarter - reach) & (values <= three_quarters + reach)]
-    low, high = float(near.min()), float(near.max())
-    return round_steps(low, high, count) if low < high else np.array([low - 0.5, low + 0.5])
-
-
-class Frame(NamedTuple):
-    """The inside of a panel in pixels, and the values at its edges."""
-
-    left: int
-    top: int
-    right: int
-    bottom: int
-    low: float
-    high: float
-    peak: float
-
-    def at(self, value: float, count: float) -> tuple[float, float]:
-        """The pixel of a value and a count."""
-        across, up = (value - self.low) / (self.high - self.low), count / self.peak
-        return self.left + (self.right - self.left) * across, self.bottom - (self.bottom - self.top) * up
-
-
-def draw_axes(draw: ImageDraw.ImageDraw, frame: Frame, font: ImageFont.FreeTypeFont, counts: np.ndarray) -> None:
-    """Rules at the `counts` and ticks below round values, with their numbers."""
-    for count in counts:
-        ends = [frame.at(frame.low, count), frame.at(frame.high, count)]
-        draw.line(ends, RULE, 2)
-        draw.text((frame.left - 14, ends[0][1]), f"{count:,.0f}", FAINT, font, anchor="rm")
-    for tick in round_steps(frame.low, frame.high, 6):
-        x, y = frame.at(tick, 0)
-        if frame.left <= x <= frame.right:
-            draw.line((x, y, x, y + 10), INK, 2)
-            draw.text((x, y + 18), f"{tick:.6g}", FAINT, font, anchor="ma")
-
-
-def draw_panel(title: str, unit: str, series: Sequence[Series], width: int = 880, height: int = 640) -> Image.Image:
-    """A histogram of the series in common steps, at twice the size at which it is read."""
-    panel = Image.new("RGB", (width, height), PAPER)
-    draw, font = ImageDraw.Draw(panel), ImageFont.load_default(size=24)
-    left, top, right, bottom = 100, 170, width - 40, height - 110
-    draw.text((left, 16), title, INK, ImageFont.load_default(size=34))
-    edges = histogram_steps(series)
-    if not len(edges):
-        draw.text((left, top), "no finite values", FAINT, font)
-        return panel
-    counts = [np.histogram(one.values[np.isfinite(one.values)], edges)[0] for one in series]
-    rules = round_steps(0, max(count.max() for count in counts), 4)
-    frame = Frame(left, top, right, bottom, edges[0], edges[-1], rules[-1])
-    draw_axes(draw, frame, font, rules[rules % 1 == 0])
-    draw.text((left, top - 44), f"pairs in steps of {edges[1] - edges[0]:.3g}", FAINT, font)
-    draw.text(((left + right) / 2, height - 50), unit, INK, font, anchor="ma")
-    for one, count in zip(series, counts, strict=True):
-        heights = [0, *np.repeat(count, 2), 0]
-        outline = [frame.at(value, number) for value, number in zip(np.repeat(edges, 2), heights, strict=True)]
-        mask = Image.new("L", panel.size)
-        ImageDraw.Draw(mask).polygon(outline, fill=80)
-        panel.paste(one.colour, mask=mask)
-        draw.line(outline, one.colour, 3)
-        draw.rectangle((left, 76, left + 24, 100), one.colour)
-        finite = one.values[np.isfinite(one.values)]
-        label = f"{one.name}, median {np.median(finite):.2f}" if len(finite) else f"{one.name}, none finite"
-        draw.text((left + 36, 74), label, INK, font)
-        left += 80 + round(draw.textlength(label, font))
-    draw.line([frame.at(frame.low, 0), frame.at(frame.high, 0)], INK, 3)
-    return panel
-
-
-def not_drawn(series: Sequence[Series]) -> Counter[str]:
-    """What draw_panel leaves out of the series, in words."""
-    edges, left_out = histogram_steps(series), Counter()
-    for one in series:
-        left_out.update(f"of the {one.name} at {value}" for value in one.values[~np.isfinite(one.values)])
-        values = one.values[np.isfinite(one.values)]
-        left_out[f"of the {one.name} beyond the axis"] = int(
-            len(values) and ((values < edges[0]) | (values > edges[-1])).sum()
-        )
-    return +left_out
-
-
-def scorer_names(folder: Path) -> list[str]:
-    """The scorers of the finished pairs."""
-    _, first = next(iterate_pairs(folder, ["scores"]))
-    return list(json.loads(first["scores"]))
-
-
-def scores_of_pairs(folder: Path) -> dict[str, np.ndarray]:
-    """The scores of all winners and of all losers, and the margins: 24 bytes a pair, all that is kept of each."""
-    columns = ["label_0", "label_1", "score_0", "score_1", "margin"]
-    files = [split_file(folder, split) for split in count_pairs(folder)]
-    tables = [pq.read_table(file, columns=columns, pre_buffer=False) for file in files]
-    label_0, label_1, score_0, score_1, margin = (
-        np.concatenate([table[name].to_numpy() for table in tables]) for name in columns
+    each = f"the best and the worst of {args.num_images_per_prompt} images of one prompt"
+    if args.draft_steps:
+        each += f", chosen as drafts of {args.draft_steps} steps and drawn in {args.num_inference_steps}"
+    if args.stage != "easy":
+        each = f"a photo noised to timestep {' or '.join(map(str, args.sdrecon_timesteps))} and denoised by the model"
+        each += f" (the stage {args.stage}) against the winner of the stage before, chosen"
+    counts = record["pairs"]
+    table = {"prompts": record["prompts"], **{f"no pair: {why}": count for why, count in record["dropped"].items()}}
+    table |= {f"margin, {name}": f"{value:.4g}" for name, value in record["margin"].items()} | record["versions"]
+    files = [{"split": split, "path": f"data/{split}-*.parquet"} for split in counts]
+    data = DatasetCardData(
+        task_categories=["text-to-image"],
+        tags=["text-to-image", "dpo", "preference", "synthetic"],
+        configs=[{"config_name": "default", "data_files": files}],
     )
-    first = label_0 >= label_1
-    winners, losers = np.where(first, score_0, score_1), np.where(first, score_1, score_0)
-    return {"winners": winners, "losers": losers, "margins": margin}
-
-
-def draw_histograms(folder: Path) -> None:
-    """scores.png: the scores of winners and losers, and the margins, of all finished pairs."""
-    scores, scorers = scores_of_pairs(folder), scorer_names(folder)
-    unit = scorers[0]
-    if len(scorers) > 1:
-        names = textwrap.shorten(" + ".join(scorers), 30, placeholder=" ...")
-        unit = f"{names}, weighted, in units of their spread"
-    sides = [Series("winners", scores["winners"], GOOD), Series("losers", scores["losers"], BAD)]
-    margins = [Series("margins", scores["margins"], PLAIN)]
-    panels = [
-        draw_panel("Scores", f"score: {unit}", sides),
-        draw_panel("Margins", "score of the winner less score of the loser", margins),
-    ]
-    left_out = not_drawn(sides) + not_drawn(margins)
-    width, height = sum(panel.width for panel in panels), panels[0].height
-    picture = Image.new("RGB", (width, height + 60 * bool(left_out)), PAPER)
-    for number, panel in enumerate(panels):
-        picture.paste(panel, (number * panel.width, 0))
-    if left_out:
-        words = textwrap.shorten(f"Not drawn: {count_words(left_out)}", 150)
-        ImageDraw.Draw(picture).text((100, height), words, FAINT, ImageFont.load_default(size=24))
-    save_png(picture, folder / "scores.png")
-
-
-def plain_text(text: str) -> str:
-    """One line without control characters."""
-    return " ".join(re.sub(r"[^ -~\u00a0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", " ", text).split())
-
-
-def without_folders(text: str) -> str:
-    """Absolute paths cut to their last part: what is pushed to a hub is read on other machines."""
-    return re.sub(r"(?<![\w.:/~-])/(?:[^\s/,'\"]+/)+", "", text)
-
-
-def yaml_text(text: str) -> str:
-    """A string of yaml that says just this; json's strings are yaml's."""
-    return json.dumps(plain_text(text), ensure_ascii=False)
-
-
-def markdown_text(text: str) -> str:
-    """Text that markdown shows as it is, in a paragraph or in a cell of a table."""
-    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", html.escape(plain_text(text), quote=False))
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table whose first column is text and whose others are numbers or short words; cells are escaped here."""
-    lines = [header, ["---", *["--:"] * (len(header) - 1)]]
-    lines += [[markdown_text(f"{cell:.4g}" if isinstance(cell, float) else str(cell)) for cell in row] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def summarise_margins(margins: np.ndarray) -> dict[str, float | None]:
-    """Some percentiles of the finite margins, (P,); None where there are none."""
-    ranks = {"least": 0, "10 %": 10, "25 %": 25, "median": 50, "75 %": 75, "90 %": 90, "most": 100}
-    finite = margins[np.isfinite(margins)]
-    return {name: float(np.percentile(finite, rank)) if len(finite) else None for name, rank in ranks.items()}
-
-
-def summarise_pairs(folder: Path) -> tuple[dict[str, tuple[float, float, float, int]], dict[str, Counter[str]]]:
-    """Means of every scorer, and where the winners and the losers come from.
-
-    The means are a scorer's of the winners, of the losers, the share of winners that it puts higher (a tie is one
-    half), and how many pairs are counted: those of which it gives both sides a finite score.
-    """
-    sums: dict[str, np.ndarray] = {}
-    sources: dict[str, Counter[str]] = {"winners": Counter(), "losers": Counter()}
-    for _, row in iterate_pairs(folder, ["label_0", "label_1", "scores", "source_0", "source_1"]):
-        for side, source in zip(sources.values(), both_sides(row, "source"), strict=True):
-            side[source] += 1
-        for name, (winner, loser) in raw_scores(row).items():
-            total = sums.setdefault(name, np.zeros(4))
-            if None not in (winner, loser) and math.isfinite(winner) and math.isfinite(loser):
-                total += (winner, loser, (winner > loser) + (winner == loser) / 2, 1)
-    means = {name: (*(total[:3] / max(total[3], 1)).tolist(), int(total[3])) for name, total in sums.items()}
-    return means, sources
-
-
-def example_lines(folder: Path) -> str:
-    """Three pairs in words, evenly chosen."""
-    columns = ["caption", "label_0", "label_1", "scores", "margin"]
-    rows = [
-        row for _, row in iterate_pairs(folder, columns, positions=spread_evenly(sum(count_pairs(folder).values()), 3))
-    ]
-    lines = []
-    for row in rows:
-        scores = [f"{name}: winner {show(win)}, loser {show(loss)}" for name, (win, loss) in raw_scores(row).items()]
-        told = "; ".join([*scores, f"margin {show(row['margin'])}"])
-        lines.append(f"> {markdown_text(row['caption'])}\n>\n> {markdown_text(told)}")
-    return "\n\n".join(lines)
-
-
-def show(score: float | None) -> str:
-    """A score with four significant digits; "none" where a scorer gave none."""
-    return "none" if score is None else f"{score:.4g}"
-
-
-def what_a_pair_is(settings: dict[str, Any]) -> str:
-    """A stage's pairs in words."""
-    count, drafts, full = (settings[name] for name in ("num_images_per_prompt", "draft_steps", "num_inference_steps"))
-    if settings["stage"] == "easy":
-        chosen_by = settings.get("drafts_chosen_by")
-        if chosen_by and chosen_by != settings["scorer"]:
-            names = markdown_text(" + ".join(chosen_by))
-            drawn = f"that {names} chose among {count} drafts of {drafts} steps and that were drawn in {full}"
-            return f"the best and the worst of the images of one prompt {drawn},"
-        how = f", chosen as drafts of {drafts} steps and drawn in {full}" if drafts else ""
-        return f"the best and the worst of {count} images of one prompt{how},"
-    timesteps, before = settings["sdrecon_timesteps"], {"normal": "Easy", "hard": "Normal"}[settings["stage"]]
-    photo = f"a real photo noised to timestep {' or '.join(map(str, timesteps))} and denoised by the model"
-    if settings["stage"] == "hard":
-        return f"{photo}, preferred to the {before} stage's winner of the same prompt whatever their scores, scored"
-    return f"{photo}, against the {before} stage's winner of the same prompt, chosen"
-
-
-def data_card(folder: Path, record: dict[str, Any]) -> str:
-    """README.md of the finished pairs and their record; its yaml is what datasets.load_dataset and the Hub read."""
-    settings, counts = record["settings"], count_pairs(folder)
-    model = without_folders(settings["pretrained_model_name_or_path"])
-    kinds = {pa.float64(): "float64", pa.int64(): "int64"}
-    gaps, (means, sources) = summarise_margins(scores_of_pairs(folder)["margins"]), summarise_pairs(folder)
-    numbers = [("prompts", f"{record['prompts']:,}")]
-    numbers += [(f"pairs in {split}", f"{count:,}") for split, count in counts.items()]
-    numbers += [(f"no pair: {reason}", f"{count:,}") for reason, count in record["dropped"].items()]
-    numbers += [(side, count_words(source)) for side, source in sources.items()]
-    command = next_command(argparse.Namespace(**{**settings, "output_dir": "FOLDER"}))
-    return DATA_CARD.format(
-        name=yaml_text(f"Preference pairs of {model}"),
-        files="\n".join(f"  - {{split: {split}, path: data/{split_file(folder, split).name}}}" for split in counts),
-        features="\n".join(
-            f"  - {{name: {column.name}, dtype: {kinds.get(column.type, column.type)}}}"
-            for column in pq.read_schema(split_file(folder, next(iter(counts))))
-        ),
+    text = DATA_CARD.format(
         pairs=" and ".join(f"{count:,} {split} pair{'s' * (count != 1)}" for split, count in counts.items()),
-        each=what_a_pair_is(settings),
-        scorers=markdown_text(" + ".join(means)),
-        model=markdown_text(model),
-        counts=markdown_table(("", "number"), numbers),
-        scores=markdown_table(
-            ("scorer", "winners, mean", "losers, mean", "winner higher", "pairs"),
-            [(name, win, loss, f"{100 * share:.0f} %", pairs) for name, (win, loss, share, pairs) in means.items()],
-        ),
-        gaps=markdown_table(("", *gaps), [("margin", *map(show, gaps.values()))]),
-        examples=example_lines(folder),
-        command=plain_text(without_folders(command)),
-        settings=markdown_table(
-            ("setting", "value"),
-            [
-                (f"--{name}", without_folders(" ".join(map(str, value)) if isinstance(value, list) else str(value)))
-                for name, value in settings.items()
-                if value is not None
-            ],
-        ),
-        versions=", ".join(f"{name} {version}" for name, version in record["versions"].items()),
+        each=each,
+        model=args.pretrained_model_name_or_path,
+        scorers=" + ".join(record["scorers"]),
+        command=command,
+        table="\n".join(f"| {name} | {value} |" for name, value in table.items()),
     )
+    text = re.sub(r"(?<![\w.:/~-])/(?:[^\s/,'\"`]+/)+", "", text)
+    text = f"---\n{data.to_yaml()}\n---\n\n{text}"
+    write_whole(folder / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def describe_pairs(folder: Path, record: dict[str, Any]) -> None:
-    """Writes all that shows the finished pairs: README.md, pairs.html, pairs.png and scores.png."""
-    draw_pairs(folder)
-    draw_histograms(folder)
-    write_page(folder, record)
-    replace_file(folder / "README.md", lambda part: part.write_text(data_card(folder, record), encoding="utf-8"))
-
-
-def peak_memory() -> str:
-    """The most host memory this process has held, and the most device memory where there is one."""
-    parts = []
-    if torch.cuda.is_available():
-        parts.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of GPU memory")
-    with contextlib.suppress(ImportError):
-        import resource  # not on Windows
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        parts.append(f"{peak / 2**30:.1f} GiB of host memory")
-    return ", ".join(parts) or "not known"
-
-
-# ---- The page: one HTML file that loads nothing ---------------------------------------------------------------------
-
-TINY = 128  # images of so few pixels a side are shown with hard pixels
-
-PAGE = r"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width,initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none';img-src data:;style-src 'unsafe-inline';script-src 'unsafe-inline'">
-<title>Preference pairs</title>
-<style>
-:root{color-scheme:light dark;--paper:#fff;--card:#f3f5f5;--ink:#1f2529;--soft:#5f6a73;--line:#dfe4e6;
- --win:#12804a;--lose:#b3261e;--plain:#2c6e91}
-@media(prefers-color-scheme:dark){:root{--paper:#15191c;--card:#1f262a;--ink:#e4e8ea;--soft:#98a4ac;--line:#30393e;
- --win:#5db48b;--lose:#e58068;--plain:#6fb3d6}}
-*{box-sizing:border-box;print-color-adjust:exact;-webkit-print-color-adjust:exact}
-body{max-width:920px;margin:0 auto;padding:36px 28px 40px;background:var(--paper);color:var(--ink);
- font:16px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;font-variant-numeric:tabular-nums;
- overflow-wrap:anywhere}
-h1{font-size:28px;line-height:1.2;letter-spacing:-.02em;font-weight:650;margin:0 0 4px}
-p{margin:0}
-.soft,th,figcaption{color:var(--soft)}.soft{font-size:14px}
-nav{display:flex;flex-wrap:wrap;gap:8px;margin:20px 0 12px}
-button,select,input{font:inherit;font-size:15px;color:inherit;background:var(--card);border:1px solid var(--line);
- border-radius:8px;padding:7px 13px;min-height:40px}
-button{cursor:pointer}button:hover,select:hover{border-color:var(--soft)}
-:focus-visible{outline:2px solid var(--plain);outline-offset:2px}
-#filter{flex:1 1 150px;min-width:0}
-[aria-pressed=true]{background:var(--plain);border-color:var(--plain);color:var(--paper)}
-.leaf{display:flex;align-items:center;gap:8px}
-#place{min-width:76px;text-align:center;font-size:15px}
-#strip{display:flex;align-items:end;height:44px;cursor:pointer;border-bottom:1px solid var(--line);touch-action:none}
-#strip i{flex:1;min-width:0;height:100%;display:flex;align-items:end;justify-content:center;padding:0 .5px}
-#strip i::before{content:"";width:100%;max-width:24px;height:var(--h);min-height:2px;background:var(--soft);opacity:.4}
-#strip .agree::before{background:var(--win);opacity:.8}#strip .differ::before{background:var(--lose);opacity:.8}
-#strip .here::before{background:var(--plain);opacity:1}
-article{margin:24px 0 0}
-blockquote{margin:0 0 16px;font-size:19px;line-height:1.4;white-space:pre-wrap}
-.pair{display:grid;grid-template-columns:1fr 1fr;gap:20px}
-.side{display:block;width:100%;margin:0;padding:0;border:0;border-radius:10px;overflow:hidden;background:var(--card);
- text-align:left}
-.side img{display:block;width:100%;max-height:62vh;object-fit:contain}.small img{image-rendering:pixelated}
-figcaption,.side span{display:flex;justify-content:space-between;gap:8px;padding:9px 14px;
- border-top:4px solid var(--line)}
-.win figcaption{border-color:var(--win)}.lose figcaption{border-color:var(--lose)}
-.win b{color:var(--win)}.lose b{color:var(--lose)}
-button.side:hover span{border-color:var(--plain)}
-table{border-collapse:collapse;table-layout:fixed;width:100%;margin:16px 0 12px;font-size:15px}
-th{font-weight:500;font-size:13px}
-th,td{padding:6px 0 6px 16px;text-align:right;border-bottom:1px solid var(--line)}
-th:first-child,td:first-child{text-align:left;padding-left:0}
-#said{padding:16px 0 0;font-weight:600;color:var(--plain)}#said:empty{display:none}
-footer{margin-top:28px;padding-top:12px;border-top:1px solid var(--line)}
-kbd{font:inherit;font-size:13px;border:1px solid var(--line);border-radius:4px;padding:0 5px;background:var(--card)}
-@media(max-width:600px){body{padding:20px 16px 84px}.pair{grid-template-columns:1fr;gap:14px}.keys{display:none}
- #sort{flex:1 0 100%}#said{position:sticky;top:0;padding:10px 0;background:var(--paper)}article{margin-top:16px}
- th,td{padding-left:10px}.leaf{position:fixed;inset:auto 0 0;padding:10px 16px;justify-content:space-between;z-index:1;
- background:var(--paper);border-top:1px solid var(--line)}.leaf button{flex:1;font-size:20px}}
-@media print{:root{color-scheme:light;--paper:#fff;--card:#f3f5f5;--ink:#1f2529;--soft:#5f6a73;--line:#dfe4e6;
- --win:#12804a;--lose:#b3261e}nav,#strip,#said,footer{display:none}body{max-width:none;padding:0;font-size:11pt}
- article{break-inside:avoid;max-width:150mm;margin:6mm auto}.pair{grid-template-columns:1fr 1fr}
- blockquote{font-size:11pt}.side img{max-height:56mm}figcaption{padding:4px 10px}
- table{margin:8px 0}th,td{font-size:9pt;padding-block:2px}.soft{font-size:9pt}}
-</style>
-</head>
-<body>
-<h1>Preference pairs</h1>
-<p class="soft" id="about"></p>
-<nav>
- <select id="sort" aria-label="Order">
-  <option value="order">In their order</option><option value="most">Largest margin first</option>
-  <option value="least">Smallest margin first</option><option value="random">At random</option>
- </select>
- <input id="filter" type="search" placeholder="Prompts with ..." aria-label="Only prompts that hold this text">
- <button id="blind" aria-pressed="false">Blind test</button>
- <span class="leaf"><button id="back" aria-label="Previous pair">←</button><output id="place"></output>
- <button id="next" aria-label="Next pair">→</button></span>
-</nav>
-<div id="strip" aria-hidden="true" title="The margin of each pair; the tallest is the largest"></div>
-<p id="said" aria-live="polite"></p>
-<main></main>
-<footer class="soft"><span class="keys"><kbd>←</kbd> <kbd>→</kbd> leaf through, <kbd>B</kbd> blind test,
-<kbd>1</kbd> <kbd>2</kbd> choose. </span>
-No person has looked at these pairs: the blind test measures their choice against yours.</footer>
-<script type="application/json" id="data">@DATA@</script>
-<script>
-const $ = id => document.getElementById(id), main = document.querySelector("main");
-const {about, small, pairs} = JSON.parse($("data").textContent);
-const make = (tag, props, ...inside) => {
-  const node = Object.assign(document.createElement(tag), props);
-  node.append(...inside);
-  return node;
-};
-const digits = {minimumSignificantDigits: 4, maximumSignificantDigits: 4, useGrouping: false};
-const show = value => value === null ? "none" : (+value).toLocaleString("en", digits);
-const shuffle = () => pairs.forEach(pair => pair.lot = Math.random());
-const orders = {
-  order: (a, b) => a.position - b.position, most: (a, b) => b.margin - a.margin,
-  least: (a, b) => a.margin - b.margin, random: (a, b) => a.lot - b.lot,
-};
-let list = pairs, at = 0, blind = false;
-
-function side(pair, name, place, open) {
-  const image = make("img", {src: "data:image/jpeg;base64," + pair[name].jpg, alt: open ? `Image ${place}` : name});
-  if (open) return make("button", {className: "side", onclick: () => choose(pair, name)}, image,
-    make("span", {}, make("b", {}, `${place}`), "this one"));
-  const label = name === "winner" ? "Winner" : "Loser", yours = blind && pair.choice === name ? ", your choice" : "";
-  return make("figure", {className: name === "winner" ? "side win" : "side lose"}, image,
-    make("figcaption", {}, make("b", {}, label + yours), show(pair[name].score)));
-}
-
-function table(pair) {
-  const line = (tag, ...cells) => make("tr", {}, ...cells.map(cell => make(tag, {}, cell)));
-  const gap = (w, l) => w === null || l === null ? "" : show(w - l);
-  const rows = pair.scores.map(([name, w, l]) => line("td", name, show(w), show(l), gap(w, l)));
-  rows.push(line("td", "source", pair.winner.source, pair.loser.source, ""));
-  return make("table", {}, line("th", "", "winner", "loser", "difference"), ...rows);
-}
-
-function card(pair) {
-  const open = blind && !pair.choice, names = blind && pair.coin ? ["loser", "winner"] : ["winner", "loser"];
-  const sides = names.map((name, i) => side(pair, name, i + 1, open));
-  const node = make("article", {}, make("blockquote", {}, pair.prompt), make("div", {className: "pair"}, ...sides));
-  if (!open) node.append(table(pair), make("p", {className: "soft"}, `margin ${show(pair.margin)} · ${pair.split} · `
-    + `stage ${pair.stage} · ${pair.candidates} candidates · seeds ${pair.winner.seed}, ${pair.loser.seed} · `
-    + `pair ${pair.position + 1} of ${about.total}`));
-  return node;
-}
-
-function interval(k, n) {  // Wilson's for a share k / n, 95 %
-  const z2 = 1.959964 ** 2, centre = k + z2 / 2, half = Math.sqrt(z2 * (k * (n - k) / n + z2 / 4));
-  return [centre - half, centre + half].map(end => Math.round(100 * end / (n + z2)));
-}
-
-function verdict(pair) {
-  const told = pairs.filter(other => other.choice), n = told.length;
-  const k = told.filter(other => other.choice === "winner").length;
-  const [yes, no] = pair?.stage === "hard" ? ["You agree with the choice.", "The choice is the other one."]
-    : ["You agree with the scorer.", "The scorer chose the other one."];
-  const now = !pair?.choice ? "Which one would you choose?" : pair.choice === "winner" ? yes : no;
-  return !n ? now : `${now} So far you agree in ${k} of ${n}: ${Math.round(100 * k / n)} % `
-    + `(95 % interval ${interval(k, n).join(" to ")}; a coin: 50).`;
-}
-
-function draw() {
-  const pair = list[at], highest = Math.max(...pairs.map(other => +other.margin).filter(isFinite), 1e-9);
-  const height = other => blind ? 30 : Math.max(0, Math.min(100, 100 * other.margin / highest)) || 0;
-  const mark = other => !blind || !other.choice ? "" : other.choice === "winner" ? "agree" : "differ";
-  $("strip").replaceChildren(...list.map((other, i) => make("i",
-    {className: i === at ? "here" : mark(other), style: `--h:${height(other)}%`})));
-  $("place").textContent = list.length ? `${at + 1} / ${list.length}` : "none";
-  main.replaceChildren(pair ? card(pair) : "No prompt holds this text.");
-  $("said").textContent = blind && pair ? verdict(pair) : "";
-}
-
-function leaf(to) { at = Math.max(0, Math.min(list.length - 1, to)); draw(); }
-
-function choose(pair, name) { pair.choice ??= name; draw(); }
-
-function arrange() {
-  const text = $("filter").value.toLowerCase();
-  list = pairs.filter(pair => pair.prompt.toLowerCase().includes(text)).sort(orders[$("sort").value]);
-  leaf(0);
-}
-
-function toggle() {
-  blind = !blind;
-  $("blind").setAttribute("aria-pressed", blind);
-  if (blind) { shuffle(); $("sort").value = "random"; }
-  arrange();
-}
-
-const click = {back: () => leaf(at - 1), next: () => leaf(at + 1), blind: toggle};
-for (const id in click) $(id).onclick = click[id];
-$("sort").onchange = () => { shuffle(); arrange(); };
-$("filter").oninput = arrange;
-$("strip").onpointerdown = $("strip").onpointermove = event => {
-  const box = $("strip").getBoundingClientRect();
-  if (event.buttons) leaf(Math.floor((event.clientX - box.left) / box.width * list.length));
-};
-document.onkeydown = event => {
-  if (event.target.matches("input, select") || event.altKey || event.ctrlKey || event.metaKey) return;
-  const key = {arrowleft: "back", arrowright: "next", b: "blind"}[event.key.toLowerCase()];
-  if (key) click[key]();
-  if ("12".includes(event.key)) document.querySelectorAll("button.side")[event.key - 1]?.click();
-};
-onbeforeprint = () => {
-  const was = blind;
-  blind = false;
-  main.replaceChildren(...list.map(card));
-  blind = was;
-};
-onafterprint = draw;
-for (const pair of pairs) pair.coin = Math.random() < 0.5;
-document.body.classList.toggle("small", small);
-$("about").textContent = about.words;
-shuffle();
-arrange();
-</script>
-</body>
-</html>
-"""
-
-
-def thumbnail(jpg: bytes, side: int = 384) -> str:
-    """An image of at most `side` pixels a side as base64 of a JPEG of some 28 kB at most; tiny ones as they are."""
-    image = from_jpeg(jpg)
-    if max(image.size) > TINY:
-        image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        for quality in (85, 75, 65, 55, 45, 35):
-            buffer = io.BytesIO()
-            image.save(buffer, "JPEG", quality=quality, optimize=True)
-            jpg = buffer.getvalue()
-            if len(jpg) <= 28_000:
-                break
-    return base64.b64encode(jpg).decode()
-
-
-def json_number(value: float | None) -> float | str | None:
-    """A number as json and JavaScript know it: what is not finite becomes the text that JavaScript's + reads."""
-    if value is None or math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def page_pair(split: str, row: dict[str, Any], position: int) -> dict[str, Any]:
-    """What the page shows of a pair."""
-    pair = {"prompt": row["caption"], "split": split, "stage": row["stage"], "position": position}
-    pair |= {"margin": json_number(row["margin"]), "candidates": row["num_candidates"]}
-    columns = ("jpg", "score", "source", "seed")
-    for i, side in enumerate(("winner", "loser")):
-        jpg, score, source, seed = (both_sides(row, name)[i] for name in columns)
-        pair[side] = {"jpg": thumbnail(jpg), "score": json_number(score), "source": source, "seed": str(seed)}
-    pair["scores"] = [[name, *map(json_number, both)] for name, both in raw_scores(row).items()]
-    if len(pair["scores"]) > 1:
-        pair["scores"].append(["together", pair["winner"]["score"], pair["loser"]["score"]])
-    return pair
-
-
-def write_page(folder: Path, record: dict[str, Any], count: int = 100) -> None:
-    """pairs.html: `count` of the finished pairs, evenly chosen by the seed, to leaf through and to judge blindly.
-
-    All that users wrote goes in as json without "<", and from there into the page as text, never as HTML.
-    """
-    settings, total = record["settings"], sum(count_pairs(folder).values())
-    positions = spread_evenly(total, count, settings["seed"])
-    columns = [name for name in PAIR_COLUMNS if not name.startswith("latents")]
-    rows = zip(positions, iterate_pairs(folder, columns, positions=positions), strict=True)
-    pairs = [page_pair(split, row, position) for position, (split, row) in rows]
-    words = f"{len(pairs)} of {total} pairs" if len(pairs) < total else f"{total} pairs"
-    model = without_folders(settings["pretrained_model_name_or_path"])
-    words += f", scored by {' + '.join(scorer_names(folder))}, of images by {model}"
-    content = {"about": {"words": words, "total": total}, "small": max(record["image_size"]) <= TINY, "pairs": pairs}
-    data = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
-    page = PAGE.replace("@DATA@", data)
-    replace_file(folder / "pairs.html", lambda part: part.write_text(page, encoding="utf-8"))
-
-
-# ---- Exports: the same pairs in the formats of others ---------------------------------------------------------------
-
-
-def file_stem(name: str) -> str:
-    """A name as that of a file: nothing but letters, digits, - and _."""
-    return re.sub(r"[^\w-]", "_", name)
-
-
-def iterate_prompts(folder: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Prompt by prompt its split and its finished pairs, without their latents, under a bar."""
-    columns = [name for name in PAIR_COLUMNS if not name.startswith("latents")]
-    pairs = iterate_pairs(folder, columns)
-    with tqdm(total=sum(count_pairs(folder).values()), desc="exporting", unit="pair", smoothing=0.1) as bar:
-        for (split, _), group in groupby(pairs, lambda pair: (pair[0], pair[1]["prompt_id"])):
-            rows = [row for _, row in group]
-            yield split, rows
-            bar.update(len(rows))
-
-
-def write_export(
-    folder: Path, part: Path, schema: pa.Schema, to_row: Callable[[dict[str, Any], int], dict[str, Any]]
-) -> None:
-    """Writes part/data/ with a row to_row(pair, number of its prompt's pairs) for every finished pair of `folder`."""
-    (part / "data").mkdir()
-    for split, prompts in groupby(iterate_prompts(folder), itemgetter(0)):
-        rows = (to_row(pair, len(pairs)) for _, pairs in prompts for pair in pairs)
-        with pq.ParquetWriter(split_file(part, split), schema) as writer:
-            while some := list(islice(rows, 32)):
-                writer.write_table(pa.Table.from_pylist(some, schema))
-
-
-def export_pickapic(folder: Path, part: Path) -> None:
-    """Pick-a-Pic v2's columns and no others."""
-    model = without_folders(read_record(folder)["settings"]["pretrained_model_name_or_path"])
-    numbers = iter(range(sum(count_pairs(folder).values())))
-
-    def to_row(pair: dict[str, Any], of_this_prompt: int) -> dict[str, Any]:
-        row = {name: pair[name] for name in PICKAPIC_COLUMNS if name in pair}
-        for side in (0, 1):
-            source = pair[f"source_{side}"]
-            row[f"image_{side}_uid"] = f"{pair['prompt_id']}-{source}-{pair[f'seed_{side}']}"
-            row[f"model_{side}"] = model if source == "generated" else source
-        best = winner_first(pair, (row["image_0_uid"], row["image_1_uid"]))[0]
-        row |= {"are_different": pair["jpg_0"] != pair["jpg_1"], "has_label": True, "best_image_uid": best}
-        return row | {"ranking_id": next(numbers), "num_example_per_prompt": of_this_prompt}
-
-    write_export(folder, part, pa.schema(PICKAPIC_COLUMNS.items()), to_row)
-
-
-def export_chosen(folder: Path, part: Path) -> None:
-    """prompt, chosen, rejected, the images as `datasets.Image`."""
-    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
-    features = {"prompt": {"dtype": "string", "_type": "Value"}}
-    features |= {name: {"_type": "Image"} for name in ("chosen", "rejected")}
-    told = {"huggingface": json.dumps({"info": {"features": features}})}
-    schema = pa.schema({"prompt": pa.string(), "chosen": image, "rejected": image}.items(), metadata=told)
-
-    def to_row(pair: dict[str, Any], _: int) -> dict[str, Any]:
-        sides = zip(("chosen", "rejected"), both_sides(pair, "jpg"), strict=True)
-        images = {name: {"bytes": jpg, "path": f"{file_stem(pair['prompt_id'])}-{name}.jpg"} for name, jpg in sides}
-        return {"prompt": pair["caption"], **images}
-
-    write_export(folder, part, schema, to_row)
-
-
-def export_folders(folder: Path, part: Path) -> None:
-    """SPLIT/NAME/w/1.jpg, SPLIT/NAME/l/1.jpg and the caption in SPLIT/NAME/1.txt; NAME is the prompt's id."""
-    for split, pairs in iterate_prompts(folder):
-        place = part / split / file_stem(pairs[0]["prompt_id"])
-        for side in ("w", "l"):
-            (place / side).mkdir(parents=True, exist_ok=True)
-        for number, pair in enumerate(pairs, 1 + len(list(place.glob("*.txt")))):
-            for side, jpg in zip(("w", "l"), both_sides(pair, "jpg"), strict=True):
-                (place / side / f"{number}.jpg").write_bytes(jpg)
-            (place / f"{number}.txt").write_text(pair["caption"], encoding="utf-8")
-
-
-def export_images(folder: Path, part: Path) -> None:
-    """All images of the pool as IMAGE_ID.jpg, and metadata.jsonl with file_name, text and image_id."""
-    shards = sorted(folder.glob("pool/*.parquet"))
-    total = sum(pq.read_metadata(shard).num_rows for shard in shards)
-    with (
-        tqdm(total=total, desc="exporting", unit="img", smoothing=0.1) as bar,
-        (part / "metadata.jsonl").open("w", encoding="utf-8") as lines,
-    ):
-        for row in chain.from_iterable(read_shard(shard, [*SCORE_COLUMNS, "jpg"]) for shard in shards):
-            bar.update()
-            if row["jpg"]:
-                name = f"{file_stem(image_id(row))}.jpg"
-                (part / name).write_bytes(row["jpg"])
-                line = {"file_name": name, "text": row["caption"], "image_id": image_id(row)}
-                lines.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-EXPORTS = {"pickapic": export_pickapic, "chosen": export_chosen, "folders": export_folders, "images": export_images}
-
-
-def export_pairs(folder: Path, kind: str) -> Path:
-    """Writes OUTPUT/export-KIND under a temporary name, then puts it in the place of an earlier one."""
+def export_pairs(folder: Path, kind: str) -> None:
+    """export-KIND: SPLIT/w/000001.jpg and SPLIT/l/000001.jpg, each with its caption in a .txt and a .caption, as
+    sd-scripts, OneTrainer and SimpleTuner read them; `flow-factory` adds train.jsonl of its schema 2, and test.txt."""
     path = folder / f"export-{kind}"
-    part = path.with_name(f"{path.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    EXPORTS[kind](folder, part)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    lines: dict[str, list[str]] = {split: [] for split in SPLITS}
+    pairs = iterate_pairs(folder, ["caption", "label_0", "label_1", "jpg_0", "jpg_1"])
+    for split, row in tqdm(pairs, "export", unit="pair"):
+        files = [f"{split}/{side}/{len(lines[split]) + 1:06d}.jpg" for side in "wl"]
+        for name, jpg in zip(files, winner_first(row, "jpg"), strict=True):
+            file = unfinished / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(jpg)
+            for suffix in (".txt", ".caption") if kind == "folders" else ():
+                file.with_suffix(suffix).write_text(row["caption"], encoding="utf-8")
+        chosen, rejected = ({"media": [{"type": "image", "path": name}]} for name in files)
+        line = {"schema_version": 2, "input": {"prompt": row["caption"], "media": []}}
+        line["supervision"] = {"type": "preference", "chosen": chosen, "rejected": rejected}
+        lines[split].append(json.dumps(line, ensure_ascii=False) if split == "train" else row["caption"])
+    if kind == "flow-factory":
+        (unfinished / "train.jsonl").write_text("\n".join(lines["train"]) + "\n", encoding="utf-8")
+        if lines["validation"]:
+            (unfinished / "test.txt").write_text("\n".join(lines["validation"]) + "\n", encoding="utf-8")
     shutil.rmtree(path, ignore_errors=True)
-    os.replace(part, path)
-    return path
+    unfinished.rename(path)
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """preference_data.json of a folder of ours: its settings, and the outcome once it is finished."""
-    path = folder / "preference_data.json"
-    try:
-        record = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{folder} is not ours (no preference_data.json): choose another --output_dir") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(record, dict) or not isinstance(record.get("settings"), dict):
-        raise UserError(f"{path} is damaged: it has no settings")
-    return record
-
-
-def write_record(folder: Path, record: dict[str, Any]) -> None:
-    """Writes preference_data.json."""
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    replace_file(folder / "preference_data.json", lambda part: part.write_text(text))
-
-
-def check_folder(folder: Path, settings: dict[str, Any], fixed: Sequence[str], overwrite: bool) -> None:
-    """Refuses a folder that is not ours, or that holds a run whose `fixed` settings differ."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another --output_dir")
-    if not folder.exists() or all(path.suffix == ".part" for path in folder.iterdir()):
-        return
-    old = read_record(folder)["settings"]
-    changed = [name for name in fixed if old.get(name) != settings[name]]
-    if changed and not overwrite:
-        differences = "; ".join(f"{name} was {old.get(name)}, now {settings[name]}" for name in changed)
-        ways = "choose another --output_dir or --overwrite it"
-        ways += ", or --rescore the kept pool" if set(changed) <= set(CHOICE_SETTINGS) else ""
-        raise UserError(f"{folder} holds a run with other settings ({differences}): {ways}")
-
-
-def prepare_folder(folder: Path, settings: dict[str, Any], inputs: Inputs, overwrite: bool) -> None:
-    """Makes the folder, empties it if asked to, and notes settings and prompts before the first image.
-
-    The record of a finished run stays until the next is finished.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            shutil.rmtree(folder / "pool", ignore_errors=True)
-            shutil.rmtree(folder / "data", ignore_errors=True)
-        if overwrite or not (folder / "preference_data.json").exists():
-            write_record(folder, {"settings": settings})
-        (folder / "pool").mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
-    for name, lines in (("prompts.txt", inputs.prompts), ("held_out.txt", sorted(inputs.held_out))):
-        text = "".join(f"{line}\n" for line in lines)
-        replace_file(folder / "pool" / name, lambda part, text=text: part.write_text(text, encoding="utf-8"))
 
 
 def start_processes() -> PartialState:
@@ -3205,538 +1681,273 @@ def start_processes() -> PartialState:
     return PartialState(cpu=cpu, timeout=timedelta(days=7))  # a process may wait long for the slowest one's images
 
 
-def caption_photos(args: argparse.Namespace) -> None:
-    """--caption_model: the main process captions the photos that have no caption; the others wait."""
-    folder = Path(args.real_data_dir or args.prompts)
-    if not is_photo_folder(folder):
-        raise UserError(f"--caption_model needs a folder of photos, and {folder} is none")
-    state = start_processes()
-    if state.is_main_process:
-        write_captions(folder, args.caption_model, state.device, args.batch_size, args.prompt_column)
-    state.wait_for_everyone()
-
-
-class Inputs(NamedTuple):
-    """What the images are drawn from."""
-
-    prompts: list[str]
-    remarks: list[str]
-    photos: dict[str, Callable[[], Image.Image]]  # of the later stages
-    winners: dict[str, Winner]
-    winners_latents: dict[str, Any] | None  # their shape, type and VAE
-    held_out: set[str]  # prompts of the validation split
-
-
-def read_kept_inputs(args: argparse.Namespace) -> Inputs:
-    """--rescore: the prompts as they were noted; of the later stages with their split."""
-    try:
-        pool = Path(args.output_dir, "pool")
-        prompts, held_out = ((pool / name).read_text("utf-8").splitlines() for name in ("prompts.txt", "held_out.txt"))
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: this pool cannot be scored again") from error
+def read_inputs(args: argparse.Namespace) -> dict[str, Any]:
+    """What the images are drawn from: a table of prompts, and of the later stages, which take the prompts of the stage
+    before that have a photo, the photos, winners and size too; and remarks."""
     if args.stage == "easy":
-        held_out = choose_validation(prompts, args.validation_share, args.seed)
-    return Inputs(prompts, [], {}, {}, None, set(held_out))
-
-
-def read_inputs(args: argparse.Namespace) -> Inputs:
-    """The prompts; of Normal and Hard those of the stage before that have a photo; that stage gives the size too."""
-    if args.rescore:
-        return read_kept_inputs(args)
-    if args.stage == "easy":
-        prompts, remark = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
-        held_out = choose_validation(prompts, args.validation_share, args.seed)
-        return Inputs(prompts, [remark], {}, {}, None, held_out)
+        table, remark = read_prompts(args.prompts, args.prompt_column, args.max_prompts)
+        return {"table": table, "remarks": [remark], "size": None}
+    before, winners = read_record(Path(args.previous_pairs)), previous_winners(Path(args.previous_pairs))
+    if not before:
+        raise UserError(f"--previous_pairs {args.previous_pairs} has no preference_data.json")
     photos, remark = read_photos(args.real_data_dir, args.prompt_column)
-    winners = find_winners(args.previous_pairs)
-    prompts = [caption for caption in winners if caption in photos][: args.max_prompts]
-    if not prompts:
-        raise UserError(
-            f"no caption of the photos in {args.real_data_dir} is a prompt of {args.previous_pairs}: "
-            "make the easy pairs with --prompts PHOTOS"
-        )
-    size = from_jpeg(read_winner(winners[prompts[0]])["jpg"]).size
-    if (args.width or size[0], args.height or size[1]) != size:
-        raise UserError(f"{args.previous_pairs} holds images of {size[0]}x{size[1]}: both sides must be of one size")
-    args.width, args.height = size
-    told = f"prompts: {len(prompts)} of the {len(winners)} pairs in {args.previous_pairs} have a photo"
-    folder = Path(args.previous_pairs)
-    before = read_record(folder) if (folder / "preference_data.json").is_file() else {"settings": {}}
-    stage, expected = before["settings"].get("stage"), {"normal": "easy", "hard": "normal"}[args.stage]
-    if stage not in (None, expected):
-        told += f"; note: they are of the stage {stage}, the paper's {args.stage} takes those of {expected}"
-    held_out = {caption for caption in prompts if winners[caption].split == "validation"}  # out of training it stays
-    return Inputs(prompts, [remark, told], photos, winners, before.get("latents"), held_out)
+    table = winners.merge(photos, on="prompt")[: args.max_prompts]
+    if table.empty:
+        told = f"no caption of the photos in {args.real_data_dir} is a prompt of {args.previous_pairs}"
+        raise UserError(f"{told}: make the easy pairs with --prompts PHOTOS")
+    width, height = before["image_size"]
+    if (args.height or args.resolution or height, args.width or args.resolution or width) != (height, width):
+        raise UserError(f"{args.previous_pairs} holds images of {width}x{height}: both sides must be of one size")
+    with ThreadPoolExecutor(16) as threads:  # they wait for the disk
+        checked = threads.map(lambda photo: check_photo(photo, height, width), table.photo)
+        show = tqdm(checked, "photos", len(table), unit="img", disable=len(table) < 1000)
+        table = table.assign(photo_id=list(show))
+    bad = Counter(one for one in table.photo_id if " " in one)
+    table = table[~table.photo_id.isin(bad)].reset_index(drop=True)
+    remarks = [remark, f"prompts    {len(table)} of the {len(winners)} pairs in {args.previous_pairs} have a photo"]
+    remarks += [f"left out   {count} photos that {reason}" for reason, count in bad.items()]
+    if table.empty:
+        raise UserError(remarks[-1])
+    return {"table": table, "remarks": remarks, "latents": before["latents"], "size": (height, width)}
 
 
-def tell_long_prompts(args: argparse.Namespace, prompts: list[str]) -> int:
-    """How many prompts have more tokens than the model reads; says so, with the first of them."""
-    from transformers import AutoTokenizer
-
+def read_record(folder: Path) -> dict[str, Any]:
+    """preference_data.json of an output folder; {} where there is none."""
+    path = folder / "preference_data.json"
     try:
-        name, subfolder = args.pretrained_model_name_or_path, "tokenizer"
-        tokenizer = AutoTokenizer.from_pretrained(name, subfolder=subfolder, revision=args.revision)
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot load the tokenizer of {name}: {str(error).splitlines()[0]}") from error
-    found = too_long(prompts, tokenizer)
-    if found:
-        first = textwrap.shorten(prompts[found[0]], 60)
-        tell(f"too long: {len(found)} prompts have more tokens than the model reads, their end is lost: {first!r}")
-    return len(found)
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): delete it, and the same command makes it anew") from error
 
 
-def evaluations(args: argparse.Namespace) -> tuple[int, int]:
-    """U-Net evaluations for a prompt's pair as set, and of N images in full."""
-    each, steps = 2 if args.guidance_scale > 1 else 1, args.num_inference_steps
+@torch.no_grad()
+def count_flops(pipe: DiffusionPipeline, family: UNet, args: argparse.Namespace) -> tuple[int, int]:
+    """FLOPs of a call of the denoiser, and of decoding, for one image; counted on shapes, without computing."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    text = {name: value.to("meta", torch.float32) for name, value in family.encode_text(pipe, [""]).items()}
+    parts, sides = (getattr(pipe, family.model), pipe.vae), (args.height, args.width)
+    with torch.device("meta"):
+        model, vae = (type(part).from_config(part.config) for part in parts)
+        latents = torch.empty(1, vae.config.latent_channels, *(side // pipe.vae_scale_factor for side in sides))
+        with FlopCounterMode(display=False) as denoiser:
+            family.predict(model, latents, torch.ones(1), text, torch.ones(1, 6))
+        with FlopCounterMode(display=False) as decoder:
+            vae.decode(latents)
+    return denoiser.get_total_flops(), decoder.get_total_flops()
+
+
+def draft_order_kept(rows: pd.DataFrame, draft_totals: np.ndarray, totals: np.ndarray) -> float:
+    """How often, over prompts, one of the better half of the finalists by draft is better in full than one of the
+    worse half."""
+    kept = []
+    for at in rows.groupby("prompt", sort=False).indices.values():
+        order = [i for i in at[np.argsort(draft_totals[at], kind="stable")] if np.isfinite(totals[i])]
+        worst, best = totals[order[: len(order) // 2]], totals[order[(len(order) + 1) // 2 :]]
+        kept += [np.mean(best[:, None] > worst[None])] if len(order) > 1 else []
+    return float(np.mean(kept))  # a pair was found, so one prompt has two
+
+
+def price_in_words(args: argparse.Namespace, full_images: float, denoiser: int, decoder: int) -> str:
+    """What a prompt's images cost, in FLOPs of denoiser and VAE, beside N images in full and the paper's."""
+
+    def cost(steps: float) -> float:
+        return (2 if args.guidance_scale > 1 else 1) * steps * denoiser + decoder
+
+    steps, count = args.num_inference_steps, args.num_images_per_prompt
     if args.stage != "easy":
-        count = sum(len(sd_recon_timesteps(t, steps)) for t in args.sdrecon_timesteps)
-        return each * count, each * count
-    full = args.num_images_per_prompt * steps
-    drawn = args.num_images_per_prompt * args.draft_steps + 2 * args.finalists * steps if args.draft_steps else full
-    return each * drawn, each * full
-
-
-def count_words(counts: Counter[str]) -> str:
-    """A counter in words."""
-    return ", ".join(f"{count} {what}" for what, count in counts.most_common()) or "none"
-
-
-class Pool(NamedTuple):
-    """What is drawn: the drafts, if any, and the images from which the pairs are chosen."""
-
-    drafts: dict[Path, list[str]]
-    images: dict[Path, list[str]]
-    plan_drafts: Plan
-    plan_images: Callable[[], tuple[Plan, Votes]]  # once the drafts are scored
-
-
-def plan_pool(args: argparse.Namespace, inputs: Inputs, scorers: list[Scorer], agree: list[Scorer]) -> Pool:
-    """Easy: N images of each prompt, or N drafts and its finalists. Normal and Hard: the photos' reconstructions."""
-    folder, count, easy = Path(args.output_dir), args.num_images_per_prompt, args.stage == "easy"
-    per_prompt = (FINALISTS if args.draft_steps else count) if easy else len(args.sdrecon_timesteps) + 1
-    images = plan_shards(folder, "images", inputs.prompts, per_prompt)
-    drafts = plan_shards(folder, "drafts", inputs.prompts, count) if args.draft_steps else {}
-    plan_drafts = partial(plan_candidates, count=count, seed=args.seed, source="draft")
-    count_all = partial(count_votes, scorers, agree)
-    if args.rescore and not args.refine:
-        plan = partial(plan_kept, images=shard_of_prompts(images))
-    elif not easy:
-        plan = partial(plan_reconstructions, timesteps=args.sdrecon_timesteps, seed=args.seed, winners=inputs.winners)
-    elif not args.draft_steps:
-        plan = partial(plan_candidates, count=count, seed=args.seed, source="generated")
-    else:
-
-        def plan_images() -> tuple[Plan, Votes]:
-            votes = count_all(drafts)
-            chosen = {"drafts": shard_of_prompts(drafts), "per_side": args.finalists, "votes": votes}
-            return partial(plan_finalists, **chosen), votes
-
-        return Pool(drafts, images, plan_drafts, plan_images)
-    return Pool({}, images, plan_drafts, lambda: (plan, count_all(images, drafts)))
-
-
-def prepare_tools(args: argparse.Namespace, device: torch.device, wanted: list[Scorer], inputs: Inputs) -> Tools:
-    """The models, each loaded at its first use."""
-    pipe = lru_cache(partial(load_sampler, args, device))
-    return Tools(
-        wanted=wanted,
-        scorers=lru_cache(lambda: {scorer: scorer.load(device) for scorer in wanted}),
-        pipe=pipe,
-        vae_hash=lru_cache(lambda: weights_hash(pipe().vae)),
-        model_hash=lru_cache(lambda: same_model(pipe(), Path(args.output_dir))),
-        photos=inputs.photos,
-        winners=inputs.winners,
-        winners_latents=inputs.winners_latents,
-    )
-
-
-def same_model(pipe: DiffusionPipeline, folder: Path) -> str:
-    """The weights_hash of what draws; UserError if the images that the folder has were drawn by other weights."""
-    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
-    ours = weights_hash(*filter(None, (pipe.components.get(name) for name in parts)))
-    shard = next(folder.glob("pool/*.parquet"), None)
-    if shard and read_facts(shard).get("model_hash", ours) != ours:
-        raise UserError(
-            f"the model's weights are not those that drew the images in {folder / 'pool'}: "
-            "choose another --output_dir or --overwrite it"
-        )
-    return ours
-
-
-def make_pool(pool: Pool, tools: Tools, args: argparse.Namespace, state: PartialState) -> tuple[dict[str, float], str]:
-    """Draws and scores all shards, every process its own.
-
-    Returns the images per second of each kind over all processes, and a complaint if this process left out more
-    shards of a kind than it finished.
-    """
-    speeds, complaint = {}, ""
-    for kind, shards in (("drafts", pool.drafts), ("images", pool.images)):
-        plan = pool.plan_drafts if kind == "drafts" else pool.plan_images()[0]
-        shown = tools if kind == "images" else tools._replace(wanted=tools.wanted[: len(args.scorer)])
-        done = complete_shards(shards, plan, shown, args, state)
-        for path, reason in done.left_out.items():
-            print(f"left out: {path.name}, because {reason}; the same command tries it again", file=sys.stderr)
-        if 2 * len(done.left_out) > done.shards:
-            complaint = f"{len(done.left_out)} of {done.shards} shards of {kind} were left out, told above"
-        if done.images:
-            speeds[kind] = done.images / done.seconds * state.num_processes
-        state.wait_for_everyone()
-    return speeds, complaint
-
-
-def finish(args: argparse.Namespace, pool: Pool, inputs: Inputs, settings: Row, long_prompts: int) -> Row:
-    """Keeps best against worst, writes the data set with all that describes it, and returns its record."""
-    folder = Path(args.output_dir)
-    plan, votes = pool.plan_images()
-    verdicts = [(one.margin if one.pair else None, one.reason) for one in choose_all(args, pool.images, plan, votes)]
-    dropped = Counter(reason for margin, reason in verdicts if margin is None)
-    margins = [margin for margin, _ in verdicts if margin is not None]
-    floor = least_margin(args.min_margin, margins)
-    kept = [margin for margin in margins if margin >= floor]
-    dropped += Counter({"margin below --min_margin": len(margins) - len(kept)})
-    if not kept:
-        raise UserError(f"no pairs from {len(verdicts)} prompts: {count_words(dropped)}")
-    counts = write_pairs(args, pool.images, plan, votes, floor, inputs.held_out)
-    draw_pool(args, pool, plan, votes)
-    facts = next(read_facts(shard) for shard in pool.images if shard.exists())
-    record = {
-        "settings": settings,
-        "prompts": len(verdicts),
-        "long_prompts": long_prompts,
-        "images_without_score": count_unscored([*pool.drafts, *pool.images], votes.scorers),
-        "pairs": counts,
-        "dropped": dropped,
-        "gap": summarise_margins(np.array(kept)),
-        "unet_evaluations_per_prompt": evaluations(args)[0],
-        "image_size": facts["image_size"],
-        "latents": None if args.no_latents else facts["latents"],
-        **{name: facts.get(name) for name in ("model_hash", "device", "precision")},
-        **describe_origin(args),
-    }
-    write_record(folder, record)
-    describe_pairs(folder, record)
-    for kind in EXPORTS:
-        if kind in args.export or (folder / f"export-{kind}").exists():  # none is stale
-            export_pairs(folder, kind)
-    return record
-
-
-def describe_origin(args: argparse.Namespace) -> Row:
-    """Where the prompts came from, and the versions of the libraries; --rescore keeps what was noted before."""
-    versions = {name: metadata.version(name) for name in ("torch", "diffusers", "transformers", "accelerate")}
-    sources = {name: getattr(args, name) for name in ("prompts", "prompt_column", "max_prompts")}
-    origin = {"prompts_from": sources, "versions": versions}
-    if args.rescore:
-        old = read_record(Path(args.output_dir))
-        origin = {name: old.get(name, now) for name, now in origin.items()} | {"rescored_with": versions}
-    return origin
-
-
-def report(args: argparse.Namespace, record: Row, speeds: dict[str, float]) -> list[str]:
-    """What came out, in lines."""
-    folder, unscored, gap = Path(args.output_dir), record["images_without_score"], record["gap"]
-    splits = " and ".join(f"{count} {split}" for split, count in record["pairs"].items())
-    lines = [f"pairs      {sum(record['pairs'].values())} of {record['prompts']} prompts: {splits}"]
-    lines += [f"dropped    {count_words(record['dropped'])}"]
-    if unscored:
-        why = "not finite, without photo or given nan by a scorer: used for neither side"
-        lines += [f"unscored   {unscored} images, {why}"]
-    told = f"median {show(gap['median'])}, 10-90 % {show(gap['10 %'])} to {show(gap['90 %'])}"
-    lines += [f"score gap  {told}, by {' + '.join(args.scorer)}"]
-    price, full_price = evaluations(args)
-    share = f", {price / full_price:.0%} of {args.num_images_per_prompt} full images" if args.draft_steps else ""
-    lines += [f"price      {price} U-Net evaluations a prompt{share}"]
-    if speeds:
-        told = ", ".join(f"{speed:.1f} {kind}/s" for kind, speed in speeds.items())
-        lines += [f"speed      {told}, with scoring and writing"]
-    lines += [f"memory     {peak_memory()}"]
-    lines += [f"look at    {folder / 'pairs.html'}, pairs.png, scores.png and pool.png"]
-    exports = [folder / f"export-{kind}" for kind in EXPORTS]
-    lines += [f"exported   {path}" for path in exports if path.exists()]
-    return [*lines, f"next       {next_command(args)}"]
-
-
-def tell(*lines: str) -> None:
-    """Prints; a reader that has left, as in `| head`, is no error."""
-    try:
-        print(*lines, sep="\n", flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def count_unscored(shards: Iterable[Path], scorers: list[Scorer]) -> int:
-    """How many images some scorer gave nan, as it gets every image that is not finite."""
-    missing = (np.isnan([scores_of(rows, scorer) for scorer in scorers]).any(axis=0) for _, rows in read_pools(shards))
-    return int(sum(one.sum() for one in missing))
-
-
-def next_command(args: argparse.Namespace) -> str:
-    """The command that trains on what was made."""
-    command = ["accelerate", "launch", "train_dpo_human.py", "--train_data_dir", args.output_dir]
-    if WORLD not in Path(args.pretrained_model_name_or_path).resolve().parents:
-        command += ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path]
-    if args.stage != "easy":
-        command += ["--initial_lora", "LORA_OF_THE_STAGE_BEFORE", "--lambda_stat", "0"]
-    return shlex.join(command)
-
-
-def load_sampler(args: argparse.Namespace, device: torch.device) -> DiffusionPipeline:
-    """load_pipeline, with a sampler that can do what this stage asks of it."""
-    pipe = load_pipeline(args, device)
-    most = pipe.scheduler.config.num_train_timesteps
-    if args.num_inference_steps > most:
-        raise UserError(f"--num_inference_steps {args.num_inference_steps}: the model has {most} timesteps")
-    if args.draft_steps and draws_fresh_noise(pipe.scheduler):
-        raise UserError(
-            f"{type(pipe.scheduler).__name__} draws fresh noise at its steps, so that a draft does not foretell the "
-            "full image: set --sampler dpmsolver, or --draft_steps 0 for N full images"
-        )
-    if args.stage != "easy":  # SDRecon names its timesteps, which samplers with sigmas of their own refuse
-        own = dict.fromkeys(OWN_SIGMAS, False)
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **own)
-    return pipe
-
-
-def describe_inputs(args: argparse.Namespace, inputs: Inputs) -> Row:
-    """The settings that are known once the inputs are read: the prompts and winners as a digest, and the size."""
-    before = [
-        (inputs.winners[prompt].source, inputs.winners[prompt].seed) for prompt in inputs.prompts if inputs.winners
-    ]
-    digest = hashlib.sha256(f"{inputs.prompts}{before or ''}".encode()).hexdigest()[:12]
-    prompts = f"{len(inputs.prompts)} prompts, sha256 {digest}"
-    return {"prompts": prompts, "height": args.height, "width": args.width}
-
-
-def collect_settings(args: argparse.Namespace) -> Row:
-    """What the images and pairs depend on; --rescore keeps the prompts, without --refine also who chose the drafts."""
-    settings = {name: getattr(args, name) for name in (*POOL_SETTINGS, *PAIR_SETTINGS)}
-    settings |= {"prompts": None, "drafts_chosen_by": args.scorer if args.draft_steps else None}
-    if args.rescore:
-        old = read_record(Path(args.output_dir))["settings"]
-        kept = ["prompts"] if args.refine else ["prompts", "drafts_chosen_by"]
-        settings |= {name: old.get(name) for name in kept}
-    return settings
+        return f"{sum(cost(steps * t / 1000) for t in args.sdrecon_timesteps):.3g} FLOPs a photo"
+    price = full_images * cost(steps) + (count * cost(args.draft_steps) if args.draft_steps else 0)
+    beside = f"{price / (count * cost(steps)):.0%} of {count} in full, " if args.draft_steps else ""
+    return f"{price:.3g} FLOPs a prompt: {beside}{price / (20 * cost(50)):.0%} of the paper's 20 images of 50 steps"
 
 
 def main(args: argparse.Namespace) -> None:
-    """Draws and scores the pool, every process its own shards; then the main process keeps best against worst."""
+    """Draws the pool, scores it, chooses best against worst, and writes the pairs."""
     if args.write_prompts:
-        if os.environ.get("RANK", "0") != "0":
-            return
-        prompts = write_prompts(Path(args.prompts), args.write_prompts, args.seed)
-        tell("\n    ".join([f"{len(prompts)} prompts in {args.prompts}, such as", *prompts[:3]]))
+        if os.environ.get("RANK", "0") == "0":
+            table = write_prompts(args.prompts, args.write_prompts, args.seed)
+            print("\n    ".join([f"{len(table)} prompts in {args.prompts}, such as", *table.prompt[:3]]))
         return
-    wanted = parse_scorers([*args.scorer, *args.agree])
-    if not any(scorer.weight for scorer in wanted[: len(args.scorer)]):
+    state = start_processes()
+    from accelerate.utils import broadcast_object_list
+    from filelock import FileLock
+
+    # What is asked: scorers, prompts, photos, winners, and what draws; all is checked before the first image
+    folder, is_main, is_easy = Path(args.output_dir), state.is_main_process, args.stage == "easy"
+    columns: dict[str, dict[str, Any]] = {}  # each prompt's row of its file, for the scorers that read it
+    scorers = parse_scorers([*args.scorer, *args.agree], columns)
+    voters, agreeing = scorers[: len(args.scorer)], scorers[len(args.scorer) :]
+    if not any(scorer.weight for scorer in voters):
         raise UserError("every --scorer has weight 0: one at least has to vote")
-    folder, settings = Path(args.output_dir), collect_settings(args)
-    fixed = [name for name in settings if not (args.rescore and name in CHOICE_SETTINGS)]
-    early = [name for name in fixed if name not in ("prompts", "height", "width")]
-    check_folder(folder, settings, early, args.overwrite)
-    check_model(args.pretrained_model_name_or_path, "model_index.json")
-    if args.caption_model:
-        caption_photos(args)
-    inputs = read_inputs(args)
-    settings |= {} if args.rescore else describe_inputs(args, inputs)
-    check_folder(folder, settings, fixed, args.overwrite)
+    inputs = broadcast_object_list([read_inputs(args) if is_main else None])[0]
+    table, record = inputs["table"], read_record(folder)
+    prompts = table.prompt.tolist()
+    of_the_file = table.drop(columns=["file", "photo"], errors="ignore")
+    columns |= dict(zip(prompts, of_the_file.to_dict("records"), strict=True))
+    args.height, args.width = inputs["size"] or (args.height, args.width)
+    pipe, family, path, model_hash = load_sampler(args)
+    noisy = is_easy and args.draft_steps != 0 and draws_fresh_noise(pipe.scheduler)
+    if args.draft_steps is None:
+        count, full = args.num_images_per_prompt, args.num_inference_steps
+        spare_much = 5 * count + 2 * args.finalists * full <= 0.7 * count * full and full >= 10  # 5 of 8 are no draft
+        args.draft_steps = 5 if is_easy and not noisy and spare_much else 0
+    elif noisy:
+        told = f"{type(pipe.scheduler).__name__} draws fresh noise at its steps: no draft foretells a full image"
+        raise UserError(f"{told}; set --sampler dpmsolver or --draft_steps 0")
+    if not is_easy and not args.no_latents and (inputs["latents"] or {}).get("vae_hash") != weights_hash(pipe.vae):
+        raise UserError(f"{args.previous_pairs} has no latents of this model's VAE: set --no_latents")
+    if is_main:
+        print(*inputs["remarks"], sep="\n")
+        most = pipe.tokenizer.model_max_length
+        if too_long := [prompt for prompt in prompts if len(pipe.tokenizer(prompt).input_ids) > most]:
+            example = textwrap.shorten(too_long[0], 60)
+            print(f"too long   {len(too_long)} prompts have more tokens than the {most} of CLIP, such as {example!r}")
 
-    state, long_prompts = start_processes(), 0
-    state.wait_for_everyone()  # all have seen the folder as it was
-    if state.is_main_process:
-        tell(*inputs.remarks)
-        long_prompts = tell_long_prompts(args, inputs.prompts)
-        prepare_folder(folder, settings, inputs, args.overwrite)
+    # Each kind of image has a folder, named by all that decides it but prompt and number
+    alike = {"model": model_hash, "seed": args.seed, "height": args.height, "width": args.width}
+    alike |= {"guidance_scale": args.guidance_scale, "negative_prompt": args.negative_prompt}
+    steps = {"draft": args.draft_steps, "full": args.num_inference_steps, "sdrecon": args.num_inference_steps}
+    keys = {kind: [steps[kind], args.num_inference_steps, kind != "draft" and args.no_latents] for kind in steps}
+    keys = {kind: hash_of(alike, kind, *own)[:8] for kind, own in keys.items()}
+    pools = {kind: folder / "pool" / f"{kind}-{key}" for kind, key in keys.items()}
+    kinds = (["draft", "full"] if args.draft_steps else ["full"]) if is_easy else ["sdrecon"]
+    used = {*(pools[kind] for kind in kinds), *(scores_folder(folder, scorer) for scorer in scorers)}
+    if is_main:
+        for kind in kinds:
+            told = json.dumps(alike | {"num_inference_steps": steps[kind]}, indent=2)
+            write_whole(pools[kind] / "settings.json", lambda file, told=told: file.write_text(told, encoding="utf-8"))
+        for pattern in (".data-*", ".old-*", ".export-*", "*/*/.*.parquet.*"):  # what a killed start left
+            for leftover in folder.glob(pattern):
+                if time.time() - leftover.stat().st_mtime > 86400:
+                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+        if unused := sorted({*folder.glob("pool/*"), *folder.glob("scores/*")} - used):
+            size = sum(file.stat().st_size for place in unused for file in place.glob("*")) / 1e6
+            names = textwrap.shorten(", ".join(place.name for place in unused), 60, placeholder=" ...")
+            print(f"not used   {size:,.1f} MB of other settings in pool/ and scores/: {names}")
+    drawing = {"prompts": prompts, "pipe": pipe, "family": family, "path": path, "args": args}
+    draw = partial(draw_part, **drawing, device=state.device)
+
+    def complete(rows: pd.DataFrame, kind: str, scorers: list[Scorer]) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """Draws and scores what is missing, first a part alone: what cannot work is told in the first minutes."""
+        count = IMAGES_IN_A_PART * state.num_processes
+        for number in (count, len(rows)) if count < len(rows) else (len(rows),):
+            wanted, what = rows[:number], kind if number == len(rows) else f"first {kind}"
+            drawn = wanted.number.to_numpy() != PREVIOUS
+            files = np.empty(number, object) if is_easy else wanted.file.to_numpy(copy=True)
+            files[drawn] = make_missing(wanted[drawn], pools[kind], draw, what, state)
+            pipe.to("cpu")
+            torch.cuda.empty_cache()
+            scores = {scorer.label: score_missing(wanted, files, scorer, args, state) for scorer in scorers}
+            if np.isnan(list(scores.values())).any(axis=0).all():
+                raise UserError("no image has a score: none is finite (another --mixed_precision?), or all are vetoed")
+        return files, scores
+
+    if is_easy:
+        rows = rows_of_prompts(prompts, args.num_images_per_prompt, args.seed)
+    else:
+        rows = rows_of_photos(table, args.sdrecon_timesteps, args.seed, keys["sdrecon"])
+    spreads, draft_totals = {}, None
+    if args.draft_steps:
+        drafts, full_sampler = rows.assign(source="draft", image_id=rows.image_id + keys["draft"]), pipe.scheduler
+        pipe.scheduler = draft_sampler(full_sampler, args.num_inference_steps)
+        _, scores = complete(drafts, "draft", voters)
+        spreads = measure_spreads(drafts, scores, voters, pools["draft"].name, record)
+        draft_totals = vote(scores, voters, spreads)
+        prompt_by_prompt = drafts.groupby("prompt", sort=False).indices.values()
+        chosen = [at[i] for at in prompt_by_prompt for i in finalists(draft_totals[at], args.finalists)]
+        rows, draft_totals = rows.iloc[chosen].reset_index(drop=True), draft_totals[chosen]
+        pipe.scheduler = full_sampler
+    if is_easy:
+        rows["image_id"] += keys["full"]
+    kind = "full" if is_easy else "sdrecon"
+    files, scores = complete(rows, kind, scorers)
+    spreads = spreads or measure_spreads(rows, scores, voters, pools[kind].name, record)
+    totals = vote(scores, voters, spreads)
+
+    # Best against worst
+    pairs, dropped = best_pairs(rows, totals, {one.label: scores[one.label] for one in agreeing}, prompts, args)
+    if pairs.empty:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
+        raise UserError(f"no pairs from {len(prompts)} prompts: {reasons}")
+    if is_easy:  # a later stage holds out what the stage before did
+        held_out = hold_out_prompts(prompts, args.validation_share, args.seed)
+        table["split"] = ["validation" if prompt in held_out else "train" for prompt in prompts]
+    pairs["split"] = table.split.to_numpy()[pairs.prompt]
+    token = broadcast_object_list([uuid.uuid4().hex])[0]
+    unfinished = folder / f".data-{token}"
+    write_pairs(unfinished, pairs, rows, files, totals, scores, prompts, args, state)
     state.wait_for_everyone()
+    if is_main:
+        ranks = {"least": 0, "10 %": 10, "median": 50, "90 %": 90, "most": 100}
+        sides = (side // pipe.vae_scale_factor for side in (args.height, args.width))
+        shape = [pipe.vae.config.latent_channels, *sides]
+        vae = {"vae": args.pretrained_model_name_or_path, "scaling_factor": pipe.vae.config.scaling_factor}
+        latents = {"shape": shape, "dtype": "float16", **vae, "vae_hash": weights_hash(pipe.vae)}
+        here = ("output_dir", "export", "batch_size", "write_prompts")
+        libraries = ("torch", "diffusers", "transformers", "accelerate")
+        record = {
+            "settings": {name: value for name, value in vars(args).items() if name not in here},
+            "prompts": len(prompts),
+            "long_prompts": len(too_long),
+            "pairs": {split: int(count) for split in SPLITS if (count := (pairs.split == split).sum())},
+            "dropped": dict(dropped),
+            "vetoed": {label: int(np.isnan(values).sum()) for label, values in scores.items()},
+            "margin": {name: float(np.percentile(pairs.margin, rank)) for name, rank in ranks.items()},
+            "scorers": {scorer.label: scorer.key for scorer in voters},
+            "agree": {scorer.label: scorer.key for scorer in agreeing},
+            "spreads": record.get("spreads", {}),
+            "image_size": [args.width, args.height],
+            "latents": None if args.no_latents else latents,
+            "model": model_hash,
+            "versions": {name: metadata.version(name) for name in libraries},
+        }
+        command = ["accelerate", "launch", "train_dpo_human.py", "--train_data_dir", args.output_dir]
+        if WORLD not in Path(args.pretrained_model_name_or_path).resolve().parents:
+            command += ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path]
+        command += ["--initial_lora", args.lora or "LORA_OF_THE_STAGE_BEFORE"] if args.lora or not is_easy else []
+        command = shlex.join([*command, *([] if is_easy else ["--lambda_stat", "0"])])
+        with FileLock(folder / ".lock"):  # two starts at once: what is seen is one of them, whole
+            if (folder / "data").exists():
+                (folder / "data").rename(folder / f".old-{token}")
+            unfinished.rename(folder / "data")
+            shutil.rmtree(folder / f".old-{token}", ignore_errors=True)
+            text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+            write_whole(folder / "preference_data.json", lambda file: file.write_text(text, encoding="utf-8"))
+            best = rows.index[rows.prompt == pairs.prompt[0]].to_numpy()
+            best = best[np.isfinite(totals[best])]
+            best = best[np.argsort(-totals[best], kind="stable")]
+            unit = " + ".join(scorer.label for scorer in voters)
+            draw_pictures(folder, pairs, rows, best, files, totals, prompts, unit)
+            write_data_card(folder, record, command, args)
+            for export in args.export:
+                export_pairs(folder, export)
 
-    tools = prepare_tools(args, state.device, wanted, inputs)
-    votes, agree = wanted[: len(args.scorer)], wanted[len(args.scorer) :]
-    pool = plan_pool(args, inputs, votes, agree)
-    speeds, complaint = make_pool(pool, tools, args, state)
-    if state.is_main_process:
-        try:
-            record = finish(args, pool, inputs, settings, long_prompts)
-        except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error}; the pool is kept, start again to go on") from error
-        tell(*report(args, record, speeds))
+        # What came out
+        print(f"pairs      {' and '.join(f'{count} {split}' for split, count in record['pairs'].items())}"
+              f", of {len(prompts)} prompts")  # fmt: skip
+        if dropped:
+            print(f"dropped    {', '.join(f'{count} {reason}' for reason, count in dropped.items())}")
+        if any(record["vetoed"].values()):
+            vetoed = ", ".join(f"{count} by {label}" for label, count in record["vetoed"].items() if count)
+            print(f"vetoed     of {len(rows)} images {vetoed}: not finite, or nan; used for neither side")
+        low, middle, high = (f"{record['margin'][name]:.4g}" for name in ("10 %", "median", "90 %"))
+        print(f"score gap  median {middle}, 10-90 % {low} to {high}, by {unit}")
+        if draft_totals is not None:
+            kept = draft_order_kept(rows, draft_totals, totals)
+            advice = "" if kept >= 0.75 else ": they foretell little here; set --draft_steps 0, or higher"
+            print(f"drafts     {kept:.0%} of a prompt's best finalists beat its worst in full, too{advice}")
+        flops = count_flops(pipe.to(state.device), family, args)
+        print(f"price      {price_in_words(args, len(rows) / len(prompts), *flops)}")
+        print(f"look at    {folder / 'README.md'}, pairs.png, pool.png and margins.png")
+        for export in args.export:
+            print(f"exported   {folder / f'export-{export}'}")
+        print(f"next       {command}", flush=True)
     state.wait_for_everyone()
     state.destroy_process_group()
-    if complaint:
-        raise UserError(f"{complaint}: the pairs are of the others alone; the same command tries again")
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
-
-
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line, with the paper's defaults; without a model those of the embedded world."""
-    parser = argparse.ArgumentParser(
-        prog=f"{SCRIPT}.py",
-        description=__doc__.partition("\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-
-    flag = parser.add_argument_group("model").add_argument
-    flag("--pretrained_model_name_or_path", help="your model: a folder or a hub id; none: the embedded world")
-    flag("--revision", help="branch, tag or commit of the hub repository")
-    flag("--variant", help="variant of the weight files, e.g. fp16")
-    flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="of the U-Net; none: fp16 on CUDA, else no")
-
-    flag = parser.add_argument_group("prompts").add_argument
-    flag("--prompts", help=PROMPTS_HELP)
-    flag("--prompt_column", help="column of the prompts or captions; none: the first of prompt, caption, text")
-    flag("--max_prompts", type=int, help="use only the first of them")
-    flag("--write_prompts", type=int, metavar="N", help="write N prompts of people to the file --prompts, and stop")
-    flag("--caption_model", help="image-to-text model that captions the photos without caption of a folder")
-
-    flag = parser.add_argument_group("pool").add_argument
-    flag("--num_images_per_prompt", type=int, default=24, help="candidates per prompt, of which two become the pair")
-    flag("--draft_steps", type=int, help="steps of a draft, 0: all in full; none: 5, or 0 where that spares little")
-    flag("--finalists", type=int, default=2, help="so many best and so many worst drafts are drawn in full")
-    flag("--num_inference_steps", type=int, default=20, help="steps of a full image")
-    flag("--guidance_scale", type=float, default=5.0, help="classifier-free guidance")
-    flag("--negative_prompt", default="", help="one for all prompts")
-    flag("--sampler", choices=["dpmsolver", "pipeline"], default="dpmsolver", help="the paper's, or the model's own")
-    flag("--resolution", type=int, help="height and width in pixels; none: the model's own")
-    flag("--height", type=int, help="overrides --resolution")
-    flag("--width", type=int, help="overrides --resolution")
-    flag("--batch_size", type=int, default=8, help="images drawn at once by a process; no effect on the images")
-    flag("--seed", type=int, default=0, help="seed of the images, of the sides and of the split")
-
-    flag = parser.add_argument_group("stages").add_argument
-    flag("--stage", choices=["easy", "normal", "hard"], default="easy", help="of the paper's curriculum, see above")
-    flag("--real_data_dir", help="normal, hard: photos with captions, a folder or what datasets reads")
-    flag("--previous_pairs", help="normal, hard: --output_dir of the stage before")
-    flag("--sdrecon_timesteps", type=int, nargs="+", help="none: 400 500 600 700 for normal, 100 for hard")
-
-    flag = parser.add_argument_group("pairs").add_argument
-    flag(
-        "--scorer",
-        nargs="+",
-        default=["pickscore"],
-        metavar="[WEIGHT*]NAME[=MODEL][,option=value...]",
-        help=SCORER_HELP,
-    )
-    flag("--agree", nargs="*", default=[], metavar="SCORER", help="drop pairs that these scorers order otherwise")
-    flag("--min_margin", metavar="GAP", help="drop pairs below it; a number, or as 25%% the quarter of least gap")
-    flag("--validation_share", type=float, default=0.1, help="share of the prompts kept out of training")
-
-    flag = parser.add_argument_group("output").add_argument
-    flag("--output_dir", default="human-preferences", help="folder of the data set; a second start carries on")
-    flag("--export", nargs="+", choices=EXPORTS, default=[], help="also in these formats, as output_dir/export-*")
-    flag("--no_latents", action="store_true", help="do not store latents (training then encodes the images)")
-    flag("--discard_drafts", action="store_true", help="keep of the drafts their scores, not their images")
-    flag(
-        "--rescore",
-        action="store_true",
-        help="choose pairs anew among the images of the pool, by the flags under pairs",
-    )
-    flag("--refine", action="store_true", help="with --rescore: draw drafts that newly come to the final in full")
-    flag("--overwrite", action="store_true", help="empty the output folder first, if it is one of ours")
-
-    args = parser.parse_args(argv)
-    if args.rescore:
-        parser.set_defaults(**known_settings(Path(args.output_dir)))
-        args = parser.parse_args(argv)
-    elif args.pretrained_model_name_or_path is None and args.write_prompts is None:
-        use_embedded_world(parser, SCRIPT)
-        args = parser.parse_args(argv)
-    args.height, args.width = args.height or args.resolution, args.width or args.resolution
-    if args.draft_steps is None:
-        args.draft_steps = 5 if args.stage == "easy" and drafts_spare_much(args) else 0
-    if args.sdrecon_timesteps is None:
-        args.sdrecon_timesteps = {"easy": [], "normal": [400, 500, 600, 700], "hard": [100]}[args.stage]
-    check_args(parser, args)
-    return args
-
-
-def drafts_spare_much(args: argparse.Namespace) -> bool:
-    """Whether drafts of 5 steps and their finalists cost at most 70 % of the full pool."""
-    count, steps = args.num_images_per_prompt, args.num_inference_steps
-    spared = 5 * count + 2 * args.finalists * steps <= 0.7 * count * steps
-    return spared and steps >= 10  # 5 of 8 steps spare much of a large pool too, but are no longer a draft
-
-
-def check_args(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses what cannot work, before anything is loaded."""
-    check_numbers(parser, args)
-    if args.refine and not args.rescore:
-        parser.error("--refine belongs to --rescore")
-    if args.rescore and args.overwrite:
-        parser.error("--rescore keeps the pool, --overwrite deletes it: choose one")
-    check_margin(parser, args.min_margin)
-    check_curriculum(parser, args)
-    check_drafts(parser, args)
-
-
-def check_numbers(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses numbers out of their range."""
-    for name in ("num_inference_steps", "batch_size", "max_prompts", "write_prompts", "height", "width", "finalists"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1")
-    for name in ("height", "width"):
-        if (getattr(args, name) or 0) % 8:
-            parser.error(f"--{name} {getattr(args, name)} is not a multiple of 8")
-    if args.num_images_per_prompt < 2:
-        parser.error("--num_images_per_prompt must be at least 2: a pair has a winner and a loser")
-    if args.seed < 0:
-        parser.error("--seed must be at least 0")
-    if not math.isfinite(args.guidance_scale):
-        parser.error("--guidance_scale is not a finite number")
-    if not 0 <= args.validation_share < 1:
-        parser.error("--validation_share must be at least 0 and below 1")
-
-
-def check_margin(parser: argparse.ArgumentParser, spec: str | None) -> None:
-    """--min_margin is a finite number, or a share of the pairs as in 25%."""
-    try:
-        number = float((spec or "0").removesuffix("%"))
-    except ValueError:
-        number = math.nan
-    share = (spec or "").endswith("%")
-    if not math.isfinite(number) or (share and not 0 <= number < 100):
-        parser.error(f"--min_margin {spec}: give a number, or as 25% the share of the pairs to drop")
-
-
-def check_curriculum(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Easy needs prompts, the later stages photos and the pairs before."""
-    if args.stage != "easy":
-        check_later_stage(parser, args)
-        return
-    for name in ("real_data_dir", "previous_pairs", "sdrecon_timesteps"):
-        if getattr(args, name):
-            parser.error(f"--{name} belongs to --stage normal and hard")
-    if args.prompts is None and args.write_prompts:
-        parser.error("--write_prompts: set --prompts to the file to write")
-    if args.prompts is None:
-        parser.error("no prompts: set --prompts to a text file with one prompt per line, or see --help")
-
-
-def check_later_stage(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Normal and Hard need photos, the pairs before and a sampler whose timesteps can be named."""
-    for name in ("real_data_dir", "previous_pairs"):
-        if getattr(args, name) is None:
-            parser.error(f"--stage {args.stage} needs --{name}")
-    if Path(args.previous_pairs).resolve() == Path(args.output_dir).resolve():
-        parser.error("--output_dir is --previous_pairs: give this stage a folder of its own")
-    if args.validation_share != parser.get_default("validation_share"):
-        parser.error(f"--validation_share belongs to --stage easy; {args.stage} holds out what the stage before did")
-    if args.sampler != "dpmsolver":
-        parser.error(f"--stage {args.stage} needs --sampler dpmsolver, whose timesteps can be named")
-    if not all(0 < t < 1000 for t in args.sdrecon_timesteps):
-        parser.error("--sdrecon_timesteps must lie between 0 and 1000")
-    if len(set(args.sdrecon_timesteps)) < len(args.sdrecon_timesteps):
-        parser.error("--sdrecon_timesteps names one twice")
-
-
-def check_drafts(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Drafts have to be quicker than what they stand for."""
-    if args.draft_steps and args.stage != "easy":
-        parser.error("--draft_steps belongs to --stage easy")
-    if not 0 <= args.draft_steps < args.num_inference_steps:
-        parser.error(f"--draft_steps must be at least 0 and below --num_inference_steps {args.num_inference_steps}")
-    if args.draft_steps and 2 * args.finalists > args.num_images_per_prompt:
-        parser.error(f"--finalists {args.finalists} on both sides are more than --num_images_per_prompt")
 
 
 def use_embedded_world(parser: argparse.ArgumentParser, script: str) -> None:
@@ -3753,11 +1964,120 @@ def use_embedded_world(parser: argparse.ArgumentParser, script: str) -> None:
         print(f"{script}.py: the embedded world is used; --pretrained_model_name_or_path names your own model")
 
 
-def known_settings(folder: Path) -> dict[str, Any]:
-    """The settings of the run in `folder`, as defaults for --rescore."""
-    settings = read_record(folder)["settings"]
-    prompts = {"prompts": str(folder / "pool" / "prompts.txt"), "max_prompts": None}
-    return settings | (prompts if settings["stage"] == "easy" else {})
+def within(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """An argparse type: a number of this kind from `low`, or above it, to `high`."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not (low < value if above else low <= value) or not value <= high:
+            most = "" if math.isinf(high) else f", at most {high}"
+            raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {low}{most}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with the paper's defaults; without a model those of the embedded world."""
+    parser = argparse.ArgumentParser(
+        prog="make_preference_data.py",
+        description=__doc__.partition("\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    count, share = within(int, 1), within(float, 0, 0.9999999)
+
+    # fmt: off
+    flag = parser.add_argument_group("model").add_argument
+    flag("--pretrained_model_name_or_path", help="your model: SD 1.x, 2.x, XL, 3 or 3.5; none: the embedded world")
+    flag("--revision", help="branch, tag or commit of the model on the hub")
+    flag("--variant", help="variant of the weight files, such as fp16")
+    flag("--mixed_precision", choices=["no", "fp16", "bf16"], help="what it draws in; none: fp16 on CUDA, else no")
+    flag("--lora", help="LoRA to draw with, for a second round: folder, file or hub name")
+    flag("--lora_scale", type=float, default=1.0, help="its weight")
+
+    flag = parser.add_argument_group("prompts").add_argument
+    flag("--prompts", help="file (.txt, one a line; .jsonl, .json, .csv, .tsv, .parquet), folder of photos with "
+                           "captions, folder or hub name (owner/name[:split]) that `datasets` reads")
+    flag("--prompt_column", help="column of the prompts or captions; none: the first of prompt, caption, text")
+    flag("--max_prompts", type=count, help="use only the first of them")
+    flag("--write_prompts", type=count, metavar="N", help="write N prompts of people to the file --prompts, and stop")
+
+    flag = parser.add_argument_group("pool").add_argument
+    flag("--num_images_per_prompt", type=within(int, 2), default=24, help="candidates, of which two become the pair")
+    flag("--draft_steps", type=within(int, 0),
+         help="steps of a draft, 0: all in full; none: 5, or 0 where that spares little")
+    flag("--finalists", type=count, default=2, help="so many best and so many worst drafts are drawn in full")
+    flag("--num_inference_steps", type=count, default=20, help="steps of a full image")
+    flag("--guidance_scale", type=within(float, 0), help="classifier-free guidance; none: 5, of SD 3 4.5")
+    flag("--negative_prompt", default="", help="one for all prompts")
+    flag("--sampler", choices=["dpmsolver", "pipeline"], default="dpmsolver",
+         help="the paper's DPM-Solver++ (of SD 3: the model's own), or the model's own")
+    flag("--resolution", type=count, help="height and width in pixels; none: the model's own")
+    flag("--height", type=count, help="height in pixels, where it is not --resolution")
+    flag("--width", type=count, help="width in pixels, where it is not --resolution")
+    flag("--batch_size", type=count, default=8, help="images drawn or scored at once by a process")
+    flag("--seed", type=within(int, 0), default=0, help="seed of the images, of the sides and of the split")
+
+    flag = parser.add_argument_group("stages").add_argument
+    flag("--stage", choices=["easy", "normal", "hard"], default="easy", help="of the paper's curriculum, see above")
+    flag("--real_data_dir", help="normal, hard: folder of photos with captions")
+    flag("--previous_pairs", help="normal, hard: --output_dir of the stage before")
+    flag("--sdrecon_timesteps", type=within(int, 1, 999), nargs="+", help="none: 400 500 600 700, of hard 100")
+
+    flag = parser.add_argument_group("pairs").add_argument
+    flag("--scorer", nargs="+", default=["pickscore"], metavar="NAME[=PATH][,option=value...]",
+         help=f"{', '.join(SCORERS)}, module:function, file.py:function (also eval_human.py:people) or file.jsonl; "
+              "options: weight (0: it only vetoes), label, and its own; several vote, in units of each one's spread")
+    flag("--agree", nargs="+", default=[], metavar="SCORER", help="drop pairs that these scorers order otherwise")
+    flag("--min_margin", metavar="GAP", help="drop pairs below it; a number, or as 25%% the quarter of least gap")
+    flag("--validation_share", type=share, default=0.1, help="share of the prompts kept out of training")
+
+    flag = parser.add_argument_group("output").add_argument
+    flag("--output_dir", default="human-preferences", help="folder of the data set; a second start carries on")
+    flag("--export", nargs="+", choices=["folders", "flow-factory"], default=[], help="also for others' trainers")
+    flag("--no_latents", action="store_true", help="do not store latents (training then encodes the images)")
+    # fmt: on
+
+    args = parser.parse_args(argv)
+    if args.pretrained_model_name_or_path is None and args.write_prompts is None:
+        use_embedded_world(parser, "make_preference_data")
+        args = parser.parse_args(argv)
+        for own in parser.get_default("scorer"):  # "pickscore" means the world's, whatever options follow
+            bare = re.compile(rf"^{own.partition('=')[0]}(?=,|$)")
+            args.scorer = [bare.sub(lambda _, own=own: own, spec) for spec in args.scorer]
+            args.agree = [bare.sub(lambda _, own=own: own, spec) for spec in args.agree]
+    is_easy, steps, t = args.stage == "easy", args.num_inference_steps, args.sdrecon_timesteps or ()
+    later = {"real_data_dir": args.real_data_dir, "previous_pairs": args.previous_pairs}
+    changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    margin = re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?|(\d{1,2}(\.\d+)?)%", args.min_margin or "0")
+    too_many = args.draft_steps and 2 * args.finalists > args.num_images_per_prompt
+    unguided = args.guidance_scale is not None and args.guidance_scale <= 1
+    same_folder = not is_easy and Path(args.previous_pairs or "").resolve() == Path(args.output_dir).resolve()
+    wrong = {
+        "no prompts: set --prompts to a text file with one prompt per line": is_easy and not args.prompts,
+        **{f"--{name} belongs to --stage normal and hard": is_easy and value for name, value in later.items()},
+        **{f"--stage {args.stage} needs --{name}": not is_easy and not value for name, value in later.items()},
+        "--sdrecon_timesteps belongs to --stage normal and hard": is_easy and t,
+        "--sdrecon_timesteps names one twice": len(set(t)) < len(t),
+        "--resolution counts not beside --height and --width": "resolution" in changed and args.height and args.width,
+        "--lora_scale needs --lora": args.lora_scale != 1 and not args.lora,
+        f"--min_margin {args.min_margin}: give a number, or as 25% the share of the pairs to drop": not margin,
+        f"--draft_steps must be below --num_inference_steps {steps}": (args.draft_steps or 0) >= steps,
+        "--finalists on both sides are more than --num_images_per_prompt": too_many,
+        "--finalists needs drafts": args.draft_steps == 0 and "finalists" in changed,
+        "--negative_prompt needs a --guidance_scale above 1": args.negative_prompt and unguided,
+        "--sampler pipeline cannot be told timesteps, as SDRecon needs": not is_easy and args.sampler == "pipeline",
+        "--output_dir is --previous_pairs: give this stage a folder of its own": same_folder,
+    }
+    for name in ("prompts", "validation_share", "draft_steps", "finalists", "num_images_per_prompt"):
+        wrong[f"--{name} belongs to --stage easy"] = not is_easy and name in changed
+    if not is_easy:
+        args.sdrecon_timesteps = args.sdrecon_timesteps or {"normal": [400, 500, 600, 700], "hard": [100]}[args.stage]
+    if mistakes := [mistake for mistake, is_wrong in wrong.items() if is_wrong]:
+        parser.error(mistakes[0])
+    return args
 
 
 def cli(argv: list[str] | None = None) -> None:

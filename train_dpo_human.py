@@ -329,6 +329,10 @@ class UNet:
         """Latents (B, C, h, w) of what the pipeline's call returns as such; the image's size in pixels."""
         return latents
 
+    def pack(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
+        """The inverse of unpack: latents (B, C, h, w) as the pipeline's call takes them."""
+        return latents
+
     def latent_scale(self, vae: torch.nn.Module) -> tuple[Tensor, Tensor]:
         """Mean and factor, (1, C or 1, 1, 1), of latents = (the VAE's - mean) * factor."""
         mean, std = (vae.config.get(key) for key in ("latents_mean", "latents_std"))
@@ -344,7 +348,7 @@ class UNet:
     def to_pixels(self, pipe: DiffusionPipeline, latents: Tensor) -> Tensor:
         """Pixels (B, 3, H, W) in [-1, 1] of scaled latents."""
         mean, factor = self.latent_scale(pipe.vae)
-        return pipe.vae.decode(latents.to(pipe.vae.device, pipe.vae.dtype) / factor + mean).sample
+        return pipe.vae.decode((latents.to(pipe.vae.device) / factor + mean).to(pipe.vae.dtype)).sample
 
 
 class SD3(UNet):
@@ -408,7 +412,10 @@ def read_caption(image: Path) -> str:
     """The caption in the .txt or .caption file beside an image, "" without one; of several lines, which are
     alternatives, the first. UserError for one that a generator's UI wrote, with settings in it."""
     for file in (image.with_suffix(".txt"), image.with_suffix(".caption")):
-        text = file.read_text(encoding="utf-8-sig").strip() if file.is_file() else ""
+        try:
+            text = file.read_text(encoding="utf-8-sig").strip() if file.is_file() else ""
+        except UnicodeDecodeError as error:
+            raise UserError(f"{file} is not utf-8") from error
         if re.search(r"^(Negative prompt:|Steps: \d+, )", text, re.MULTILINE):
             raise UserError(f"{file} holds a generator's settings, not only a caption")
         if text:
@@ -1702,7 +1709,8 @@ def within(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
     def parse(text: str) -> float:
         value = kind(text)
         if not (low < value if above else low <= value) or not value <= high:
-            raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {low:g}, at most {high:g}")
+            most = "" if math.isinf(high) else f", at most {high}"
+            raise argparse.ArgumentTypeError(f"must be {'above' if above else 'at least'} {low}{most}")
         return value
 
     parse.__name__ = kind.__name__

@@ -36,14 +36,14 @@ steps. Ours encodes images and captions before its first step; the peer does in 
 
 Linux, for the memory of a CPU run.
 
-`data`: images per second from the first to the last image, models loaded before. "loop" is pipe(prompt,
-num_images_per_prompt=N), the code of the scorer's model card for each image, and a PNG for each; "ours" is the script
-with N full images and all that it writes for a shard; "floor" is nothing but the U-Net, the sampler's step and the VAE,
-in the same batches as ours, on embeddings that are ready.
+`data`: images per second of the whole, models loaded before. "loop" is pipe(prompt, num_images_per_prompt=N), the code
+of the scorer's model card for each image, and a PNG for each; "ours" is the script with N full images, their files,
+scores and pairs; "floor" is nothing but the denoiser, the sampler's step, the VAE and the scorer, in the same batches as
+ours, on embeddings that are ready.
 
-`price`: for each prompt N images in full, then drafts and finalists as the script draws them. Told are the U-Net
-evaluations as a share of the first, the score gap between winner and loser as a share of the full pool's, and what the
-held-out judge says: how often the winner is truly better, and by how much. 95 % bootstrap intervals over prompts.
+`price`: for each prompt N images in full, then drafts and finalists as the script draws them. Told are the FLOPs of
+denoiser and VAE as a share of the first, the score gap between winner and loser as a share of the full pool's, and what
+the held-out judge says: how often the winner is truly better, and by how much. 95 % bootstrap intervals over prompts.
 
 `eval`, both in one process, after a warm-up: "floor" is pipe(embeddings that are ready) for base and a LoRA in ours'
 batches, and each scorer's function on these images, which stay in memory; its loading is told but not counted. "ours" is
@@ -81,6 +81,7 @@ from unittest import mock
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
@@ -454,7 +455,7 @@ def timed_loop(settings: str) -> dict[str, Any]:
     scorer = ours.scorer[0].partition("=")[2]
     processor = AutoProcessor.from_pretrained(scorer, backend="pil")
     model = AutoModel.from_pretrained(scorer, dtype=torch.float32).eval().to(device)
-    prompts = data.read_prompts(ours.prompts, None, args.prompts)[0]
+    prompts = data.read_prompts(ours.prompts, None, args.prompts)[0].prompt
     folder = Path(tempfile.mkdtemp(dir=args.work_dir))
     start, before = time.perf_counter(), time.process_time()
     for number, prompt in enumerate(prompts):
@@ -463,8 +464,8 @@ def timed_loop(settings: str) -> dict[str, Any]:
             num_images_per_prompt=args.images,
             num_inference_steps=args.steps,
             guidance_scale=args.guidance_scale,
-            height=ours.height,
-            width=ours.width,
+            height=ours.height or ours.resolution,
+            width=ours.width or ours.resolution,
             generator=torch.Generator(device).manual_seed(number),
         ).images
         for index, image in enumerate(images):
@@ -484,71 +485,74 @@ def timed_loop(settings: str) -> dict[str, Any]:
 
 
 def timed_data(settings: str) -> dict[str, Any]:
-    """make_preference_data.py as it is, N full images of each prompt; timed is its function that makes the pool."""
+    """make_preference_data.py as it is, N full images of each prompt, from when the model is loaded to when the pairs
+    are written, but for the time that the scorer loads."""
     import make_preference_data as data
 
-    args, found = SimpleNamespace(**json.loads(settings)), {}
-    folder, complete = Path(tempfile.mkdtemp(dir=args.work_dir)), data.complete_shards
+    args, marks = SimpleNamespace(**json.loads(settings)), {}
+    folder = Path(tempfile.mkdtemp(dir=args.work_dir))
+    load_sampler, load_scorer, write_pairs = data.load_sampler, data.load_scorer, data.write_pairs
 
-    def timed(*arguments: Any) -> Any:
-        before = time.process_time()
-        done = complete(*arguments)
-        if done.images:
-            found.update(seconds=done.seconds, images=done.images, cpu=time.process_time() - before)
-        return done
+    def now() -> np.ndarray:
+        return np.array([time.perf_counter(), time.process_time()])
 
-    data.complete_shards = timed
+    def timed_sampler(*arguments: Any) -> Any:
+        loaded = load_sampler(*arguments)
+        marks["start"] = now()
+        return loaded
+
+    def timed_scorer(*arguments: Any, **options: Any) -> Any:
+        start = now()
+        score = load_scorer(*arguments, **options)
+        marks["loading"] = marks.get("loading", 0) + now() - start
+        return score
+
+    def timed_pairs(*arguments: Any) -> None:
+        write_pairs(*arguments)
+        marks["end"] = now()
+
+    data.load_sampler, data.load_scorer, data.write_pairs = timed_sampler, timed_scorer, timed_pairs
     data.main(data_flags(args, folder / "out", "--draft_steps", 0))
     shutil.rmtree(folder)
-    return found
-
-
-def both_texts(
-    embeds: dict[str, torch.Tensor], rows: torch.Tensor, size: tuple[int, int]
-) -> tuple[torch.Tensor, dict[str, torch.Tensor] | None]:
-    """The U-Net's text for some rows of `embeds`, unguided then guided; and what SDXL is told beside it."""
-
-    def both(name: str) -> torch.Tensor:
-        guided = embeds[name][rows.to(embeds[name].device)]
-        return torch.cat([embeds[f"negative_{name}"].expand_as(guided), guided])
-
-    if "pooled_prompt_embeds" not in embeds:
-        return both("prompt_embeds"), None
-    pooled = both("pooled_prompt_embeds")
-    ids = torch.tensor([*size, 0, 0, *size], dtype=pooled.dtype, device=pooled.device).expand(len(pooled), -1)
-    return both("prompt_embeds"), {"text_embeds": pooled, "time_ids": ids}
+    seconds, cpu = marks["end"] - marks["start"] - marks["loading"]
+    return {"seconds": seconds, "cpu": cpu, "images": args.images * args.prompts}
 
 
 @torch.inference_mode()
 def timed_bare(settings: str) -> dict[str, Any]:
-    """The U-Net, the sampler's steps and the VAE, in ours' batches, on embeddings that are ready."""
+    """The denoiser, the sampler's steps, the VAE and the scorer, in ours' batches, on embeddings that are ready."""
     import make_preference_data as data
 
     args = SimpleNamespace(**json.loads(settings))
     ours = data_flags(args, Path("unused"), "--draft_steps", 0)
     data.quiet_libraries()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = data.load_pipeline(ours, device)
-    unet, vae, scheduler = pipe.unet, pipe.vae, pipe.scheduler
-    prompts = data.read_prompts(ours.prompts, None, args.prompts)[0]
-    embeds = data.encode_prompts(pipe, prompts, "")
-    scale = pipe.vae_scale_factor
-    height, width = (side // scale if side else unet.config.sample_size for side in (ours.height, ours.width))
+    pipe, family, path, _ = data.load_sampler(ours)
+    pipe.to(device)
+    model, scheduler = getattr(pipe, family.model), pipe.scheduler
+    prompts = data.read_prompts(ours.prompts, None, args.prompts)[0].prompt.tolist()
+    score = data.parse_scorer(ours.scorer[0], {}).load(device)
+    text = data.encode_prompts(pipe, family, prompts, "", True)
+    sizes = torch.tensor([ours.height, ours.width, 0, 0, ours.height, ours.width], device=device)
+    shape = pipe.vae.config.latent_channels, *(side // pipe.vae_scale_factor for side in (ours.height, ours.width))
+    at_once = max(1, 512 * 512 // (ours.height * ours.width))  # as in `sample`
     rows = torch.arange(len(prompts)).repeat_interleave(args.images)
-    at_once = max(1, 512 * 512 // (height * width * scale**2))  # as in `decode`
     start, before = time.perf_counter(), time.process_time()
     for index in rows.split(args.batch_size):
-        latents = torch.randn(len(index), unet.config.in_channels, height, width, device=device, dtype=unet.dtype)
-        both, added = both_texts(embeds, index, (height * scale, width * scale))
-        scheduler.set_timesteps(args.steps)
+        latents = torch.randn(len(index), *shape, device=device, dtype=model.dtype)
+        both = {}
+        for name in ("prompt_embeds", "pooled_prompt_embeds"):
+            if name in text:
+                guided = text[name][index.to(device)]
+                both[name] = torch.cat([text[f"negative_{name}"].expand_as(guided), guided])
+        scheduler.set_timesteps(args.steps, device=device)
         for t in scheduler.timesteps:
-            guess = unet(torch.cat([latents] * 2), t, both, added_cond_kwargs=added, return_dict=False)[0]
-            without, guided = guess.chunk(2)
+            scaled = latents if path.kind == "flow" else scheduler.scale_model_input(latents, t)
+            told = (t.expand(2 * len(index)), both, sizes.expand(2 * len(index), -1).to(model.dtype))
+            without, guided = family.predict(model, torch.cat([scaled] * 2), *told).chunk(2)
             latents = scheduler.step(without + args.guidance_scale * (guided - without), t, latents).prev_sample
-        for some in (latents.float() / vae.config.scaling_factor).split(at_once):
-            vae.decode(some)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+        pixels = torch.cat([family.to_pixels(pipe, some).float() for some in latents.split(at_once)])
+        score(pipe.image_processor.postprocess(pixels, output_type="pil"), [prompts[row] for row in index])
     done = {"seconds": time.perf_counter() - start, "cpu": time.process_time() - before}
     return {**done, "images": len(rows)}
 
@@ -575,7 +579,7 @@ def data(args: argparse.Namespace) -> None:
                 )
                 print_row(f"round {number}, {name}", figures[name][-1])
     print()
-    for of, to, sign, bar in (("ours", "loop", ">=", 1.3), ("floor", "ours", "<=", 1.05)):
+    for of, to, sign, bar in (("ours", "loop", ">=", 1.4), ("floor", "ours", "<=", 1.05)):
         ratios = [a["images/s"] / b["images/s"] for a, b in zip(figures[of], figures[to], strict=True)]
         median = statistics.median(ratios)
         met = "met" if (median >= bar if sign == ">=" else median <= bar) else "NOT met"
@@ -586,25 +590,16 @@ def data(args: argparse.Namespace) -> None:
 # ---- Data: the price of a pair --------------------------------------------------------------------------------------
 
 
-def scored_pool(args: argparse.Namespace, folder: Path, kind: str, *extra: object) -> dict[str, list[dict[str, Any]]]:
-    """The rows of drafts or of images of every prompt, made by the script's own functions where they are not yet."""
-    from accelerate import PartialState
-
+def scored_pool(args: argparse.Namespace, folder: Path, kind: str, *extra: object) -> pd.DataFrame:
+    """The images of a kind that the script draws: image_id, caption, index, jpg and score, in the order of prompts."""
     import make_preference_data as data
 
-    ours = data_flags(args, folder, *extra)
-    inputs, wanted = data.read_inputs(ours), data.parse_scorers(ours.scorer)
-    data.quiet_libraries()
-    state = PartialState(cpu=not torch.cuda.is_available())
-    (folder / "pool").mkdir(parents=True, exist_ok=True)
-    tools = data.prepare_tools(ours, state.device, wanted, inputs)
-    pool = data.plan_pool(ours, inputs, wanted, [])
-    if kind == "drafts":
-        data.complete_shards(pool.drafts, pool.plan_drafts, tools, ours, state)
-        return dict(data.read_pools(pool.drafts))
-    plan, _ = pool.plan_images()
-    data.complete_shards(pool.images, plan, tools, ours, state)
-    return dict(data.read_pools(pool.images, ["caption", "index", "scores", "jpg"]))
+    if not list(folder.glob(f"pool/{kind}-*")):
+        data.main(data_flags(args, folder, "--validation_share", 0, *extra))
+    (pool,), (scores,) = folder.glob(f"pool/{kind}-*"), folder.glob("scores/*")
+    found = data.read_parts(pool.glob("*.parquet"), "caption", "index", "jpg").to_pandas().set_index("image_id")
+    scores = data.read_parts(scores.glob("*.parquet"), "score").to_pandas().set_index("image_id")
+    return found.join(scores["score"]).sort_values(["caption", "index"])
 
 
 def interval(values: np.ndarray) -> str:
@@ -617,75 +612,53 @@ def interval(values: np.ndarray) -> str:
     return f"{centre:6.3f} [{low:.3f}, {high:.3f}]"
 
 
-Pair = tuple[dict[str, Any], dict[str, Any]]
-
-
-def score_of(row: dict[str, Any]) -> float:
-    """The scorer's score of a row of the pool."""
-    return next(iter(json.loads(row["scores"]).values()))
-
-
-def ends(rows: list[dict[str, Any]]) -> Pair:
-    """The best and the worst row."""
-    return max(rows, key=score_of), min(rows, key=score_of)
-
-
-def finals(drafts: list[dict[str, Any]], rows: list[dict[str, Any]], per_side: int) -> Pair:
-    """The best and the worst of a prompt's rows among those whose drafts are finalists."""
-    import make_preference_data as data
-
-    chosen = data.finalists([score_of(row) for row in drafts], per_side)
-    return ends([row for row in rows if row["index"] in chosen])
-
-
-def report(name: str, share: float, pairs: dict[str, Pair], full_gaps: dict[str, float], judge: Any) -> None:
-    """One line: the price and what the pairs are worth, by the scorer and by the judge."""
-    import make_preference_data as data
-
-    gaps, marks = [], []
-    for caption, pair in pairs.items():
-        gaps.append([score_of(pair[0]) - score_of(pair[1]), full_gaps[caption]])
-        marks.append(judge([data.from_jpeg(row["jpg"]) for row in pair], [caption] * 2))
-    winner, loser = np.array(marks).T
-    better = (winner > loser) + 0.5 * (winner == loser)
-    told = {"gap": np.array(gaps), "truly better": better, "judge's margin": winner - loser}
-    print(f"{name:26}{share:6.3f}" + "".join(f"   {key} {interval(value)}" for key, value in told.items()), flush=True)
-
-
 def price(args: argparse.Namespace) -> None:
-    """The sub-command `price`: score gap and truth of pairs against their U-Net evaluations."""
-    import make_preference_data
+    """The sub-command `price`: score gap and truth of pairs against FLOPs of denoiser and VAE."""
+    import make_preference_data as data
 
-    judge = make_preference_data.parse_scorer(f"{TESTS / 'tiny_human' / 'judge.py'}:judge").load("cpu")
+    judge = data.parse_scorer(f"{TESTS / 'tiny_human' / 'judge.py'}:judge", {}).load("cpu")
     print(f"{args.prompts} prompts, {args.images} images of {args.steps} steps, guidance {args.guidance_scale}")
-    full = scored_pool(args, args.work_dir / "full", "images", "--draft_steps", 0)
-    gaps = {caption: score_of(best) - score_of(worst) for caption, (best, worst) in map_values(ends, full).items()}
+    full = scored_pool(args, args.work_dir / "full", "full", "--draft_steps", 0)
+    gaps = full.groupby("caption").score.agg(np.ptp)
+    flags = data_flags(args, args.work_dir / "full")
+    pipe, family, *_ = data.load_sampler(flags)
+    denoiser, decoder = data.count_flops(pipe, family, flags)
 
-    def tell(name: str, evaluations: int, pairs: dict[str, Pair]) -> None:
-        report(name, evaluations / (args.images * args.steps), pairs, gaps, judge)
+    def cost(steps: int) -> float:
+        return (1 + (args.guidance_scale > 1)) * steps * denoiser + decoder
 
-    tell("all in full", args.images * args.steps, map_values(ends, full))
+    def tell(name: str, flops: float, images: pd.DataFrame) -> None:
+        groups = images.groupby("caption").score
+        pairs = [images.loc[[*ids]] for ids in zip(groups.idxmax(), groups.idxmin(), strict=True)]
+        found = np.array([judge([data.from_jpeg(jpg) for jpg in pair.jpg], list(pair.caption)) for pair in pairs])
+        winner, loser = found.T
+        gap = np.stack([groups.agg(np.ptp), gaps[groups.max().index]], axis=1)
+        better = (winner > loser) + 0.5 * (winner == loser)
+        values = {"gap": gap, "truly better": better, "judge's margin": winner - loser}
+        share = flops / (args.images * cost(args.steps))
+        told = "".join(f"   {key} {interval(one)}" for key, one in values.items())
+        print(f"{name:26}{share:6.3f}{told}", flush=True)
+
+    tell("all in full", args.images * cost(args.steps), full)
     for count in args.fewer_images:
-        tell(f"{count} in full", count * args.steps, {caption: ends(rows[:count]) for caption, rows in full.items()})
+        tell(f"{count} in full", count * cost(args.steps), full[full["index"] < count])
     for steps in args.draft_steps:
         few = argparse.Namespace(**{**vars(args), "images": args.draft_images, "steps": args.final_steps})
-        flags, folder = ("--draft_steps", steps, "--finalists", 3), args.work_dir / f"drafts-{steps}"
-        drafts, images = (scored_pool(few, folder, kind, *flags) for kind in ("drafts", "images"))
-        ranks = [
-            [np.argsort(np.argsort([score_of(row) for row in one[caption][: args.images]])) for one in (drafts, full)]
-            for caption in full
-        ]
-        spearman = np.array([np.corrcoef(*pair)[0, 1] for pair in ranks])
-        print(f"{args.draft_images} drafts of {steps}: Spearman with the full scores {interval(spearman)}")
+        folder, extra = args.work_dir / f"drafts-{steps}", ("--draft_steps", steps, "--finalists", 3)
+        drafts, images = (scored_pool(few, folder, kind, *extra) for kind in ("draft", "full"))
+        both = drafts[drafts["index"] < args.images].set_index(["caption", "index"]).score.to_frame("draft")
+        both["full"] = full.set_index(["caption", "index"]).score
+        ranks = both.groupby("caption").apply(lambda one: one.draft.corr(one.full, method="spearman"))
+        print(f"{args.draft_images} drafts of {steps}: Spearman with the full scores {interval(ranks.to_numpy())}")
         for per_side in (1, 2, 3):
-            pairs = {caption: finals(drafts[caption], images[caption], per_side) for caption in full}
-            cost = args.draft_images * steps + 2 * per_side * args.final_steps
-            tell(f"  and {2 * per_side} of {args.final_steps} steps", cost, pairs)
-
-
-def map_values(function: Any, table: dict[str, Any]) -> dict[str, Any]:
-    """function of every value."""
-    return {key: function(value) for key, value in table.items()}
+            chosen = {
+                (caption, one["index"].iloc[i])
+                for caption, one in drafts.groupby("caption")
+                for i in data.finalists(one.score.to_numpy(), per_side)
+            }
+            among = images[[key in chosen for key in zip(images.caption, images["index"], strict=True)]]
+            flops = args.draft_images * cost(steps) + 2 * per_side * cost(args.final_steps)
+            tell(f"  and {2 * per_side} of {args.final_steps} steps", flops, among)
 
 
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
@@ -743,13 +716,13 @@ def bare_eval(line: list[str]) -> dict[str, float]:
 
     args, seconds = ev.parse_args(line), {}
     device = ev.start_processes().device
-    prompts, _ = ev.read_prompts(args.prompts, None, args.max_prompts)
+    prompts, _ = ev.read_prompt_list(args.prompts, None, args.max_prompts)
     plan, images = ev.plan_images(len(prompts), 1, args.diversity_prompts), []
     with clocked(seconds, "loading"):
         pipe = ev.load_pipeline(args, device)
     for model in args.models:
         with ev.drawing(pipe, model, None, True):
-            embeds = ev.encode_prompts(pipe, prompts, "")
+            embeds = ev.encode_texts(pipe, prompts, "")
             with clocked(seconds, "drawing"), torch.inference_mode():
                 for batch in ev.in_batches(plan, args.batch_size):
                     images += pipe(
@@ -906,7 +879,7 @@ def add_train(commands: Any) -> None:
 
 def add_data(commands: Any) -> None:
     """The flags of `data` and `price`."""
-    for name, run, told in (("data", data, "images per second"), ("price", price, "U-Net evaluations for a pair")):
+    for name, run, told in (("data", data, "images per second"), ("price", price, "FLOPs of a pair")):
         parser = commands.add_parser(name, help=told, allow_abbrev=False)
         parser.set_defaults(run=run)
         flag = parser.add_argument

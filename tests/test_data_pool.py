@@ -1,572 +1,343 @@
 # SPDX-License-Identifier: Apache-2.0
-"""make_preference_data.py: drafts and finalists, and that nothing is lost whatever happens to a run."""
+"""make_preference_data.py's one rule: only what is missing is made, whatever happened before, and never twice."""
 
-import contextlib
-import errno
-import json
+import itertools
+import multiprocessing
 import os
-import random
-import select
-import signal
+import shutil
 import subprocess
 import sys
-import textwrap
 import time
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import datasets
+import diffusers
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    HeunDiscreteScheduler,
-    KDPM2AncestralDiscreteScheduler,
-    LCMScheduler,
-    PNDMScheduler,
-    UniPCMultistepScheduler,
-)
-from test_make_preference_data import (
-    SCORER,
-    data,
-    data_of,
-    difference,
-    flags,
-    make,
-    pool_bytes,
-    rows_of,
-    write_inputs,
-)
+from safetensors.torch import load_file, save_file
+from test_make_preference_data import CAPTIONS, SMALL, data, make, pairs_of, picture, pool_of, scores_of, sides
+from train_helpers import PIPELINE, ROOT, flags, load, with_scheduler
 
 
-ROOT = Path(__file__).resolve().parent.parent
-DRAFTS = ["--num_inference_steps", 12, "--draft_steps", 4, "--num_images_per_prompt", 6, "--finalists", 1]
+SPACINGS = ("linspace", "leading", "trailing")
+DRAFTS = {"num_images_per_prompt": 6, "num_inference_steps": 6, "draft_steps": 3, "finalists": 1}
+PLUGIN = """
+redness = lambda device: lambda images, prompts: [image.resize((1, 1)).getpixel((0, 0))[0] for image in images]
+odd = lambda device: lambda images, prompts: [float(text) for text in "inf 1 nan 2 -inf 3 4 nan".split()]
+broken = lambda device: lambda images, prompts: 1 / 0
+"""
 
 
-@pytest.fixture
-def inputs(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "SHARD_IMAGES", 12)  # two prompts a shard of drafts, six a shard of finalists
-    return write_inputs(tmp_path)
+@pytest.fixture(scope="module", autouse=True)
+def red(tmp_path_factory):
+    """Parts of 8 images, no pictures, no counted FLOPs; and a scorer in a file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data, "IMAGES_IN_A_PART", 8)
+        patch.setattr(data, "draw_pictures", lambda *args: None)
+        patch.setattr(data, "count_flops", lambda *args: (1, 1))
+        (file := tmp_path_factory.mktemp("plugin") / "plugin.py").write_text(PLUGIN)
+        yield f"{file}:redness"
 
 
 @pytest.fixture(scope="module")
-def drafted(tmp_path_factory):
-    """The folder of a finished run with drafts, not to be changed; what it printed lies beside it."""
-    folder = write_inputs(tmp_path_factory.mktemp("drafted"))
-    with pytest.MonkeyPatch.context() as patch, (folder / "printed.txt").open("w") as printed:
-        patch.setattr(data, "SHARD_IMAGES", 12)
-        with contextlib.redirect_stdout(printed):
-            return make(folder, *DRAFTS)
+def runs(tmp_path_factory):
+    """Finished runs, not to be changed: of 4 images of 4 prompts, and of 6 drafts, of which two are drawn in full."""
+    return make(tmp_path_factory.mktemp("full") / "out"), make(tmp_path_factory.mktemp("drafted") / "out", **DRAFTS)
 
 
-def pool_rows(out: Path, kind: str) -> list[dict]:
-    return [row for shard in sorted(out.glob(f"pool/{kind}-*.parquet")) for row in pq.read_table(shard).to_pylist()]
+@pytest.fixture
+def made(monkeypatch):
+    """Tells how many images were drawn and how many were scored since it was asked last."""
+    drawn, scored, sample, from_jpeg = [], [], data.sample, data.from_jpeg
+    monkeypatch.setattr(data, "sample", lambda *args, **more: drawn.extend(args[4]) or sample(*args, **more))
+    monkeypatch.setattr(data, "from_jpeg", lambda jpg: scored.append(1) or from_jpeg(jpg))
+    return lambda: (len(drawn), len(scored), drawn.clear(), scored.clear())[:2]
 
 
-def rescore(folder: Path, *extra: object) -> None:
-    """--rescore as one types it: all that it does not name is as it was."""
-    command = ["--output_dir", folder / "out", "--rescore", *extra]
-    data.main(data.parse_args([str(flag) for flag in command]))
+@pytest.fixture
+def painted(monkeypatch, red):
+    """A run with images of one colour by their seed in place of the model's, for tests of the disk alone."""
+
+    def paint(pipe, family, text, rows, seeds, *size, **more):
+        colours = [torch.rand(3, 1, 1, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+        return torch.stack(colours).expand(-1, 3, 8, 8) * 2 - 1, torch.zeros(len(seeds), 8, 16, 16).half()
+
+    monkeypatch.setattr(data, "sample", paint)
+    return partial(make, scorer=red)
 
 
-def score(row: dict) -> float:
-    return json.loads(row["scores"])[SCORER]
+def files_of(out: Path, pattern: str = "*/*/*.parquet") -> dict[str, bytes]:
+    return {str(file.relative_to(out)): file.read_bytes() for file in out.glob(pattern)}
 
 
-# ---- Drafts ---------------------------------------------------------------------------------------------------------
+def whole(out: Path) -> tuple:
+    """All that a run made, whatever its parts are called."""
+    return pool_of(out), pool_of(out, "draft"), scores_of(out, "*"), pairs_of(out)
 
 
-def test_only_the_best_and_the_worst_draft_are_drawn_in_full(drafted):
-    drafts, images = pool_rows(drafted, "drafts"), pool_rows(drafted, "images")
-    assert (len(drafts), len(images)) == (36, 12)
-    assert all(row["latents"] is None for row in drafts)
-    for caption in {row["caption"] for row in drafts}:
-        pool = {row["index"]: score(row) for row in drafts if row["caption"] == caption}
-        drawn = {row["index"]: row for row in images if row["caption"] == caption}
-        assert set(drawn) == {max(pool, key=pool.get), min(pool, key=pool.get)}
-        assert all(row["seed"] == data.image_seed(0, caption, i) for i, row in drawn.items())
-        pair = next(
-            row for split in ("train", "validation") for row in rows_of(drafted, split) if row["caption"] == caption
-        )
-        assert {pair["seed_0"], pair["seed_1"]} == {row["seed"] for row in drawn.values()}
-        assert pair["margin"] == pytest.approx(abs(np.subtract(*map(score, drawn.values()))))
-        assert pair["num_candidates"] == 6
-    printed = (drafted.parent / "printed.txt").read_text()
-    assert "96 U-Net evaluations a prompt, 67% of 6 full images" in printed
+def of(captions: list[str], rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["caption"] in captions]
 
 
-def test_a_finalist_is_the_image_that_the_full_pool_has(drafted, inputs):
-    full = make(inputs, *DRAFTS, "--draft_steps", 0, "--max_prompts", 2)
-    images = {data.image_id(row): row for row in pool_rows(full, "images")}
-    finalists = [row for row in pool_rows(drafted, "images") if data.image_id(row) in images]
-    assert len(finalists) == 4
-    for row in finalists:
-        assert score(row) == pytest.approx(score(images[data.image_id(row)]), abs=0.05)
+def scores_by_prompt(out: Path, label: str = "pickscore", kind: str = "full") -> np.ndarray:
+    scores = scores_of(out, label)
+    return np.array([scores[name] for name in pool_of(out, kind)]).reshape(4, -1)
 
 
-def test_the_default_number_of_draft_steps(inputs):
-    def steps(*extra: object) -> int:
-        return data.parse_args(flags(inputs, *extra)).draft_steps
-
-    assert steps("--num_inference_steps", 50, "--num_images_per_prompt", 20) == 5
-    assert steps("--num_inference_steps", 8, "--num_images_per_prompt", 20) == 0
-    assert steps("--num_inference_steps", 50, "--num_images_per_prompt", 2) == 0
-    assert steps("--num_inference_steps", 50, "--num_images_per_prompt", 20, "--draft_steps", 0) == 0
-    assert steps("--num_inference_steps", 8, "--num_images_per_prompt", 100) == 0
-    assert data.parse_args([]).draft_steps == 0  # the embedded world
+def assert_alike(a: Path, b: Path) -> None:
+    """The images of two prompts, drawn in other batches, are the same but for rounding: at most 2 grey levels."""
+    for x, y in zip(*(of(CAPTIONS[:2], pool_of(out).values()) for out in (a, b)), strict=True):
+        assert x["image_id"] == y["image_id"]
+        assert np.abs(picture(x["jpg"]) - picture(y["jpg"])).max() <= 2
 
 
-@pytest.mark.parametrize(
-    ("count", "steps", "finalists", "drafted"),
-    [(24, 20, 2, 5), (9, 20, 2, 5), (8, 20, 2, 0), (5, 20, 2, 0), (6, 50, 2, 0), (7, 50, 2, 5), (24, 20, 6, 0)],
-)
-def test_drafts_are_the_default_where_they_spare_three_tenths(count, steps, finalists, drafted, inputs):
-    flag = ["--num_images_per_prompt", count, "--num_inference_steps", steps, "--finalists", finalists]
-    args = data.parse_args(flags(inputs, *flag))
-    assert args.draft_steps == drafted
-    args.draft_steps = 5
-    price, full = data.evaluations(args)
-    assert (price <= 0.7 * full) == bool(drafted)
+def test_a_pool_grows_in_prompts_and_images_to_what_a_fresh_run_makes(runs, tmp_path, made):
+    out, more = make(tmp_path / "out", max_prompts=2), tmp_path / "more.txt"
+    assert (made(), make(out), made()) == ((8, 8), out, (8, 8))
+    assert whole(out) == whole(runs[0])
+    assert (make(out, num_images_per_prompt=6, max_prompts=2), made()) == (out, (4, 4))
+    assert_alike(out, make(tmp_path / "fresh", num_images_per_prompt=6, max_prompts=2))
+    more.write_text("\n".join(["a new person", *CAPTIONS[:2], "another one", *CAPTIONS[2:4]]))
+    assert (made(), make(out, prompts=more, max_prompts=6), made()) == ((12, 12), out, (8, 8))
+    assert of(CAPTIONS, pairs_of(out)) == pairs_of(runs[0])
+    assert pairs_of(make(out, max_prompts=3)) == of(CAPTIONS[:3], pairs_of(runs[0]))
+    assert made() == (0, 0)
 
 
-@pytest.mark.parametrize(
-    ("scheduler", "fresh"),
-    [
-        (DPMSolverMultistepScheduler(), False),
-        (DDIMScheduler(), False),
-        (EulerDiscreteScheduler(), False),
-        (HeunDiscreteScheduler(), False),
-        (PNDMScheduler(skip_prk_steps=True), False),
-        (UniPCMultistepScheduler(), False),
-        (DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"), True),
-        (EulerAncestralDiscreteScheduler(), True),
-        (KDPM2AncestralDiscreteScheduler(), True),
-        (DDPMScheduler(), True),
-        (LCMScheduler(), True),
-    ],
-)
-def test_samplers_that_draw_fresh_noise_are_known(scheduler, fresh):
-    state = torch.random.get_rng_state()
-    assert data.draws_fresh_noise(scheduler) == fresh
-    assert torch.equal(torch.random.get_rng_state(), state)
+def test_another_scorer_draws_nothing_or_only_finalists_that_are_new(runs, red, tmp_path, made):
+    out = make(shutil.copytree(runs[0], tmp_path / "full"), scorer=red)
+    best_and_worst = [[max(own), min(own)] for own in scores_by_prompt(out, "redness")]
+    assert (made(), [sides(pair, "score") for pair in pairs_of(out)]) == ((0, 16), best_and_worst)
+    out, before = shutil.copytree(runs[1], tmp_path / "drafted"), {row["seed"] for row in pool_of(runs[1]).values()}
+    scores = scores_by_prompt(make(out, scorer=red, **DRAFTS), "redness", "draft")
+    seeds = np.array([row["seed"] for row in pool_of(out, "draft").values()]).reshape(4, 6)
+    wanted = {seed for row, own in zip(seeds, scores, strict=True) for seed in row[data.finalists(own, 1)]}
+    assert {row["seed"] for row in pool_of(out).values()} == before | wanted != wanted
+    assert made() == (len(wanted - before), 24 + 8)
+    assert (pairs_of(make(out, **DRAFTS)), made()) == (pairs_of(runs[1]), (0, 0))
 
 
-def test_drafts_are_refused_with_a_sampler_that_draws_fresh_noise(inputs, monkeypatch):
-    load = data.load_pipeline
+def test_weights_agreement_margins_and_splits_take_what_is_there(runs, red, tmp_path, made, monkeypatch):
+    out = make(shutil.copytree(runs[0], tmp_path / "out"), scorer=["pickscore", red])
+    ours, theirs = scores_by_prompt(out), scores_by_prompt(out, "redness")
+    spreads = [data.pooled_spread(ours), data.pooled_spread(theirs)]
+    assert (made(), list(data.read_record(out)["spreads"].values())) == ((0, 16), pytest.approx(spreads))
+    for weight in (-3, 0.5):
+        total = ours / spreads[0] + weight * theirs / spreads[1]
+        pairs = pairs_of(make(out, scorer=["pickscore", f"{red},weight={weight}"]))
+        expected = np.stack([total.max(axis=1), total.min(axis=1)], axis=1)
+        np.testing.assert_allclose([sides(pair, "score") for pair in pairs], expected, rtol=1e-6)
+    agreed = [b[a.argmax()] > b[a.argmin()] for a, b in zip(ours, theirs, strict=True)]
+    margins = [pair["margin"] for pair in pairs_of(runs[0])]
+    assert [pair["margin"] for pair in pairs_of(make(out, agree=red))] == list(itertools.compress(margins, agreed))
+    assert data.read_record(out)["dropped"] == {"redness disagrees": 4 - sum(agreed)}
+    for least, left in (("50%", sorted(margins)[1:]), (sorted(margins)[2], sorted(margins)[2:])):
+        assert sorted(pair["margin"] for pair in pairs_of(make(out, min_margin=least))) == left
+    make(out, validation_share=0.5)
+    assert (len(pairs_of(out, "train")), len(pairs_of(out, "validation")), made()) == (2, 2, (0, 0))
+    with monkeypatch.context() as patch:  # data/ in several files
+        patch.setattr(data, "BYTES_IN_A_FILE", 30e3)
+        names = sorted(files_of(make(out, validation_share=0), "data/*"))
+    assert names == [f"data/train-{i:05d}-of-{len(names):05d}.parquet" for i in range(len(names))]
+    read = datasets.load_dataset(str(out), cache_dir=tmp_path / "cache")
+    assert {split: rows["caption"][:] for split, rows in read.items()} == {"train": CAPTIONS[:4]}
+    assert len(names) > 1
+    assert files_of(make(out), "data/*") == files_of(runs[0], "data/*")
 
-    def load_ancestral(*args):
-        pipe = load(*args)
-        pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config)
-        return pipe
 
-    monkeypatch.setattr(data, "load_pipeline", load_ancestral)
+def test_spreads_are_kept_so_that_a_larger_pool_moves_no_finalist(painted, red, tmp_path, made):
+    settings = DRAFTS | {"scorer": ["pickscore", red]}
+    out = make(tmp_path / "out", **settings, max_prompts=2)
+    before, spreads = pairs_of(out), data.read_record(out)["spreads"]
+    assert (len(spreads), made()[0], make(out, **settings), made()[0]) == (2, 16, out, 16)
+    assert (data.read_record(out)["spreads"], of(CAPTIONS[:2], pairs_of(out))) == (spreads, before)
+
+
+@pytest.mark.parametrize("flag", [("seed", 1), ("guidance_scale", 2), ("negative_prompt", "a dog"), ("width", 48),
+                                  ("num_inference_steps", 3), ("no_latents", True)])  # fmt: skip
+def test_other_sampling_settings_leave_old_files_alone(flag, painted, tmp_path, made, capsys):
+    before, old = files_of(out := painted(tmp_path / "out", **dict([flag]))), pool_of(out).keys()
+    assert (painted(out), made()) == (out, (32, 32))
+    assert before.items() < files_of(out).items()
+    assert not old & {side for pair in pairs_of(out) for side in sides(pair, "image_id")}
+    assert {len(pair["latents_0"] or "") for pair in pairs_of(out)} == {2 * 8 * 16 * 16}
+    assert " of other settings in pool/ and scores/: full-" in capsys.readouterr().out
+
+
+def test_neither_the_batch_size_nor_the_number_of_processes_matters(runs, tmp_path):
+    assert_alike(make(tmp_path / "batches", batch_size=3, max_prompts=2), runs[0])
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    script.write_text("import make_preference_data as data\ndata.IMAGES_IN_A_PART = 8\ndata.cli()\n")
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --main_process_port 0"
+    words = [sys.executable, *launch.split(), script, *flags({"output_dir": out} | SMALL | DRAFTS)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout.count("prompts    the first 4 of")) == (0, 1), done.stderr
+    assert "draft (process 1 of 2)" in done.stderr
+    assert whole(out) == whole(runs[1])
+
+
+@contextmanager
+def failing(n: int, error: BaseException, *acts: tuple[object, str]):
+    """`error` at the n-th call of some functions, before it or, where n is odd, after it."""
+    count = itertools.count(1)
+
+    def call(own, *args, **more):
+        number = next(count)
+        result = own(*args, **more) if number != n or n % 2 else None
+        if number == n:
+            raise error
+        return result
+
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in acts:
+            own = getattr(owner, name)
+            patch.setattr(owner, name, lambda *args, own=own, **more: call(own, *args, **more))
+        yield
+
+
+def test_an_interruption_at_any_write_or_rename_loses_nothing(painted, tmp_path):
+    settings, acts = DRAFTS | {"max_prompts": 1}, [(Path, "write_text"), (Path, "replace"), (Path, "rename")]
+    expected = pairs_of(painted(tmp_path / "whole", **settings))
+    for n in itertools.count(1):
+        try:
+            with failing(n, KeyboardInterrupt(), *acts, (pq.ParquetWriter, "write_table"), (shutil, "rmtree")):
+                painted(tmp_path / str(n), **settings)
+            break  # it does less than n
+        except KeyboardInterrupt:
+            assert all(pq.read_metadata(file).num_rows for file in tmp_path.glob(f"{n}/[ps]*/*/*.parquet"))
+            assert pairs_of(painted(tmp_path / str(n), **settings)) == expected
+    assert n > 20
+
+
+@pytest.mark.parametrize("n", range(1, 6))  # two parts of the pool, two of scores, the pairs
+def test_a_full_disk_is_one_line_and_loses_nothing(n, painted, tmp_path):
+    out, full = tmp_path / "out", OSError(28, "No space left on device")
+    told = r"^cannot write .*\.parquet: No space left on device; .* start again.*\Z"
+    with failing(n, full, (pq.ParquetWriter, "write_table")), pytest.raises(data.UserError, match=told):
+        painted(out, validation_share=0)
+    kept = files_of(out)
+    assert (len(kept), list(out.glob("*/*/.*.parquet*"))) == (n - 1, [])
+    assert kept.items() <= files_of(painted(out)).items()
+    assert whole(out) == whole(painted(tmp_path / "whole"))
+
+
+def run(out: Path) -> None:
+    data.IMAGES_IN_A_PART = 8
+    make(out, **DRAFTS)
+
+
+def test_kills_and_two_starts_at_once(runs, tmp_path):
+    context, out = multiprocessing.get_context("forkserver"), tmp_path / "out"
+    models = "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "transformers.models.clip.modeling_clip"
+    context.set_forkserver_preload([__name__, *models])
+    for sign, codes in {"pool/draft-*/*.parquet": [-9], "scores/*/*.parquet": [-9], "*": [0, 0]}.items():
+        for process in (processes := [context.Process(target=run, args=(out,)) for _ in codes]):
+            process.start()
+        while not list(out.glob(sign)):
+            time.sleep(0.005)
+        if sign != "*":
+            processes[0].kill()
+        assert [(process.join(), process.exitcode)[1] for process in processes] == codes
+    assert whole(out) == whole(runs[1])
+    assert len(list(out.glob("data/*"))) == 2
+
+
+def test_a_part_cut_short_is_named_and_made_anew_and_one_that_is_missing_named(painted, tmp_path, monkeypatch):
+    before = files_of(out := painted(tmp_path / "out"))
+    for part in [*out.glob("pool/*/*.parquet"), *out.glob("scores/*/*.parquet")]:
+        part.write_bytes(part.read_bytes()[:-100])
+        with pytest.raises(data.UserError, match=rf"^.*{part.name}.*delete the damaged part.*\Z"):
+            painted(out)
+        part.unlink()
+        assert files_of(painted(out)) == before
+    part, write = next(out.glob("pool/*/*.parquet")), data.write_whole
+    part.unlink()  # and a network folder that shows what another process wrote too late
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(data, "write_whole", lambda path, *args: path == part or write(path, *args))
+    with pytest.raises(data.UserError, match=rf"^1 parts are not there, such as {part}: do all processes"):
+        painted(out)
+
+
+def test_a_scorer_that_raises_shows_where_and_costs_no_image(painted, tmp_path, made):
+    out, own = tmp_path / "out", tmp_path / "own.py"
+    own.write_text(PLUGIN)
+    with pytest.raises(ZeroDivisionError) as error:
+        make(out, scorer=f"{own}:broken")
+    assert str(error.traceback[-1].path) == str(own)
+    own.write_text(PLUGIN.replace("1 / 0", "range(len(images))"))
+    assert (made()[0], make(out, scorer=f"{own}:broken"), made()[0]) == (8, out, 8)  # the first part alone; the rest
+    assert pool_of(out) == pool_of(painted(tmp_path / "whole"))
+
+
+def test_what_is_not_finite_is_on_neither_side_and_counted(painted, red, tmp_path, monkeypatch, capsys):
+    odd = pairs_of(painted(tmp_path / "odd", scorer=red.replace("redness", "odd")))
+    assert sorted(sides(pair, "score") for pair in odd) == [[2, 1], [2, 1], [4, 3], [4, 3]]
+    assert data.read_record(tmp_path / "odd")["vetoed"] == {"odd": 8}
+    before, paint = pairs_of(painted(tmp_path / "whole")), data.sample
+    seeds = [sides(pair, "seed")[0] for pair in before]
+
+    def overflow(bad, *args, **more):
+        is_bad = torch.tensor([bad is None or seed in bad for seed in args[4]]).view(-1, 1, 1, 1)
+        return torch.where(is_bad, torch.nan, paint(*args, **more)[0]), paint(*args, **more)[1]
+
+    monkeypatch.setattr(data, "sample", partial(overflow, seeds))
+    pairs = pairs_of(out := painted(tmp_path / "out"))
+    assert "vetoed     of 16 images 4 by redness" in capsys.readouterr().out
+    assert [row["seed"] for row in pool_of(out).values() if row["jpg"] is None] == seeds
+    assert [sides(pair, "seed")[1] for pair in pairs] == [sides(pair, "seed")[1] for pair in before]
+    assert not {sides(pair, "seed")[0] for pair in pairs} & set(seeds)
+    monkeypatch.setattr(data, "sample", partial(overflow, None))
+    with pytest.raises(data.UserError):
+        painted(tmp_path / "nan")
+    assert len(pool_of(tmp_path / "nan")) == 8  # a model that gives nothing else is stopped after its first part
+
+
+def test_a_models_content_is_its_name(tmp_path):
+    def key(model: Path, **settings) -> str:
+        words = flags({"model": model, "prompts": "none", "resolution": 64} | settings)
+        return data.load_sampler(data.parse_args(words))[3]
+
+    copy = shutil.copytree(PIPELINE, tmp_path / "copy")
+    assert (own := key(PIPELINE)) == key(copy) == key(copy.rename(tmp_path / "renamed"))
+    others = [key(PIPELINE, mixed_precision="fp16"), key(with_scheduler(PIPELINE, tmp_path / "x", solver_order=3))]
+    for part in ("unet", "vae", "text_encoder"):
+        file = next((shutil.copytree(PIPELINE, tmp_path / part) / part).glob("*.safetensors"))
+        tensors = load_file(file)
+        tensors[max(tensors, key=lambda name: tensors[name].numel())] *= 1.01
+        save_file(tensors, file, {"format": "pt"})
+        others.append(key(tmp_path / part))
+    assert len({own, *others}) == 6
+
+
+def test_a_draft_starts_where_the_full_run_does_and_foretells_it():
+    pipe, family, deis = load(PIPELINE), data.UNet(), {"algorithm_type": "deis", "solver_type": "logrho"}
+    config, text = pipe.scheduler.config, data.encode_prompts(pipe, family, CAPTIONS[:1], "", guided=False)
+    for name, spacing in itertools.product(("DPMSolverMultistep", "EulerDiscrete", "DEISMultistep"), SPACINGS):
+        kind, own = getattr(diffusers, f"{name}Scheduler"), deis if "DEIS" in name else {}
+        full = kind.from_config(config, timestep_spacing=spacing, **own)
+        drafts, images = data.draft_sampler(full, 8), []
+        for pipe.scheduler, steps in ((full, 8), (drafts, 4)):
+            options = {"num_inference_steps": steps, "guidance_scale": 1}
+            images.append(data.sample(pipe, family, text, [0, 0], [0, 1], 64, 64, **options)[0])
+        assert float(drafts.timesteps[0]) == pytest.approx(float(full.timesteps[0]), abs=0.5)
+        distance = (images[1][:, None] - images[0]).abs().flatten(2).mean(dim=2)
+        assert distance.argmin(dim=1).tolist() == [0, 1]
+        assert distance.diag().mean() < distance.mean() / 2
+
+
+def test_samplers_that_draw_noise_have_no_drafts(painted, tmp_path, monkeypatch):
+    kinds = ["EulerAncestralDiscrete", "DDPM", "SASolver", "KDPM2AncestralDiscrete", "DDIM", "HeunDiscrete", "PNDM"]
+    samplers = [getattr(diffusers, f"{name}Scheduler")() for name in kinds]
+    samplers.append(diffusers.DPMSolverMultistepScheduler(algorithm_type="sde-dpmsolver++"))
+    assert list(map(data.draws_fresh_noise, samplers)) == [True] * 4 + [False] * 3 + [True]
+    default = {"draft_steps": False, "num_inference_steps": 10, "num_images_per_prompt": 20, "max_prompts": 1}
+    assert len(pool_of(painted(tmp_path / "drafted", **default))) == 4
+    monkeypatch.setattr(data.UNet, "sampler", lambda self, pipe: samplers[0].from_config(pipe.scheduler.config))
     with pytest.raises(data.UserError, match=r"EulerAncestralDiscreteScheduler draws fresh noise.*--draft_steps 0"):
-        make(inputs, *DRAFTS)
-
-
-@pytest.fixture(scope="module")
-def pipe():
-    data.quiet_libraries()
-    return data.load_pipeline(data.parse_args([]), torch.device("cpu"))
-
-
-def test_drafts_use_unipc_on_the_models_own_schedule_and_leave_the_sampler_as_it_was(pipe):
-    config = {"use_karras_sigmas": True, "timestep_spacing": "leading", "steps_offset": 1}
-    pipe.scheduler = full = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, **config)
-    with data.drafting(pipe):
-        assert isinstance(pipe.scheduler, UniPCMultistepScheduler)
-        assert pipe.scheduler.config.prediction_type == "v_prediction"
-        assert pipe.scheduler.config.beta_end == full.config.beta_end
-        pipe.scheduler.set_timesteps(5)
-        assert pipe.scheduler.timesteps.tolist() == [999, 799, 599, 399, 199]
-    assert pipe.scheduler is full
-
-
-@pytest.mark.parametrize("sampler", [DPMSolverMultistepScheduler, DDIMScheduler, EulerDiscreteScheduler])
-def test_a_draft_foretells_the_full_image_of_its_own_noise(pipe, sampler):
-    captions = [row["caption"] for row in (data.new_row("a standing person in a red shirt", 0, "", 0),)]
-    embeds, seeds = data.encode_prompts(pipe, captions, ""), list(range(6))
-    config = {"use_karras_sigmas": False, "timestep_spacing": "trailing", "clip_sample": False}
-    pipe.scheduler = sampler.from_config(pipe.scheduler.config, **config)
-    full, _ = data.sample(pipe, embeds, [0] * 6, seeds, 30, 2.0)
-    with data.drafting(pipe):
-        drafts, _ = data.sample(pipe, embeds, [0] * 6, seeds, 8, 2.0)
-    distance = np.array([[difference(a, b).mean() for b in full] for a in drafts])
-    assert (distance.argmin(axis=1) == np.arange(6)).all()
-    assert np.diag(distance).mean() < distance.mean() / 2
-
-
-def test_rescore_chooses_among_the_images_that_are_there(drafted, inputs, monkeypatch):
-    out = inputs / "out"
-    make(inputs, *DRAFTS, "--finalists", 2)
-    before = [row["jpg"] for row in pool_rows(out, "images")]
-    monkeypatch.setattr(data, "load_pipeline", lambda *args: pytest.fail("nothing is to be drawn"))
-    plugin = f"{inputs}/plugin.py:redness"
-    rescore(inputs, "--scorer", plugin, "--validation_share", 0)
-    assert [row["jpg"] for row in pool_rows(out, "images")] == before
-    for pair in data_of(out):
-        rows = [row for row in pool_rows(out, "images") if row["caption"] == pair["caption"]]
-        red = {row["seed"]: json.loads(row["scores"])[data.parse_scorer(plugin).source] for row in rows}
-        assert {red[pair["seed_0"]], red[pair["seed_1"]]} == {max(red.values()), min(red.values())}
-
-
-def test_a_bare_rescore_changes_nothing(inputs):
-    """The spreads that weigh two scorers are still those of all drafts, not of the few that were drawn in full."""
-    out = make(inputs, *DRAFTS, "--scorer", SCORER, f"0.7*{inputs}/plugin.py:redness")
-    before = data_of(out)
-    rescore(inputs)
-    assert data_of(out) == before
-
-
-def test_the_record_tells_who_chose_the_drafts(inputs):
-    """After a --rescore by another scorer, which sees the finalists alone, until --refine gives it all drafts."""
-    out = make(inputs, *DRAFTS, "--max_prompts", 2)
-    sources = json.loads((out / "preference_data.json").read_text())["prompts_from"]
-    plugin = f"{inputs}/plugin.py:redness"
-    rescore(inputs, "--scorer", plugin)
-    record = json.loads((out / "preference_data.json").read_text())
-    assert (
-        record["prompts_from"]
-        == sources
-        == {"prompts": f"{inputs}/prompts.txt", "prompt_column": None} | {"max_prompts": 2}
-    )
-    assert record["settings"]["drafts_chosen_by"] == [SCORER]
-    assert record["rescored_with"] == record["versions"]
-    told = (out / "README.md").read_text()
-    assert (
-        f"that {data.markdown_text(SCORER)} chose among 6 drafts of 4 steps and that were drawn in 12, by red" in told
-    )
-    with pytest.raises(data.UserError, match=r"drafts_chosen_by was \['pickscore.*--rescore the kept pool"):
-        make(inputs, *DRAFTS, "--max_prompts", 2, "--scorer", plugin)
-    rescore(inputs, "--refine", "--scorer", plugin)
-    assert "chosen as drafts of 4 steps and drawn in 12, by redness" in (out / "README.md").read_text()
-    make(inputs, *DRAFTS, "--max_prompts", 2, "--scorer", plugin)
-
-
-def test_a_rescore_that_fails_leaves_the_record_as_it_was(inputs):
-    out = make(inputs, *DRAFTS, "--max_prompts", 2)
-    before = (out / "preference_data.json").read_bytes()
-    with pytest.raises(data.UserError, match="no pairs"):
-        rescore(inputs, "--min_margin", 1000)
-    assert (out / "preference_data.json").read_bytes() == before
-    make(inputs, *DRAFTS, "--max_prompts", 2)  # the same command is the same run still
-
-
-def test_refine_draws_what_comes_newly_to_the_final_and_forgets_nothing(drafted, inputs):
-    out = inputs / "out"
-    make(inputs, *DRAFTS)
-    assert pool_bytes(out) == pool_bytes(drafted)
-    plugin = f"{inputs}/plugin.py:redness"
-    rescore(inputs, "--refine", "--scorer", plugin)
-    drafts, images = pool_rows(out, "drafts"), pool_rows(out, "images")
-    assert 12 < len(images) <= 24
-    for pair in data_of(out):
-        red = {
-            row["seed"]: json.loads(row["scores"])[data.parse_scorer(plugin).source]
-            for row in drafts
-            if row["caption"] == pair["caption"]
-        }
-        assert {red[pair["seed_0"]], red[pair["seed_1"]]} == {max(red.values()), min(red.values())}
-    rescore(inputs, "--refine", "--scorer", SCORER)
-    assert data_of(out) == data_of(drafted)  # what was drawn for the other scorer takes no part
-    rescore(inputs, "--refine", "--scorer", SCORER, "--finalists", 2)
-    margins = [{row["caption"]: row["margin"] for row in data_of(folder)} for folder in (drafted, out)]
-    assert all(margins[1][caption] >= margins[0][caption] for caption in margins[0])
-
-
-def test_discarded_drafts_can_be_chosen_anew_but_not_scored_anew(inputs):
-    out = make(inputs, *DRAFTS, "--discard_drafts", "--max_prompts", 2)
-    assert {row["jpg"] for row in pool_rows(out, "drafts")} == {b""}
-    assert (out / "pool.png").exists()
-    before = data_of(out)
-    rescore(inputs, "--min_margin", "0.0")
-    assert data_of(out) == before
-    with pytest.raises(data.UserError, match="--discard_drafts"):
-        rescore(inputs, "--refine", "--scorer", f"{inputs}/plugin.py:redness")
-
-
-def test_agree(drafted, inputs):
-    make(inputs, *DRAFTS, "--agree", f"{inputs}/plugin.py:redness")
-    kept = data_of(inputs / "out")
-    expected = []
-    for row in data_of(drafted):
-        red = [np.asarray(data.from_jpeg(row[f"jpg_{side}"]).resize((1, 1)))[0, 0, 0] for side in (0, 1)]
-        winner = int(row["label_1"])
-        if red[winner] > red[1 - winner]:
-            expected.append(row["caption"])
-    assert 0 < len(expected) < 6
-    assert [row["caption"] for row in kept] == expected
-    record = json.loads((inputs / "out" / "preference_data.json").read_text())
-    assert record["dropped"] == {"redness disagrees": 6 - len(expected)}
-    assert json.loads(kept[0]["scores"]).keys() == {"pickscore", "redness"}
-
-
-def test_an_agreeing_scorer_that_gives_nan_does_not_disagree(inputs):
-    (inputs / "silent.py").write_text(
-        "def silent(device):\n    return lambda images, p: [float('nan')] * len(images)\n"
-    )
-    with pytest.raises(data.UserError, match="2 silent gave no score"):
-        make(inputs, "--num_inference_steps", 1, "--max_prompts", 2, "--agree", f"{inputs}/silent.py:silent")
-
-
-def test_min_margin_as_a_share(drafted, inputs):
-    make(inputs, *DRAFTS, "--min_margin", "50%")
-    margins = sorted(row["margin"] for row in data_of(drafted))
-    assert (
-        sorted(row["margin"] for row in data_of(inputs / "out")) == margins[2:]
-    )  # not below the median's lower value
-
-
-# ---- Whatever happens -----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def script(inputs):
-    """The script with the small shards of these tests."""
-    path = inputs / "small_shards.py"
-    path.write_text(
-        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport make_preference_data as data\n"
-        "data.SHARD_IMAGES = 12\ndata.cli()\n"
-    )
-    return path
-
-
-def test_two_processes_give_the_same_data_as_one(inputs, script, drafted):
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    command = [*launch, script, *flags(inputs, *DRAFTS)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "drafts (process 1 of 2)" in done.stderr
-    assert done.stdout.count("prompts: the first 6 of 6") == 1
-    assert data_of(inputs / "out") == data_of(drafted)
-
-
-def test_twenty_kills(inputs, drafted):
-    """Twenty times the run is killed at a random moment; the next start goes on, and the data is what it would be."""
-    rng = random.Random(0)
-    out, kills, shards = inputs / "out", 0, []
-    driver = inputs / "driver.py"
-    driver.write_text(
-        textwrap.dedent(f"""
-            import os, sys
-            sys.path.insert(0, {str(ROOT)!r})
-            import make_preference_data as data
-            data.SHARD_IMAGES = 12
-            data.quiet_libraries()
-            import diffusers, transformers.models.clip.modeling_clip
-            for line in sys.stdin:  # a child for every start, so that the libraries are imported once
-                child = os.fork()
-                if child == 0:
-                    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                    print(os.getpid(), flush=True)
-                    os.dup2(2, 1)
-                    data.cli({[*flags(inputs, *DRAFTS)]!r})
-                    os._exit(0)
-                print(os.waitpid(child, 0)[1], flush=True)
-        """)
-    )
-    process = subprocess.Popen(
-        [sys.executable, driver], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-    )
-    try:
-        while kills < 20:
-            process.stdin.write("go\n")
-            child = int(process.stdout.readline())
-            before = list(out.rglob("*.part*"))
-            if kills % 2:  # at any moment; or, every other time, a moment after a file came
-                time.sleep(rng.uniform(0.0, 3.0))
-            else:
-                while list(out.rglob("*.part*")) == before and not select.select([process.stdout], [], [], 0.01)[0]:
-                    pass
-                time.sleep(rng.uniform(0.0, 0.3))
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
-            killed = os.WIFSIGNALED(int(process.stdout.readline()))
-            kills += killed
-            shards.append(len(list(out.glob("pool/*.parquet"))))
-            if not killed:  # it was finished: begin again, the kills go on
-                for path in [*out.glob("pool/*.parquet"), *out.glob("data/*")]:
-                    path.unlink()
-    finally:
-        process.stdin.close()
-        process.wait()
-    assert len(set(shards)) > 1
-    make(inputs, *DRAFTS)
-    assert pool_bytes(out) == pool_bytes(drafted)
-    assert data_of(out) == data_of(drafted)
-    assert not list(out.rglob("*.part"))
-
-
-def test_a_scorer_that_raises_once_is_asked_again(drafted, inputs):
-    (inputs / "flaky.py").write_text(
-        "def factory(device):\n    calls = []\n    def score(images, prompts):\n        calls.append(1)\n"
-        "        if len(calls) == 3:\n            raise RuntimeError('hiccup')\n"
-        "        return [0.0] * len(images)\n    return score\n"
-    )
-    make(inputs, *DRAFTS, "--scorer", SCORER, f"0*{inputs}/flaky.py:factory")
-    assert [row["seed_0"] for row in data_of(inputs / "out")] == [row["seed_0"] for row in data_of(drafted)]
-
-
-def test_a_shard_on_which_a_scorer_always_raises_is_left_out_and_made_up_for_later(drafted, inputs, capsys):
-    victim = data_of(drafted)[0]["caption"]
-    plugin = inputs / "allergic.py"
-    plugin.write_text(
-        "def factory(device):\n    def score(images, prompts):\n"
-        f"        if {victim!r} in prompts:\n            raise KeyError('no')\n"
-        "        return [0.0] * len(images)\n    return score\n"
-    )
-    spec = ["--scorer", SCORER, f"0*{plugin}:factory"]
-    out = make(inputs, *DRAFTS, *spec)
-    told = capsys.readouterr()
-    assert "left out: drafts-00000.parquet, because scorer factory raised KeyError: 'no'" in told.err
-    assert "2 no image with a score" in told.out
-    assert len(data_of(out)) == 4
-    plugin.write_text("def factory(device):\n    return lambda images, prompts: [0.0] * len(images)\n")
-    make(inputs, *DRAFTS, *spec)
-    assert [row["caption"] for row in data_of(out)] == [row["caption"] for row in data_of(drafted)]
-
-
-def test_a_scorer_that_always_raises_ends_the_run_early(inputs):
-    (inputs / "broken.py").write_text("def factory(device):\n    return lambda images, prompts: 1 / 0\n")
-    with pytest.raises(data.UserError, match=r"scorer factory raised ZeroDivisionError.*three shards in a row"):
-        make(inputs, *DRAFTS, "--scorer", f"{inputs}/broken.py:factory")
-
-
-def write_mortal(folder: Path, lives: int) -> str:
-    """A scorer that gives 0 so many times, then nothing but errors."""
-    (folder / "mortal.py").write_text(
-        "def factory(device):\n    calls = []\n    def score(images, prompts):\n        calls.append(1)\n"
-        f"        if len(calls) > {lives}:\n            raise RuntimeError('dead')\n"
-        "        return [0.0] * len(images)\n    return score\n"
-    )
-    return f"0*{folder}/mortal.py:factory"
-
-
-def test_a_scorer_that_dies_later_ends_the_run_after_three_more_shards(inputs, monkeypatch):
-    monkeypatch.setattr(data, "SHARD_IMAGES", 4)  # a prompt
-    drawn, draw = [], data.draw_rows
-    monkeypatch.setattr(data, "draw_rows", lambda batch, *args: drawn.append(len(batch)) or draw(batch, *args))
-    quick = ["--num_inference_steps", 1, "--draft_steps", 0, "--batch_size", 4]
-    with pytest.raises(data.UserError, match=r"factory raised RuntimeError: dead: three shards in a row"):
-        make(inputs, *quick, "--scorer", SCORER, write_mortal(inputs, 1))
-    assert len(list(inputs.glob("out/pool/*.parquet"))) == 1
-    assert sum(drawn) <= 20  # no shard twice, and not the sixth
-    assert len(data_of(make(inputs, *quick, "--scorer", SCORER, write_mortal(inputs, 99)))) == 6
-
-
-def test_more_left_out_than_finished_is_no_success(inputs, monkeypatch, capsys):
-    monkeypatch.setattr(data, "SHARD_IMAGES", 4)
-    quick = ["--num_inference_steps", 1, "--batch_size", 4, "--max_prompts", 3]
-    with pytest.raises(SystemExit) as stop:
-        data.cli(flags(inputs, *quick, "--scorer", SCORER, write_mortal(inputs, 1)))
-    assert "2 of 3 shards of images were left out" in str(stop.value.code)
-    assert len(data_of(inputs / "out")) == 1
-    assert "left out: images-00001.parquet" in capsys.readouterr().err
-
-
-def test_a_full_disk_is_one_line_and_loses_nothing(drafted, inputs, monkeypatch):
-    write, calls = pq.write_table, []
-
-    def write_until_full(table, path, *args):
-        calls.append(path)
-        if len(calls) == 2:
-            Path(path).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(table, path, *args)
-
-    monkeypatch.setattr(pq, "write_table", write_until_full)
-    with pytest.raises(data.UserError, match=r"drafts-00001\.parquet: No space left on device"):
-        make(inputs, *DRAFTS)
-    assert not list((inputs / "out").rglob("*.part"))
-    kept = pool_bytes(inputs / "out")
-    assert "drafts-00000.parquet" in kept
-    assert "drafts-00001.parquet" not in kept
-    monkeypatch.undo()
-    monkeypatch.setattr(data, "SHARD_IMAGES", 12)
-    make(inputs, *DRAFTS)
-    assert pool_bytes(inputs / "out") == pool_bytes(drafted)
-    assert kept.items() <= pool_bytes(drafted).items()
-
-
-def test_images_that_are_not_finite_are_counted_and_used_for_neither_side(drafted, inputs, monkeypatch, capsys):
-    sample = data.sample
-    best = max(pool_rows(drafted, "drafts"), key=score)
-
-    def overflow(pipe, embeds, rows, seeds, *args):
-        images, latents = sample(pipe, embeds, rows, seeds, *args)
-        latents = latents.clone()
-        latents[[i for i, seed in enumerate(seeds) if seed == best["seed"]]] = float("nan")
-        return images, latents
-
-    monkeypatch.setattr(data, "sample", overflow)
-    out = make(inputs, *DRAFTS)
-    assert "unscored   1 images" in capsys.readouterr().out
-    bad = [row for row in pool_rows(out, "drafts") if row["jpg"] is None]
-    assert [row["seed"] for row in bad] == [best["seed"]]
-    assert np.isnan(score(bad[0]))
-    assert best["seed"] not in {row[f"seed_{side}"] for row in data_of(out) for side in (0, 1)}
-    assert len(data_of(out)) == 6
-
-
-def decode_with_nan(monkeypatch, broken) -> None:
-    """The VAE, with nan in the decoded images whose number, counted over all calls, is `broken`."""
-    load, count = data.load_pipeline, iter(range(1000))
-
-    def load_broken(*args):
-        pipe = load(*args)
-        decode = pipe.vae.decode
-
-        def decode_some(latents, return_dict):
-            pixels = decode(latents, return_dict=return_dict)[0]
-            pixels[[i for i in range(len(pixels)) if broken(next(count))], :, :8] = float("nan")
-            return (pixels,)
-
-        pipe.vae.decode = decode_some
-        return pipe
-
-    monkeypatch.setattr(data, "load_pipeline", load_broken)
-
-
-def test_what_decodes_to_nan_is_no_black_loser(inputs, monkeypatch, capsys):
-    decode_with_nan(monkeypatch, lambda number: number % 6 == 2)
-    out = make(inputs, "--num_images_per_prompt", 6, "--max_prompts", 2)
-    assert "unscored   2 images" in capsys.readouterr().out
-    rows = pool_rows(out, "images")
-    assert [i for i, row in enumerate(rows) if row["jpg"] is None] == [2, 8]
-    assert np.isnan([score(row) for row in rows if row["jpg"] is None]).all()
-    assert all(row["latents_0"] and row["latents_1"] for row in data_of(out))
-
-
-def test_a_model_that_gives_only_nan_is_stopped_early(inputs, monkeypatch):
-    monkeypatch.setattr(data, "SHARD_IMAGES", 4)
-    decode_with_nan(monkeypatch, lambda number: True)
-    with pytest.raises(data.UserError, match=r"no image is finite \(another --mixed_precision"):
-        make(inputs, "--num_inference_steps", 1)
-    assert len(list(inputs.glob("out/pool/*.parquet"))) < 6
-
-
-def test_what_is_held_grows_with_a_shard_not_with_the_prompts(inputs, monkeypatch):
-    """No more than three batches of images are alive at any time, and rows are read shard by shard."""
-    alive, most, draw, keep = set(), [], data.draw_rows, data.keep_images
-
-    def count_drawn(batch, *args):
-        drawn = draw(batch, *args)
-        alive.add(id(batch))
-        most.append(len(alive))
-        return drawn
-
-    def count_kept(batch, *args):
-        keep(batch, *args)
-        alive.discard(id(batch))
-
-    monkeypatch.setattr(data, "draw_rows", count_drawn)
-    monkeypatch.setattr(data, "keep_images", count_kept)
-    make(inputs, *DRAFTS, "--batch_size", 1, "--draft_steps", 1, "--num_inference_steps", 2)
-    assert len(most) == 48
-    assert max(most) <= 3
+        painted(tmp_path / "out", **DRAFTS)
+    assert len(pool_of(painted(tmp_path / "out", **default))) == 20

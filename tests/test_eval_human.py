@@ -706,7 +706,7 @@ def test_the_weights_that_chose_the_pairs_never_lead_under_another_name(inputs, 
     (data / "preference_data.json").write_text(json.dumps({"settings": {"scorer": [f"pickscore={WORLD / 'scorer'}"]}}))
     (lora / "training_settings.json").write_text(json.dumps({"settings": {"train_data_dir": str(data)}}))
     models = [ev.parse_model(f"dpo={lora}")]
-    other = ev.parse_scorer(f"clip={WORLD / 'scorer'}")
+    other = ev.parse_scorer_spec(f"clip={WORLD / 'scorer'}")
     for given in (None, "hpsv2"):  # what is given adds to what is recorded
         training = ev.training_scorers(argparse.Namespace(training_scorer=given, models=models))
         assert ev.metric_roles([other], training, False)["clip"] == "training"
@@ -718,7 +718,8 @@ def test_the_weights_that_chose_the_pairs_never_lead_under_another_name(inputs, 
 def test_training_scorers_may_be_given_as_to_scorers():
     args = argparse.Namespace(training_scorer=" my/file.py:brightness, 2*pickscore=my/model", models=[])
     assert ev.spoken(ev.training_scorers(args)) == ["brightness", "pickscore"]
-    roles = ev.metric_roles([ev.parse_scorer("clip"), ev.parse_scorer("pickscore")], ev.training_scorers(args), False)
+    scorers = [ev.parse_scorer_spec("clip"), ev.parse_scorer_spec("pickscore")]
+    roles = ev.metric_roles(scorers, ev.training_scorers(args), False)
     assert roles == {"clip": "held-out", "pickscore": "training", "diversity": "diversity"}
 
 
@@ -852,8 +853,8 @@ def test_the_person_is_known_in_the_csv(everything):
 
 
 def test_measures_are_kept_until_what_they_depend_on_changes(inputs, everything, tmp_path, monkeypatch):
-    own, loaded = ev.load_scorer, []
-    monkeypatch.setattr(ev, "load_scorer", lambda scorer, device: loaded.append(scorer.label) or own(scorer, device))
+    own, loaded = ev.load_measure, []
+    monkeypatch.setattr(ev, "load_measure", lambda scorer, device: loaded.append(scorer.label) or own(scorer, device))
     folder = shutil.copytree(everything, tmp_path / "copy", copy_function=shutil.copy2)
     line = [part.replace(str(everything), str(folder)) for part in everything_flags(inputs, everything)]
     run(line)  # the scores' file has another path now
@@ -923,9 +924,9 @@ def test_a_measure_is_known_by_its_files_in_one_order(tmp_path):
     """An order by the hash of strings would differ from process to process."""
     other = shutil.copytree(WORLD / "scorer", tmp_path / "other")
     spec = f"clip={WORLD / 'scorer'},processor={other}"
-    files = ev.scorer_files(ev.parse_scorer(spec))
+    files = ev.scorer_files(ev.parse_scorer_spec(spec))
     assert files == [WORLD / "scorer" / "model.safetensors", other / "model.safetensors"]
-    assert files == ev.scorer_files(ev.parse_scorer(f"clip,processor={other},model={WORLD / 'scorer'}"))
+    assert files == ev.scorer_files(ev.parse_scorer_spec(f"clip,processor={other},model={WORLD / 'scorer'}"))
 
 
 def test_a_measure_that_was_cut_short_is_measured_again(tmp_path):
@@ -985,7 +986,7 @@ def test_prompts_are_the_validation_split_of_the_pairs_by_default(inputs, tmp_pa
     (lora / "training_settings.json").write_text(json.dumps({"settings": {"train_data_dir": str(data)}}))
     args = ev.parse_args(flags(inputs, tmp_path / "out", "base", f"dpo={lora}", prompts=None))
     assert args.prompts == f"{data}/data/validation-00000-of-00001.parquet"
-    assert ev.read_prompts(args.prompts, None, None)[0] == PROMPTS
+    assert ev.read_prompt_list(args.prompts, None, None)[0] == PROMPTS
 
 
 def test_the_papers_scorers_but_for_those_with_options():

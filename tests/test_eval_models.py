@@ -75,7 +75,8 @@ def draw(pipe, spec: str, identity: str | None = None, guidance: float = GUIDANC
     person = ev.parse_identity(identity) if identity else None
     with ev.drawing(pipe, model, person, guidance > 1) as options:
         embeds, window = ev.condition(pipe, model, TEXTS, "", STEPS)
-        return ev.sample(pipe, embeds, range(3), SEEDS, STEPS, guidance, size, size, **options, **window)[1].float()
+        more = options | window
+        return ev.draw_batch(pipe, embeds, range(3), SEEDS, STEPS, guidance, size, size, **more)[1].float()
 
 
 @pytest.fixture(scope="module")
@@ -113,8 +114,8 @@ def test_blocks_equal_a_file_with_only_those_blocks(pipe, base, loras, tmp_path,
 def test_lora_scale_is_the_weight_of_both_parts(pipe, loras):
     pipe.load_lora_weights(loras / "both", adapter_name="theirs")
     pipe.set_adapters(["theirs"], [0.5])
-    embeds = ev.encode_prompts(pipe, TEXTS, "")
-    theirs = ev.sample(pipe, embeds, range(3), SEEDS, STEPS, GUIDANCE, 64, 64)[1].float()
+    embeds = ev.encode_texts(pipe, TEXTS, "")
+    theirs = ev.draw_batch(pipe, embeds, range(3), SEEDS, STEPS, GUIDANCE, 64, 64)[1].float()
     pipe.delete_adapters(["theirs"])
     torch.testing.assert_close(draw(pipe, f"a={loras}/both,lora_scale=0.5"), theirs, rtol=0, atol=1e-3)
 
@@ -135,9 +136,9 @@ def test_text_encoder_timesteps_from_end_to_end(pipe, base, loras):
 def test_text_encoder_timesteps_equal_a_loop_by_hand(pipe, loras, guidance):
     """The LoRA's prompts at timesteps from 600 on, base's below, in a denoising loop of its own."""
     found = draw(pipe, f"a={loras}/text_lora,text_encoder_timesteps=600:1000", guidance=guidance)
-    plain = ev.encode_prompts(pipe, TEXTS, "")
+    plain = ev.encode_texts(pipe, TEXTS, "")
     pipe.load_lora_weights(loras / "text_lora", adapter_name="theirs")
-    tuned = ev.encode_prompts(pipe, TEXTS, "")
+    tuned = ev.encode_texts(pipe, TEXTS, "")
     pipe.delete_adapters(["theirs"])
     pipe.scheduler.set_timesteps(STEPS)
     assert pipe.scheduler.timesteps[0] >= 600 > pipe.scheduler.timesteps[-1]
@@ -208,8 +209,8 @@ def test_sdxl_changes_both_embeddings_at_the_ends_of_the_window(sdxl):
     )
     lora, seen = sdxl / "lora", []
     with ev.drawing(pipe, ev.parse_model(f"a={lora}"), None, True):
-        tuned = ev.encode_prompts(pipe, TEXTS, "")
-    plain, own = ev.encode_prompts(pipe, TEXTS, ""), pipe.unet.forward
+        tuned = ev.encode_texts(pipe, TEXTS, "")
+    plain, own = ev.encode_texts(pipe, TEXTS, ""), pipe.unet.forward
     pipe.unet.forward = lambda *a, **k: seen.append((a[1], k)) or own(*a, **k)
     draw(pipe, f"a={lora},text_encoder_timesteps=600:1000", size=32)
     assert len(seen) == STEPS
@@ -242,8 +243,8 @@ def test_an_identity_lora_is_drawn_under_every_model(pipe, base, loras):
     theirs = {}
     for name, adapters, scales in (("alone", ["p"], [0.8]), ("both", ["p", "d"], [0.8, 0.5])):
         pipe.set_adapters(adapters, scales)
-        embeds = ev.encode_prompts(pipe, TEXTS, "")
-        theirs[name] = ev.sample(pipe, embeds, range(3), SEEDS, STEPS, GUIDANCE, 64, 64)[1].float()
+        embeds = ev.encode_texts(pipe, TEXTS, "")
+        theirs[name] = ev.draw_batch(pipe, embeds, range(3), SEEDS, STEPS, GUIDANCE, 64, 64)[1].float()
     pipe.delete_adapters(["p", "d"])
     torch.testing.assert_close(alone, theirs["alone"], rtol=0, atol=2e-3)
     both = draw(pipe, f"a={loras}/unet_lora,lora_scale=0.5", person)
@@ -469,7 +470,7 @@ def test_what_chose_the_pairs_is_found_for_checkpoints_and_earlier_stages(tmp_pa
 
 
 def test_a_training_scorer_under_another_label_does_not_lead():
-    scorers = ev.parse_scorers(["hpsv2=some/model,label=taste", "clip", "pickscore"])
+    scorers = ev.parse_scorer_specs(["hpsv2=some/model,label=taste", "clip", "pickscore"])
     assert ev.metric_roles(scorers, ["hpsv2"], False) == {
         "clip": "held-out",
         "pickscore": "held-out",

@@ -91,7 +91,7 @@ def test_what_stands_in_two_scripts_is_equal():
                 copies = seen.setdefault(name, {})
                 copies[script] = copies.get(script, "") + text
     shared = {name: copies for name, copies in seen.items() if len(copies) > 1}
-    assert {"use_embedded_world", "LIMBS", "WEIGHTS"} <= shared.keys()
+    assert {"use_embedded_world", "UNet", "load_clip", "read_image"} <= shared.keys()
     own = {"main", "parse_args", "build_parser", "PAGE", "CSS"}
     assert [name for name, copies in shared.items() if name not in own and len(set(copies.values())) > 1] == []
 

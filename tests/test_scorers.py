@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scorers: every one, on a tiny random model of the real class, against its formula written out here."""
+"""eval_human.py: the scorers that it alone has, on tiny random models of the real classes, against their formulas."""
 
-import json
 import math
 import pickle
-import shutil
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,28 +11,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from safetensors.torch import save_file
 from torch.nn import functional as F
 
-import make_preference_data as data
+import eval_human as ev
 
 
-CLIP = data.WORLD / "scorer"
+CLIP = ev.WORLD / "scorer"
 PROMPTS = ["a walking woman in a purple shirt", "two men", "a crowd on a bridge", "a mother and her daughter", "a man"]
 NAN, INF = math.nan, math.inf
 
-PLUGIN = """
-def redness(device, channel=0, scale=1.0, name="x"):
-    return lambda images, prompts: [scale * image.resize((1, 1)).getpixel((0, 0))[channel] for image in images]
-
-def anything(device, **options):
-    return lambda images, prompts: [float(options["bonus"])] * len(images)
-"""
-
-
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def quiet():
-    data.quiet_libraries()
+    ev.quiet_libraries()
 
 
 def pictures(count: int) -> list[Image.Image]:
@@ -42,8 +31,8 @@ def pictures(count: int) -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in noise]
 
 
-def load(spec: str) -> data.Score:
-    return data.parse_scorer(spec).load("cpu")
+def load(spec: str, columns: dict | None = None) -> ev.Score:
+    return ev.parse_scorer_spec(spec).load("cpu", **({"columns": columns} if columns else {}))
 
 
 def shake(model: torch.nn.Module, seed: int = 0, std: float = 0.3) -> torch.nn.Module:
@@ -55,7 +44,7 @@ def shake(model: torch.nn.Module, seed: int = 0, std: float = 0.3) -> torch.nn.M
     return model.eval()
 
 
-def check_order_and_batch(score: data.Score, images: list[Image.Image], prompts: list[str]) -> None:
+def check_order_and_batch(score: ev.Score, images: list[Image.Image], prompts: list[str]) -> None:
     """A score depends on its own image and prompt alone."""
     together = score(images, prompts)
     np.testing.assert_allclose(score(images[::-1], prompts[::-1])[::-1], together, rtol=1e-3, atol=1e-4)
@@ -63,73 +52,25 @@ def check_order_and_batch(score: data.Score, images: list[Image.Image], prompts:
     np.testing.assert_allclose(alone, together, rtol=1e-3, atol=1e-4)
 
 
-# ---- CLIP -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def embeds():
-    """(image, text) embeddings of five pictures and PROMPTS by CLIPModel itself, padded and cropped, and its scale."""
+def test_clip_iqa():
+    """Blind to the prompt; pictures are padded, and cropped where that is asked for."""
     from transformers import CLIPModel, CLIPProcessor
 
-    data.quiet_libraries()
-    clip = CLIPModel.from_pretrained(CLIP).float().eval()
-    processor = CLIPProcessor.from_pretrained(CLIP)
-    squares = [ImageOps.pad(image, (80, 80)) for image in pictures(5)]
-    with torch.no_grad():
-        padded, cropped = (
-            clip(**processor(images=images, text=PROMPTS, padding=True, return_tensors="pt"))
-            for images in (squares, pictures(5))
-        )
-    return padded.image_embeds, cropped.image_embeds, padded.text_embeds, math.exp(clip.logit_scale.item())
-
-
-def test_scores_of_clip(embeds):
-    images, cropped, texts, scale = embeds
-    cosine, cropped = F.cosine_similarity(images, texts), F.cosine_similarity(cropped, texts)
-    assert np.ptp(cosine.numpy()) > 1e-3
-    assert (cosine - cropped).abs().max() > 1e-3
-    for spec, expected in {
-        f"pickscore={CLIP}": scale * cosine,
-        f"clip={CLIP}": 100 * cosine,
-        f"hpsv2={CLIP}": cosine,
-        f"pickscore={CLIP},crop=1": scale * cropped,
-        f"clip={CLIP},crop=0,processor={CLIP}": 100 * cosine,
-    }.items():
-        np.testing.assert_allclose(load(spec)(pictures(5), PROMPTS), expected, rtol=1e-4, atol=1e-5, err_msg=spec)
-
-
-@pytest.mark.parametrize("name", ["pickscore", "clip_iqa"])
-def test_clip_scores_one_image_at_a_time(name):
-    check_order_and_batch(load(f"{name}={CLIP}"), pictures(5), PROMPTS)
-
-
-def test_a_long_prompt_is_cut_by_tokens():
-    score, image = load(f"pickscore={CLIP}"), pictures(1)
-    long = " ".join(["a walking person in a purple shirt"] * 30)
-    assert score(image, [long]) == score(image, [long + " on a pink background"])
-    assert score(image, [long]) != score(image, ["on a pink background"])
-
-
-def test_clip_iqa(embeds):
-    from transformers import AutoTokenizer, CLIPModel
-
-    images, _, _, scale = embeds
-    clip, tokenizer = CLIPModel.from_pretrained(CLIP).float().eval(), AutoTokenizer.from_pretrained(CLIP)
-    for spec, anchors in {
-        f"clip_iqa={CLIP}": ("Good photo.", "Bad photo."),
-        f"clip_iqa_sharpness={CLIP}": ("Sharp photo.", "Blurry photo."),
-        f"clip_iqa={CLIP},good=A real, natural photo.,bad=A drawing.": ("A real, natural photo.", "A drawing."),
-    }.items():
+    clip, processor = CLIPModel.from_pretrained(CLIP).float().eval(), CLIPProcessor.from_pretrained(CLIP)
+    padded, cropped = [ImageOps.pad(image, (80, 80)) for image in pictures(5)], pictures(5)
+    for spec, anchors, images in (
+        (f"clip_iqa={CLIP},crop=1", ["Good photo.", "Bad photo."], cropped),
+        (f"clip_iqa_sharpness={CLIP}", ["Sharp photo.", "Blurry photo."], padded),
+        (f"clip_iqa={CLIP},good=A real, good photo.,bad=A drawing.", ["A real, good photo.", "A drawing."], padded),
+    ):
         with torch.no_grad():
-            good, bad = (
-                F.normalize(
-                    clip.text_projection(clip.text_model(**tokenizer(t, return_tensors="pt")).pooler_output)[0], dim=0
-                )
-                for t in anchors
-            )
-        expected = torch.sigmoid(scale * (images @ good - images @ bad))
-        np.testing.assert_allclose(load(spec)(pictures(5), PROMPTS), expected, rtol=1e-4)
-        assert load(spec)(pictures(1), ["x"]) == load(spec)(pictures(1), ["y"])
+            logits = clip(**processor(images=images, text=anchors, padding=True, return_tensors="pt")).logits_per_image
+        expected = torch.sigmoid(logits[:, 0] - logits[:, 1])
+        score = load(spec)
+        np.testing.assert_allclose(score(pictures(5), PROMPTS), expected, rtol=1e-4)
+        assert score(pictures(1), ["x"]) == score(pictures(1), ["y"])
+        assert np.ptp(expected.numpy()) > 1e-3
+    check_order_and_batch(score, pictures(5), PROMPTS)
 
 
 def head(width: int) -> torch.nn.Module:
@@ -138,22 +79,6 @@ def head(width: int) -> torch.nn.Module:
     linear = [torch.nn.Linear(a, b) for a, b in pairwise(sizes)]
     layers = [linear[0], torch.nn.Dropout(0.2), linear[1], torch.nn.Dropout(0.2), linear[2], torch.nn.Dropout(0.1)]
     return shake(torch.nn.ModuleDict({"layers": torch.nn.Sequential(*layers, linear[3], linear[4])}))
-
-
-def test_aesthetic(embeds, tmp_path):
-    images = embeds[0]
-    mlp = head(images.shape[1])
-    with torch.no_grad():
-        expected = mlp["layers"](images)[:, 0]
-    save_file(mlp.state_dict(), tmp_path / "model.safetensors")
-    torch.save(mlp.state_dict(), tmp_path / "head.pth")
-    for place in (tmp_path, tmp_path / "model.safetensors", tmp_path / "head.pth"):
-        score = load(f"aesthetic={CLIP},head={place}")
-        np.testing.assert_allclose(score(pictures(5), PROMPTS), expected, rtol=1e-4)
-    assert np.ptp(expected.numpy()) > 1e-2
-
-
-# ---- ImageReward ----------------------------------------------------------------------------------------------------
 
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "man", "men", "two", "woman", "in", "shirt", "purple"]
@@ -169,9 +94,8 @@ def blip(tmp_path_factory):
     weights = {}
 
     def add(name: str, *shape: int, bias: bool = True) -> None:
-        weights[f"{name}.weight"] = torch.randn(shape, generator=generator) * (0.1 if len(shape) > 1 else 1) + (
-            len(shape) == 1
-        )
+        matrix = len(shape) > 1
+        weights[f"{name}.weight"] = torch.randn(shape, generator=generator) * (0.1 if matrix else 1) + (not matrix)
         if bias:
             weights[f"{name}.bias"] = torch.randn(shape[0], generator=generator) * 0.1
 
@@ -182,14 +106,8 @@ def blip(tmp_path_factory):
     add(see + "patch_embed.proj", wide, 3, 8, 8)
     add(see + "norm", wide)
     for i in range(2):
-        for name, *shape in [
-            ("norm1", wide),
-            ("attn.qkv", 3 * wide, wide),
-            ("attn.proj", wide, wide),
-            ("norm2", wide),
-            ("mlp.fc1", 2 * wide, wide),
-            ("mlp.fc2", wide, 2 * wide),
-        ]:
+        sizes = {"norm1": [wide], "attn.qkv": [3 * wide, wide], "attn.proj": [wide, wide], "norm2": [wide]}
+        for name, shape in (sizes | {"mlp.fc1": [2 * wide, wide], "mlp.fc2": [wide, 2 * wide]}).items():
             add(f"{see}blocks.{i}.{name}", *shape)
     weights[read + "embeddings.position_ids"] = torch.arange(64)[None]
     add(read + "embeddings.word_embeddings", len(WORDS), text, bias=False)
@@ -198,10 +116,8 @@ def blip(tmp_path_factory):
     for i in range(2):
         layer = f"{read}encoder.layer.{i}."
         for part, width in (("attention", text), ("crossattention", wide)):
-            add(f"{layer}{part}.self.query", text, text)
-            add(f"{layer}{part}.self.key", text, width)
-            add(f"{layer}{part}.self.value", text, width)
-            add(f"{layer}{part}.output.dense", text, text)
+            for name in ("self.query", "self.key", "self.value", "output.dense"):
+                add(f"{layer}{part}.{name}", text, width if name in ("self.key", "self.value") else text)
             add(f"{layer}{part}.output.LayerNorm", text)
         add(layer + "intermediate.dense", 3 * text, text)
         add(layer + "output.dense", text, 3 * text)
@@ -233,9 +149,8 @@ def image_reward_by_hand(w: dict[str, torch.Tensor], pixels: torch.Tensor, ids: 
     x = torch.cat([w[see + "cls_token"].expand(len(pixels), -1, -1), patches.flatten(2).transpose(1, 2)], dim=1)
     x = x + w[see + "pos_embed"]
     for block in (f"{see}blocks.{i}." for i in range(2)):
-        x = x + linear(
-            attend(*linear(norm(x, block + "norm1", 1e-6), block + "attn.qkv").chunk(3, -1)), block + "attn.proj"
-        )
+        qkv = linear(norm(x, block + "norm1", 1e-6), block + "attn.qkv").chunk(3, -1)
+        x = x + linear(attend(*qkv), block + "attn.proj")
         x = x + linear(F.gelu(linear(norm(x, block + "norm2", 1e-6), block + "mlp.fc1")), block + "mlp.fc2")
     x = norm(x, see + "norm", 1e-6)
     t = w[read + "embeddings.word_embeddings.weight"][ids]
@@ -244,15 +159,9 @@ def image_reward_by_hand(w: dict[str, torch.Tensor], pixels: torch.Tensor, ids: 
     for layer in (f"{read}encoder.layer.{i}." for i in range(2)):
         for part in ("attention", "crossattention"):
             source, hidden = (t, mask) if part == "attention" else (x, None)
-            q, k, v = (
-                linear(y, f"{layer}{part}.self.{name}")
-                for y, name in ((t, "query"), (source, "key"), (source, "value"))
-            )
-            t = norm(
-                linear(attend(q, k, v, hidden), f"{layer}{part}.output.dense") + t,
-                f"{layer}{part}.output.LayerNorm",
-                1e-12,
-            )
+            names = ((t, "query"), (source, "key"), (source, "value"))
+            seen = attend(*(linear(y, f"{layer}{part}.self.{name}") for y, name in names), hidden)
+            t = norm(linear(seen, f"{layer}{part}.output.dense") + t, f"{layer}{part}.output.LayerNorm", 1e-12)
         h = linear(F.gelu(linear(t, layer + "intermediate.dense")), layer + "output.dense")
         t = norm(h + t, layer + "output.LayerNorm", 1e-12)
     t = t[:, 0]
@@ -283,54 +192,28 @@ def test_image_reward(blip):
     assert load(f"imagereward={blip / 'ImageReward.pt'},tokenizer={blip}")(pictures(1), ["a man"])
 
 
-# ---- People ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("prompt", "people"),
-    [
-        ("a woman", 1),
-        ("two men", 2),
-        ("a couple", 2),
-        ("three friends", 3),
-        ("a mother and her daughter", 2),
-        ("a crowd", None),
-        ("a group of people in a park", None),
-        ("a photo of an old man with two young children, smiling", 3),
-        ("A group of three friends", 3),
-        ("a couple of women", 2),
-        ("a 25 year old woman", 1),
-        ("a 25-year-old woman and 3 kids", 4),
-        ("a woman in red, the woman smiles", 1),
-        ("portrait of a beautiful woman, woman, face", 1),
-        ("the man, and another man", 2),
-        ("bride and groom", 2),
-        ("two dogs and a man", 1),
-        ("a woman and a couple of sisters", 3),
-        ("a man in front of a crowd", None),
-        ("two people, a man and a woman", None),
-        ("a couple: a tall man, a small woman", None),
-        ("one woman among women", None),
-        ("people", None),
-        ("a snowman", None),
-        ("a portrait, 4k", None),
-        ("", None),
-    ],
-)
-def test_count_people(prompt, people):
-    assert data.count_people(prompt) == people
-
-
-JOINTS = {  # a man of height 100 from the front, the arms hanging: nose, eyes, ears, shoulders, elbows, ... ankles
-    "head": [(0, 94), (2, 96), (-2, 96), (4, 95), (-4, 95)],
-    "arms": [(11, 82), (-11, 82), (13, 63), (-13, 63), (14, 48), (-14, 48)],
-    "legs": [(6, 53), (-6, 53), (7, 28), (-7, 28), (7, 4), (-7, 4)],
+COUNTED = {
+    1: "a woman; a 25 year old woman; two dogs and a man; a woman in red, the woman smiles; "
+    "portrait of a beautiful woman, woman, face",
+    2: "two men; a couple; a mother and her daughter; a couple of women; the man, and another man; bride and groom",
+    3: "three friends; a photo of an old man with two young children, smiling; A group of three friends; "
+    "a woman and a couple of sisters",
+    4: "a 25-year-old woman and 3 kids",
+    None: "a crowd; a group of people in a park; a man in front of a crowd; two people, a man and a woman; a snowman; "
+    "a couple: a tall man, a small woman; one woman among women; people; a portrait, 4k; ",
 }
 
 
+@pytest.mark.parametrize("people", COUNTED)
+def test_count_people(people):
+    prompts = COUNTED[people].split("; ")
+    assert {prompt: ev.count_people(prompt) for prompt in prompts} == dict.fromkeys(prompts, people)
+
+
 def skeleton(**moved: tuple[float, float]) -> torch.Tensor:
-    """The keypoints (1, 17, 2) of JOINTS, with those at the numbers `_9=(x, y)` elsewhere."""
-    points = torch.tensor([place for part in JOINTS.values() for place in part], dtype=torch.float32)
+    """Keypoints (1, 17, 2) of a man of height 100 from the front, the arms hanging; `_9=(x, y)`: one is elsewhere."""
+    right = [(2, 96), (4, 95), (11, 82), (13, 63), (14, 48), (6, 53), (7, 28), (7, 4)]
+    points = torch.tensor([(0, 94), *((s * x, y) for x, y in right for s in (1, -1))], dtype=torch.float32)
     for number, place in moved.items():
         points[int(number[1:])] = torch.tensor(place, dtype=torch.float32)
     return points[None]
@@ -344,22 +227,8 @@ def seen(*hidden: int) -> torch.Tensor:
 
 
 def test_rate_people():
-    clear, faint, profile = seen(), seen(5, 6), seen()
-    profile[0, 5] = 0.1
-    whole = skeleton().expand(2, 17, 2)
-    both = torch.cat([clear, clear])
-    assert data.rate_people(whole, both, 2) == pytest.approx(0.8)
-    assert data.rate_people(whole, torch.cat([clear, faint]), 1) == pytest.approx(0.8)
-    assert data.rate_people(whole, torch.cat([clear, profile]), None) == pytest.approx((34 * 0.8 - 0.7) / 34)
-    assert data.rate_people(whole, torch.cat([clear, faint]), 2) == -INF
-    assert data.rate_people(whole, both, 1) == -INF
-    nobody = torch.zeros(0, 17, 2), torch.zeros(0, 17)
-    assert data.rate_people(whole[:1], faint, None) == data.rate_people(*nobody, None) == -INF
-
-
-def test_parts_of_the_rate_of_people():
     def parts(points: torch.Tensor, confidence: torch.Tensor, wanted: int | None) -> list[float]:
-        return [data.rate_people(points, confidence, wanted, part) for part in ("count", "pose", "limbs", "")]
+        return [ev.rate_people(points, confidence, wanted, part) for part in ("count", "pose", "limbs", "")]
 
     broken = skeleton(_9=(60, 60))  # a forearm of 47
     two, sure = torch.cat([skeleton(), broken]), torch.cat([seen(), seen()])
@@ -370,9 +239,12 @@ def test_parts_of_the_rate_of_people():
     assert parts(two, torch.cat([seen(), seen(5, 6)]), 1) == pytest.approx([1, 0.8, 1, 0.8])  # the broken one is none
     hidden = seen(*range(7, 17))  # head and shoulders: no limb is seen
     assert parts(broken, hidden, 1) == pytest.approx([1, (7 * 0.8 + 2) / 17, NAN, (7 * 0.8 + 2) / 17], nan_ok=True)
-    nobody = torch.zeros(0, 17, 2), torch.zeros(0, 17)
-    for wanted in (1, None):
-        assert parts(*nobody, wanted) == pytest.approx([0, 0, NAN, -INF], nan_ok=True)
+    profile = seen()
+    profile[0, 5] = 0.1  # one shoulder is enough
+    assert parts(skeleton(), profile, None) == pytest.approx([1, (17 * 0.8 - 0.7) / 17, 1, (17 * 0.8 - 0.7) / 17])
+    for nobody in ((torch.zeros(0, 17, 2), torch.zeros(0, 17)), (skeleton(), seen(5, 6))):
+        for wanted in (1, None):
+            assert parts(*nobody, wanted) == pytest.approx([0, 0, NAN, -INF], nan_ok=True)
 
 
 @pytest.mark.parametrize(
@@ -385,11 +257,8 @@ def test_parts_of_the_rate_of_people():
         (skeleton(_7=(12, 80), _9=(12, 79)), seen(), 1),  # an arm that points at the camera
         (skeleton(_13=(6, 50), _14=(-6, 50), _15=(6, 26), _16=(-6, 26)), seen(), 1),  # sitting, from the front
         (skeleton(_7=(68, 82), _9=(113, 82)), seen(9), 6 / 7),  # the hand is hidden
-        (skeleton(_7=(68, 82), _9=(113, 82)), seen(7), 1),
         (skeleton(), seen(*range(7, 17)), NAN),  # no limb
         (skeleton(), seen(*range(5), 11, 12), NAN),  # nothing but a shoulder line to measure the body by
-        (skeleton(), seen(*range(5)), 1),
-        (skeleton(), seen(*range(11, 17)), 1),  # head and arms
         (skeleton(_7=(68, 82), _9=(113, 82)), seen(*range(11, 17)), 2 / 4),
     ],
 )
@@ -398,20 +267,18 @@ def test_plausible_limbs(points, confidence, share):
     mirrored = points * torch.tensor([-1, 1])
     swapped = [0, *(i + 1 if i % 2 else i - 1 for i in range(1, 17))]  # left keypoints become right ones
     for same in (points, 0.04 * points + 7, turned, mirrored):
-        found = data.plausible_limbs(same, confidence)
+        found = ev.plausible_limbs(same, confidence)
         assert found.shape == (1,)
         assert found.item() == pytest.approx(share, nan_ok=True)
-    assert data.plausible_limbs(mirrored[:, swapped], confidence[:, swapped]).item() == pytest.approx(
-        share, nan_ok=True
-    )
+    assert ev.plausible_limbs(mirrored[:, swapped], confidence[:, swapped]).item() == pytest.approx(share, nan_ok=True)
 
 
 def test_each_person_has_a_height_of_their_own():
     points = torch.cat([skeleton(), 0.2 * skeleton(_9=(60, 60)), 5 * skeleton()])
     sure = torch.cat([seen(), seen(), seen(*range(17))])
-    np.testing.assert_allclose(data.plausible_limbs(points, sure), [1, 7 / 8, NAN])
-    np.testing.assert_allclose(data.body_height(points, sure), [100, 20, NAN], rtol=0.06)
-    assert data.plausible_limbs(points[:0], sure[:0]).shape == (0,)
+    np.testing.assert_allclose(ev.plausible_limbs(points, sure), [1, 7 / 8, NAN])
+    np.testing.assert_allclose(ev.body_height(points, sure), [100, 20, NAN], rtol=0.06)
+    assert ev.plausible_limbs(points[:0], sure[:0]).shape == (0,)
 
 
 def test_no_pose_and_no_view_makes_a_right_limb_too_long():
@@ -421,17 +288,16 @@ def test_no_pose_and_no_view_makes_a_right_limb_too_long():
     points[:, 5:7, 0], points[:, 11:13, 0] = (11.5, -11.5), (5.5, -5.5)
     points[:, 5:7, 1] = 29
     points[:, :5] = np.array([(0, 39, 7), (2, 41, 5), (-2, 41, 5), (4, 40, 0), (-4, 40, 0)])
-    for (start, end), share in data.LIMBS.items():
+    for (start, end), share in ev.LIMBS.items():
         direction = rng.normal(size=(2000, 3))
         points[:, end] = points[:, start] + 100 * share * direction / np.linalg.norm(direction, axis=1, keepdims=True)
     views = np.linalg.qr(rng.normal(size=(2000, 3, 3)))[0]
     flat = torch.tensor((points @ views)[..., :2], dtype=torch.float32)
     sure = torch.full((2000, 17), 0.8)
-    assert data.plausible_limbs(flat, sure).min() == 1
-    height = data.body_height(flat, sure)
-    assert height.min() > 100 / math.sqrt(2)
+    assert ev.plausible_limbs(flat, sure).min() == 1
+    assert ev.body_height(flat, sure).min() > 100 / math.sqrt(2)
     flat[:, 9] = flat[:, 7] + 5 * (flat[:, 9] - flat[:, 7])  # what is far too long is seen from most sides
-    assert (data.plausible_limbs(flat, sure) == 7 / 8).float().mean() > 0.9
+    assert (ev.plausible_limbs(flat, sure) == 7 / 8).float().mean() > 0.9
 
 
 @pytest.fixture(scope="module")
@@ -440,28 +306,14 @@ def detector(tmp_path_factory):
     from transformers import RTDetrResNetConfig, RTDetrV2Config, RTDetrV2ForObjectDetection
     from transformers.models.rt_detr.image_processing_pil_rt_detr import RTDetrImageProcessorPil
 
-    data.quiet_libraries()
     folder = tmp_path_factory.mktemp("detector")
-    features = ["stage2", "stage3", "stage4"]
-    backbone = RTDetrResNetConfig(
-        embedding_size=8, hidden_sizes=[8] * 4, depths=[1] * 4, out_features=features, layer_type="basic"
-    )
-    config = RTDetrV2Config(
-        backbone_config=backbone,
-        encoder_in_channels=[8] * 3,
-        encoder_hidden_dim=16,
-        encoder_ffn_dim=16,
-        encoder_attention_heads=2,
-        decoder_in_channels=[16] * 3,
-        decoder_layers=2,
-        decoder_ffn_dim=16,
-        decoder_attention_heads=2,
-        d_model=16,
-        num_queries=6,
-        num_denoising=0,
-        id2label={0: "dog", 1: "person"},
-        label2id={"dog": 0, "person": 1},
-    )
+    blocks = {"embedding_size": 8, "hidden_sizes": [8] * 4, "depths": [1] * 4, "layer_type": "basic"}
+    blocks |= {"out_features": ["stage2", "stage3", "stage4"]}
+    sizes = {"encoder_in_channels": [8] * 3, "encoder_hidden_dim": 16, "encoder_ffn_dim": 16, "d_model": 16}
+    sizes |= {"decoder_in_channels": [16] * 3, "decoder_layers": 2, "decoder_ffn_dim": 16, "num_queries": 6}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_denoising": 0}
+    sizes |= {"id2label": {0: "dog", 1: "person"}, "label2id": {"dog": 0, "person": 1}}
+    config = RTDetrV2Config(backbone_config=RTDetrResNetConfig(**blocks), **sizes)
     torch.manual_seed(0)  # its vectors are drawn too
     model = shake(RTDetrV2ForObjectDetection(config), seed=1)
     for boxes, labels in zip(model.bbox_embed, model.class_embed, strict=True):
@@ -482,16 +334,9 @@ def pose(tmp_path_factory):
     from transformers import VitPoseBackboneConfig, VitPoseConfig, VitPoseForPoseEstimation
     from transformers.models.vitpose.image_processing_pil_vitpose import VitPoseImageProcessorPil
 
-    data.quiet_libraries()
     folder = tmp_path_factory.mktemp("pose")
-    backbone = VitPoseBackboneConfig(
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=[32, 24],
-        patch_size=[8, 8],
-        out_indices=[1],
-    )
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "out_indices": [1]}
+    backbone = VitPoseBackboneConfig(image_size=[32, 24], patch_size=[8, 8], **sizes)
     model = shake(VitPoseForPoseEstimation(VitPoseConfig(backbone_config=backbone, num_labels=17)), std=0.05)
     torch.nn.init.uniform_(model.head.conv.bias, -0.1, 0.5, generator=torch.Generator().manual_seed(0))
     model.head.conv.bias.data[5:7] = -0.15  # the shoulders around 0.3
@@ -520,25 +365,9 @@ def people_by_hand(finder: torch.nn.Module, reader: torch.nn.Module, crops, imag
 
 
 def limbs_by_hand(heatmaps: torch.Tensor) -> float:
-    """Share of the clear limbs of one person that are not too long; nan where that cannot be told."""
-    best = [np.unravel_index(one.argmax(), one.shape) for one in heatmaps.numpy()]
-    clear = [one.max() > 0.3 for one in heatmaps]
-
-    def length(a: int, b: int) -> float:
-        return math.dist(best[a], best[b]) if clear[a] and clear[b] else NAN
-
-    def longest(*lengths: float) -> float:
-        return max((one for one in lengths if not math.isnan(one)), default=0)
-
-    torso, shoulders = longest(length(5, 11), length(6, 12)) / 0.29, longest(length(5, 6)) / 0.23
-    head = longest(*(length(a, b) for a in range(5) for b in range(5) if a != b)) / 0.08
-    if sum(part > 0 for part in (torso, shoulders, head)) < 2:
-        return NAN
-    arms = {(5, 7): 0.19, (6, 8): 0.19, (7, 9): 0.15, (8, 10): 0.15}
-    legs = {(11, 13): 0.25, (12, 14): 0.25, (13, 15): 0.25, (14, 16): 0.25}
-    rates = [length(*ends) / share for ends, share in {**arms, **legs}.items()]
-    rates = [rate <= 1.6 * max(torso, shoulders, head) for rate in rates if not math.isnan(rate)]
-    return sum(rates) / len(rates) if rates else NAN
+    """plausible_limbs of one person, each keypoint (x, y) where its heatmap (H, W) is highest."""
+    places = [np.unravel_index(one.argmax(), one.shape)[::-1] for one in heatmaps.numpy()]
+    return ev.plausible_limbs(torch.tensor(np.array([places])).float(), heatmaps.amax(dim=(1, 2))[None]).item()
 
 
 def test_people(detector, pose):
@@ -549,11 +378,9 @@ def test_people(detector, pose):
     crops = AutoImageProcessor.from_pretrained(pose, backend="pil")
     images = pictures(12)
     found = [people_by_hand(finder, reader, crops, image) for image in images]
-    boxes = [len(each) for each in found]
     found = [[k for k in each if k[5:7].amax(dim=(1, 2)).clamp(0, 1).mean() > 0.3] for each in found]
     counts = [len(each) for each in found]
     assert {0, 1, 2, 3} <= {*counts}
-    assert counts != boxes
     means = [torch.stack(each).amax(dim=(2, 3)).clamp(0, 1).mean().item() if each else 0.0 for each in found]
     limbs = [[share for share in map(limbs_by_hand, each) if not math.isnan(share)] for each in found]
     limbs = [sum(each) / len(each) if each else NAN for each in limbs]
@@ -564,111 +391,72 @@ def test_people(detector, pose):
     place = f"{detector / 'seeing'},pose={pose}"
     score = load(f"people={place}")
     np.testing.assert_allclose(score(images, ["people"] * 12), rates, rtol=1e-3)
-    for prompt, wanted in (("a woman", 1), ("two men", 2)):
+    for wanted, told in ((1, "1"), (2, 2.0)):  # csv has texts, parquet with a gap floats; an option goes first
         expected = [rate if count == wanted else -INF for rate, count in zip(rates, counts, strict=True)]
-        np.testing.assert_allclose(score(images, [prompt] * 12), expected, rtol=1e-3)
-        fixed = load(f"people={place},count={wanted}")
-        np.testing.assert_allclose(fixed(images, ["seven women"] * 12), expected, rtol=1e-3)
-        counted = load(f"people_count={place}")(images, [prompt] * 12)
+        columns = {"x": {"people": told}, "people": {"people": NAN}, "y": {"n": 1}}
+        found, fixed = (load(f"people={place}{option}", columns) for option in ("", f",count={3 - wanted}"))
+        np.testing.assert_allclose(found(images, ["x"] * 12), expected, rtol=1e-3)
+        np.testing.assert_allclose(found(images, ["people", "y", "z"] * 4), rates, rtol=1e-3)
+        assert [math.isinf(one) for one in fixed(images, ["x"] * 12)] == [count != 3 - wanted for count in counts]
+        counted = load(f"people_count={place}", columns)(images, ["x"] * 12)
         assert counted == [float(count == wanted) for count in counts]
     assert load(f"people_count={place}")(images, ["people"] * 12) == [float(count > 0) for count in counts]
-    for spec in (f"people_pose={place}", f"people={place},part=pose"):
-        np.testing.assert_allclose(load(spec)(images, ["a woman"] * 12), means, rtol=1e-3)
+    np.testing.assert_allclose(load(f"people_pose={place}")(images, ["a woman"] * 12), means, rtol=1e-3)
     np.testing.assert_allclose(load(f"people_limbs={place}")(images, ["two men"] * 12), limbs, rtol=1e-3)
     check_order_and_batch(score, images, ["people", "a man", "two men"] * 4)
 
 
-@pytest.mark.parametrize(
-    ("box", "confidence", "counted"),  # box: centre, width and height as shares of the image
-    [
-        ((0.5, 0.5, 0.2, 0.11), 0.6, 1),
-        ((0.5, 0.5, 0.2, 0.09), 0.6, 0),
-        ((0.5, 0.5, 0.5, 0.5), 0.4, 0),
-        ((0.95, 0.5, 0.2, 0.11), 0.6, 0),  # what sticks out does not count
-        ((0.05, 0.5, 0.2, 0.11), 0.6, 0),
-        ((0.5, 0.95, 0.11, 0.2), 0.6, 0),
-        ((0.5, 0.05, 0.11, 0.2), 0.6, 0),
-    ],
-)
-def test_boxes_that_count(box, confidence, counted, detector, pose, monkeypatch):
+def test_boxes_that_count(detector, pose, monkeypatch):
     from transformers import RTDetrV2ForObjectDetection
     from transformers.models.rt_detr_v2.modeling_rt_detr_v2 import RTDetrV2ObjectDetectionOutput
 
-    logits = torch.tensor([[[-9.0, math.log(confidence / (1 - confidence))]]])
-    output = RTDetrV2ObjectDetectionOutput(logits=logits, pred_boxes=torch.tensor([[box]]))
     score = load(f"people={detector / 'seeing'},pose={pose}")
-    monkeypatch.setattr(RTDetrV2ForObjectDetection, "forward", lambda self, **inputs: output)
-    monkeypatch.setattr(data, "rate_people", lambda points, *_: len(points))
-    assert score(pictures(1), ["a woman"]) == [counted]
+    monkeypatch.setattr(ev, "rate_people", lambda points, *_: len(points))
+    large = [(0.5, 0.5, 0.2, 0.11), (0.5, 0.5, 0.11, 0.2)]  # centre, width and height; others stick out or are small
+    outside = [(0.95, 0.5, 0.2, 0.11), (0.05, 0.5, 0.2, 0.11), (0.5, 0.95, 0.11, 0.2), (0.5, 0.05, 0.11, 0.2)]
+    for box in [*large, *outside, (0.5, 0.5, 0.2, 0.09)]:
+        for confidence in (0.6, 0.4):
+            logits = torch.tensor([[[-9.0, math.log(confidence / (1 - confidence))]]])
+            output = RTDetrV2ObjectDetectionOutput(logits=logits, pred_boxes=torch.tensor([[box]]))
+            monkeypatch.setattr(RTDetrV2ForObjectDetection, "forward", lambda self, output=output, **_: output)
+            assert score(pictures(1), ["a woman"]) == [box in large and confidence > 0.5], box
 
 
 def test_pictures_without_people(detector, pose):
-    score = load(f"people={detector / 'blind'},pose={pose}")
-    assert score(pictures(2), ["a woman", "a landscape"]) == [-INF, -INF]
-    for part, expected in (("count", 0), ("pose", 0), ("limbs", NAN)):
-        found = load(f"people_{part}={detector / 'blind'},pose={pose}")(pictures(2), ["a woman", "a landscape"])
+    for part, expected in (("", -INF), ("_count", 0), ("_pose", 0), ("_limbs", NAN)):
+        found = load(f"people{part}={detector / 'blind'},pose={pose}")(pictures(2), ["a woman", "a landscape"])
         assert found == pytest.approx([expected] * 2, nan_ok=True)
-    assert data.best_and_worst([*score(pictures(1), ["a man"]), 0.4, 0.5])[0] == (2, 0)
-
-
-# ---- VQA ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def vlm(tmp_path_factory):
     """A tiny LLaVA over bytes, to which "Yes" and <image> are single tokens; `bare` is the same without a template."""
+    import transformers as hf
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    data.quiet_libraries()
     folder = tmp_path_factory.mktemp("vlm")
-    bytes_only = Tokenizer(
-        models.BPE(vocab={c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
-    )
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_only = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
     bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="</s>")
+    tokenizer = hf.PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="</s>")
     tokenizer.add_tokens(["<image>"], special_tokens=True)
     tokenizer.add_tokens(["Yes"])
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
-    )
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-    )
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
-    model = shake(
-        LlavaForConditionalGeneration(
-            LlavaConfig(vision_config=vision, text_config=text, image_token_index=image_token)
-        )
-    )
-    template = (
-        "{% for turn in messages %}USER: {% for part in turn['content'] %}{% if part['type'] == 'image' %}<image>"
-        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
-        "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
-    )
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    see = hf.CLIPVisionConfig(**small, image_size=16, patch_size=8)
+    read = hf.LlamaConfig(**small, vocab_size=len(tokenizer), num_key_value_heads=2)
+    place = tokenizer.convert_tokens_to_ids("<image>")
+    config = hf.LlavaConfig(vision_config=see, text_config=read, image_token_index=place)
+    model = shake(hf.LlavaForConditionalGeneration(config))
+    part = "{% if part['type'] == 'image' %}<image>{% else %}{{ part['text'] }}{% endif %}"
+    turn = f"{{% for turn in messages %}}USER: {{% for part in turn['content'] %}}{part}{{% endfor %}}{{% endfor %}}"
+    template = f"{turn}{{% if add_generation_prompt %}} ASSISTANT:{{% endif %}}"
     for name, chat_template in (("chat", template), ("bare", None)):
         model.save_pretrained(folder / name)
-        LlavaProcessor(
-            CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}),
-            tokenizer,
-            patch_size=8,
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,
-            chat_template=chat_template,
-        ).save_pretrained(folder / name)
+        size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+        options = {"patch_size": 8, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+        processor = hf.LlavaProcessor(CLIPImageProcessorPil(**size), tokenizer, chat_template=chat_template, **options)
+        processor.save_pretrained(folder / name)
     return folder
 
 
@@ -682,7 +470,6 @@ def test_vqa(vlm):
     usual = 'Does this picture show "{prompt}" with correct human anatomy? Answer Yes or No.'
     for spec, form in {
         f"vqa={vlm / 'chat'}": f"USER: <image>{usual} ASSISTANT:",
-        f"vqa={vlm / 'chat'},question={own}": f"USER: <image>{own} ASSISTANT:",
         f"vqa={vlm / 'bare'},question=<image>{own}": f"<image>{own}",
     }.items():
         expected = []
@@ -696,236 +483,78 @@ def test_vqa(vlm):
     check_order_and_batch(load(spec), pictures(5), PROMPTS)
 
 
-# ---- Safety ---------------------------------------------------------------------------------------------------------
-
-
-def test_the_safety_checker_vetoes_what_it_flags(tmp_path):
-    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-    from transformers import CLIPConfig, CLIPImageProcessor
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 37, "num_hidden_layers": 2, "num_attention_heads": 4}
-    vision = sizes | {"image_size": 32, "patch_size": 8}
-    checker = shake(StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=16)))
-    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    images = pictures(4)
-    pixels = processor(images=images, return_tensors="pt").pixel_values
-    with torch.no_grad():
-        embeds = F.normalize(checker.visual_projection(checker.vision_model(pixels)[1]), dim=-1)
-        checker.special_care_embeds.zero_()  # cosine 0 with everything
-        checker.special_care_embeds_weights.fill_(1.0)
-        checker.concept_embeds.copy_(embeds[2].expand_as(checker.concept_embeds))
-        similar = sorted((embeds @ embeds[2]).tolist())
-        checker.concept_embeds_weights.fill_((similar[-1] + similar[-2]) / 2)  # between the third image and the next
-    checker.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
-    scores = load(f"safety={tmp_path}")(images, PROMPTS[:4])
-    assert [math.isnan(score) for score in scores] == [False, False, True, False]
-    assert [score for score in scores if not math.isnan(score)] == [0.0, 0.0, 0.0]
-
-
-# ---- Your own -------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def folder(tmp_path):
     """A plug-in and files with scores, good and bad."""
-    (tmp_path / "plugin.py").write_text(PLUGIN)
-    lines = [{"image_id": "p-0", "score": 1.5}, {"image_id": "p-1", "score": None}, {"image_id": "p-2", "score": -2}]
-    (tmp_path / "votes.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    bad = {"text": "good", "list": "[1, 2]", "word": '{"image_id": "b", "score": "good"}', "name": '{"score": 1}'}
-    for name, line in bad.items():
-        (tmp_path / f"{name}.jsonl").write_text(f'{{"image_id": "a", "score": 1}}\n{line}\n')
-    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "plugin.py").write_text("def redness(device, channel=0, scale=1.0):\n    pass\ndef one():\n    pass\n")
+    (tmp_path / "votes.jsonl").write_text('{"image_id": "p-0", "score": 1.5}\n\n{"image_id": "p-1", "score": null}\n')
+    (tmp_path / "word.jsonl").write_text('{"image_id": "a", "score": 1}\n{"image_id": "b", "score": "good"}\n')
     return tmp_path
 
 
-def test_scores_made_elsewhere(folder):
-    scorer, images = data.parse_scorer(f"2*{folder / 'votes.jsonl'}"), pictures(4)
-    assert (scorer.label, scorer.weight) == ("votes", 2.0)
-    assert scorer.source.startswith(f"{folder / 'votes.jsonl'},sha256=")
-    (folder / "others.jsonl").write_text('{"image_id": "p-0", "score": 9}')
-    before = data.parse_scorer(str(folder / "others.jsonl")).source
-    (folder / "others.jsonl").write_text('{"image_id": "p-0", "score": 8}')
-    assert data.parse_scorer(str(folder / "others.jsonl")).source != before  # not taken for the scores of before
+def test_specs(folder):
+    for spec, label, weight, options in (
+        ("-1e-1*clip_iqa_sharpness", "clip_iqa_sharpness", -0.1, {}),
+        ("0*people=a/b,pose=c/d,count=2", "people", 0.0, {"model": "a/b", "pose": "c/d", "count": 2}),
+        ("vqa=a/b,question=Two, five * each?", "vqa", 1.0, {"model": "a/b", "question": "Two, five * each?"}),
+        (f"0.5*{folder}/votes.jsonl,label=people's", "people's", 0.5, {}),
+    ):
+        scorer = ev.parse_scorer_spec(spec)
+        assert (scorer.label, scorer.weight, scorer.load.keywords) == (label, weight, options)
+        assert scorer.source.split(",sha256=")[0] == (spec.split("*", 1)[1] if weight != 1.0 else spec)
+        assert ev.parse_scorer_spec(scorer.source).source == scorer.source
+        assert all(type(scorer.load.keywords[name]) is type(value) for name, value in options.items())
+
+
+def test_bad_specs(folder):
+    for spec, words in {
+        "beauty": "unknown scorer 'beauty': use pickscore, clip, hpsv2, aesthetic, imagereward, clip_iqa",
+        "people,crop=1": "scorer people has no option crop, only model, pose, count, part, ",
+        f"imagereward={folder}": "holds no ImageReward.pt",
+        "no_such_module:f": "cannot import no_such_module",
+        f"{folder}/plugin.py:one": "is not a function of the device",
+        f"{folder}/word.jsonl": "word.jsonl, line 2: not of the form",
+    }.items():
+        with pytest.raises(ev.UserError, match=f"^[^\n]*{re.escape(words)}[^\n]*$"):
+            ev.parse_scorer_specs([spec])
+
+
+def test_specs_are_known_by_label_and_content(folder):
+    with pytest.raises(ev.UserError, match=r"two scorers are called clip: .*label"):
+        ev.parse_scorer_specs(["clip=a/b", "0.5*clip=c/d"])
+    for name in ("plugin.py:redness", "votes.jsonl"):
+        file, before = folder / name.split(":")[0], ev.parse_scorer_spec(f"{folder / name}").source
+        assert ev.parse_scorer_spec(f"2*{folder / name}").source == before
+        file.write_text(file.read_text().replace("1.", "2."))
+        assert ev.parse_scorer_spec(f"{folder / name}").source != before
+    images, score = pictures(3), load(str(folder / "votes.jsonl"))
     for i, image in enumerate(images):
         image.info["image_id"] = f"p-{i}"
-    score = scorer.load("cpu")
-    np.testing.assert_equal(score(images[2::-1], ["x"] * 3), [-2.0, NAN, 1.5])
-    assert data.best_and_worst(score(images[:3], ["x"] * 3))[0] == (0, 2)  # null is on neither side
-    with pytest.raises(data.UserError, match=r"votes\.jsonl has no score for the image p-3: give it one, or null"):
-        score(images, ["x"] * 4)
+    np.testing.assert_equal(score(images[1::-1], ["x"] * 2), [NAN, 2.5])
+    with pytest.raises(ev.UserError, match=r"votes\.jsonl has no score for the image p-2: give it one, or null"):
+        score(images, ["x"] * 3)
 
 
-def test_plugins_and_their_options(folder):
-    red = Image.new("RGB", (8, 8), (200, 100, 50))
-    plugin = f"{folder / 'plugin.py'}:"
-    for spec, expected in {
-        "redness": 200.0,
-        "redness,channel=1": 100.0,
-        "redness,channel=2,scale=0.5,name=a, b": 25.0,
-        "anything,bonus=3": 3.0,
-    }.items():
-        assert data.run_scorer(load(plugin + spec), "x", [red], ["x"]) == [expected]
-
-
-def test_too_few_scores_are_an_error():
-    with pytest.raises(data.UserError, match="scorer few gave 1 scores for 2 images"):
-        data.run_scorer(lambda images, prompts: [1.0], "few", pictures(2), ["x", "y"])
-
-
-# ---- The command line's words ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("spec", "label", "weight", "options"),
-    [
-        ("clip", "clip", 1.0, {}),
-        ("0.5*clip", "clip", 0.5, {}),
-        ("-2*clip_iqa_sharpness", "clip_iqa_sharpness", -2.0, {}),
-        ("0*people", "people", 0.0, {}),
-        ("1e-1*hpsv2", "hpsv2", 0.1, {}),
-        ("pickscore=owner/model", "pickscore", 1.0, {"model": "owner/model"}),
-        ("pickscore=owner/model,crop=1", "pickscore", 1.0, {"model": "owner/model", "crop": True}),
-        ("clip=a/b,processor=c/d", "clip", 1.0, {"model": "a/b", "processor": "c/d"}),
-        ("3*clip=a/b,label=large clip", "large clip", 3.0, {"model": "a/b"}),
-        ("people=a/b,pose=c/d,count=2", "people", 1.0, {"model": "a/b", "pose": "c/d", "count": 2}),
-        ("people,count=2", "people", 1.0, {"count": 2}),
-        ("people,part=limbs", "people", 1.0, {"part": "limbs"}),
-        ("0*people_count=a/b", "people_count", 0.0, {"model": "a/b"}),
-        ("aesthetic,head=a/b", "aesthetic", 1.0, {"head": "a/b"}),
-        ("imagereward,tokenizer=a/b", "imagereward", 1.0, {"tokenizer": "a/b"}),
-        (
-            "vqa=a/b,question=Two hands, five fingers * each? Answer Yes or No.",
-            "vqa",
-            1.0,
-            {"model": "a/b", "question": "Two hands, five fingers * each? Answer Yes or No."},
-        ),
-        ("{folder}/plugin.py:redness,channel=1,scale=2", "redness", 1.0, {"channel": 1, "scale": 2.0}),
-        ("0.5*{folder}/plugin.py:anything=3", "anything", 0.5, {"model": "3"}),
-        ("{folder}/votes.jsonl,label=people's", "people's", 1.0, {}),
-    ],
-)
-def test_specs(spec, label, weight, options, folder):
-    spec = spec.replace("{folder}", str(folder))
-    scorer = data.parse_scorer(spec)
-    assert (scorer.label, scorer.weight) == (label, weight)
-    assert scorer.source.split(",sha256=")[0] == (spec.split("*", 1)[1] if weight != 1.0 else spec)
-    assert data.parse_scorer(scorer.source).source == scorer.source
-    assert scorer.load.keywords == options
-    assert all(type(scorer.load.keywords[name]) is type(value) for name, value in options.items())
-
-
-@pytest.mark.parametrize(
-    ("spec", "words"),
-    [
-        ("beauty", "unknown scorer 'beauty': use pickscore, clip, hpsv2, aesthetic, imagereward, clip_iqa"),
-        ("", "unknown scorer ''"),
-        ("..*clip", "scorer ..*clip: .. is not a number"),
-        ("two*clip", "scorer two*clip: two is not a number"),
-        ("*clip", "scorer *clip:  is not a number"),
-        ("nan*clip", "nan is not a finite number"),
-        ("clip,size=3", "scorer clip has no option size, only model, processor, crop, label"),
-        ("people,crop=1", "scorer people has no option crop, only model, pose, count, part, label"),
-        ("vqa", "scorer vqa needs a model: vqa=..."),
-        ("vqa,question=Yes?", "scorer vqa needs a model"),
-        ("pickscore,crop=yes", "scorer pickscore: yes is not a number"),
-        ("people,count=two", "scorer people: two is not a number"),
-        ("pickscore=no/such/folder", "no such model folder: no/such/folder"),
-        ("pickscore={folder}", "holds no config.json"),
-        ("clip=a/b,processor={folder}", "holds no tokenizer_config.json"),
-        ("people,pose=nowhere", "no such model folder: nowhere"),
-        ("aesthetic,head=no/head.pth", "no such file: no/head.pth"),
-        ("aesthetic,head={folder}", "holds no model.safetensors"),
-        ("imagereward={folder}", "holds no ImageReward.pt"),
-        ("imagereward=none/ImageReward.pt", "no such file: none/ImageReward.pt"),
-        ("no_such_module:f", "cannot import no_such_module"),
-        ("{folder}/none.py:f", "cannot import"),
-        ("{folder}/plugin.py:f", "has no function f"),
-        ("{folder}/plugin.py:redness=a/b", "has no option model, only channel, scale, name, label"),
-        ("{folder}/plugin.py:redness,scale=x", "x is not a number"),
-        ("{folder}/none.jsonl", "none.jsonl"),
-        ("{folder}/votes.jsonl,weight=2", "has no option weight, only label"),
-        ("{folder}/text.jsonl", "text.jsonl, line 2: not of the form"),
-        ("{folder}/list.jsonl", "list.jsonl, line 2: not of the form"),
-        ("{folder}/word.jsonl", "word.jsonl, line 2: not of the form"),
-        ("{folder}/name.jsonl", "name.jsonl, line 2: not of the form"),
-        ("{folder}/bytes.jsonl", "bytes.jsonl, line 1: not of the form"),
-    ],
-)
-def test_bad_specs(spec, words, folder, monkeypatch):
-    for function in ("load_clip", "load_weights", "load_tensors"):
-        monkeypatch.setattr(data, function, lambda *_: pytest.fail("weights were loaded"))
-    with pytest.raises(data.UserError) as error:
-        data.parse_scorers([spec.replace("{folder}", str(folder))])
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-def test_both_scripts_have_the_same_scorers():
-    sections = [
-        (data.WORLD.parent.parent / f"{script}.py").read_text().split("# ---- Scorers -")[1].split("\n# ---- ")[0]
-        for script in ("make_preference_data", "eval_human")
-    ]
-    assert "def parse_scorer(" in sections[0]
-    assert sections[0] == sections[1]
-
-
-def test_two_scorers_of_one_name_need_labels():
-    with pytest.raises(data.UserError, match=r"two scorers are called clip: .*label"):
-        data.parse_scorers(["clip=a/b", "0.5*clip=c/d"])
-    scorers = data.parse_scorers(["clip=a/b", "0.5*clip=c/d,label=other"])
-    assert [scorer.label for scorer in scorers] == ["clip", "other"]
-
-
-class Intruder:
-    """Unpickled carelessly, it would write a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_weights_that_cannot_be_loaded(blip, tmp_path, monkeypatch):
+def test_weights_that_cannot_be_loaded(blip, tmp_path):
     weights = torch.load(blip / "ImageReward.pt", weights_only=True)
     del weights["blip.visual_encoder.blocks.1.attn.proj.bias"]
     torch.save(weights, tmp_path / "partial.pt")
-    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Intruder(tmp_path / "broken_in")))
-    (tmp_path / "empty.safetensors").write_bytes(b"")
-    shutil.copytree(CLIP, tmp_path / "clip")
-    save_file({"logit_scale": torch.zeros(())}, tmp_path / "clip" / "model.safetensors", {"format": "pt"})
+    evil = type("Evil", (), {"__reduce__": lambda self: (Path.touch, (tmp_path / "broken_in",))})  # as it is unpickled
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(evil()))
     for spec, words in {
-        "clip=no/such-model": "cannot load the scorer clip=no/such-model: ",
-        f"clip={tmp_path / 'clip'}": "has no weights",
         f"imagereward={tmp_path / 'partial.pt'}": "has no weights encoder.layers.1.self_attn.projection.bias",
-        f"imagereward={tmp_path / 'evil.pt'}": "cannot load the scorer imagereward",
-        f"aesthetic={CLIP},head={tmp_path / 'empty.safetensors'}": "cannot load the scorer aesthetic",
-        f"people={CLIP}": "cannot load the scorer people",
-        "people,part=hands": "cannot load the scorer people,part=hands: part is count, pose or limbs, not hands",
-        "aesthetic=a/b,head=no/such-head,label=beauty": "cannot load the scorer aesthetic=a/b,head=no/such-head",
+        f"imagereward={tmp_path / 'evil.pt'}": "",
+        f"people={CLIP}": "",
+        "people,part=hands": "part is count, pose or limbs, not hands",
     }.items():
-        with pytest.raises(data.UserError) as error:
+        with pytest.raises(ev.UserError, match=f"^cannot load the scorer {spec}: [^\n]*{words}[^\n]*$"):
             load(spec)
-        assert words in str(error.value)
-        assert "\n" not in str(error.value)
     assert not (tmp_path / "broken_in").exists()
 
 
-def test_a_plug_in_is_known_by_its_code(tmp_path):
-    """Other code under the old name is another scorer, whose scores are not those that are kept."""
-    code = tmp_path / "mine.py"
-    code.write_text("def one(device):\n    return lambda images, prompts: [1.0] * len(images)\n")
-    before = data.parse_scorer(f"{code}:one,label=x")
-    assert data.parse_scorer(f"0.5*{code}:one,label=x").source == before.source
-    code.write_text(code.read_text().replace("1.0", "2.0"))
-    after = data.parse_scorer(f"{code}:one,label=x")
-    assert (after.label, after.source != before.source) == ("x", True)
-
-
-@pytest.mark.parametrize("code", ["def one():\n    return None\n", "def one(images, prompts):\n    return []\n"])
-def test_a_plug_in_of_another_form_is_told_what_a_scorer_is(tmp_path, code):
-    (tmp_path / "mine.py").write_text(code)
-    with pytest.raises(data.UserError, match=r"function.*device.*score\(images, prompts\)"):
-        data.parse_scorer(f"{tmp_path}/mine.py:one")
+def test_prompts_of_eval(tmp_path):
+    (tmp_path / "p.csv").write_bytes(b'\xef\xbb\xbftext,story\r\n"a, b",NA\r\n,c\r\n"a,  b",d\r\n')
+    for column, found in ((None, ["a, b"]), ("story", ["NA", "c", "d"])):
+        assert ev.read_prompt_list(str(tmp_path / "p.csv"), column, None)[0] == found
+    with pytest.raises(ev.UserError, match=r"no column tale: --prompt_column can be one of text, story$"):
+        ev.read_prompt_list(str(tmp_path / "p.csv"), "tale", None)
