@@ -1147,14 +1147,14 @@ def best_pairs(
 ) -> tuple[pd.DataFrame, Counter[str]]:
     """The pairs of all prompts, a table with the columns prompt, winner and loser (numbers of `rows`) and margin;
     and how many prompts have none, by reason. Every scorer of `agree`, scores (N,), must order a pair alike."""
-    pairs, dropped = [], Counter()
+    pairs, dropped, is_previous = [], Counter(), (rows.number == PREVIOUS).to_numpy()
     groups = rows.groupby("prompt", sort=False).indices
     for number in range(len(prompts)):
         at = groups.get(number, np.empty(0, int))
         if args.stage == "easy":
             pair, reason = best_and_worst(totals[at])
         else:
-            previous = int(np.flatnonzero(rows.number.to_numpy()[at] == PREVIOUS)[0])
+            previous = int(is_previous[at].argmax())
             pair, reason = best_against_previous(totals[at], previous, must_win=args.stage == "normal")
         for label, scores in agree.items() if pair else ():
             winner, loser = scores[at[list(pair)]]
@@ -1218,7 +1218,7 @@ def write_pairs(
             write_whole(path, partial(write, of_file=of_file))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def read_images(file: str) -> dict[str, dict[str, Any]]:
     """The images of a file of the pool by image_id, kept for the next pairs."""
     return {row["image_id"]: row for row in pq.read_table(file).to_pylist()}
