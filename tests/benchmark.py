@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures what the scripts cost. `train` runs diffusers' train_diffusion_dpo.py and ours side by side, `data` the
-loop that everybody writes and make_preference_data.py, `price` what a pair costs with drafts and without, `eval`
-eval_human.py and the bare drawing and scoring in it.
+loop that everybody writes and make_preference_data.py, `price` what a pair costs with drafts and without, `memory` what
+many prompts take, `eval` eval_human.py and the bare drawing and scoring in it.
 
     python tests/benchmark.py data                                           the embedded world
     python tests/benchmark.py data --model YOUR_MODEL --resolution 512 --guidance_scale 5 --steps 50    on a GPU
     python tests/benchmark.py price --work_dir price          an hour and a half on two cores; a second start carries on
+    python tests/benchmark.py memory                         1,000 and 10,000 prompts, with stand-ins for the models
     python tests/benchmark.py eval --threads 1               the embedded world, ten minutes on one core
     python tests/full_size_model.py sd15-random && python tests/benchmark.py eval --model sd15-random --resolution 512
     python tests/benchmark.py eval --prompts 32 64 --steps 4 --threads 1      what does not grow with the prompts
@@ -661,6 +662,33 @@ def price(args: argparse.Namespace) -> None:
             tell(f"  and {2 * per_side} of {args.final_steps} steps", flops, among)
 
 
+# ---- Data: memory ---------------------------------------------------------------------------------------------------
+
+
+def memory(args: argparse.Namespace) -> None:
+    """The sub-command `memory`: the peak of host memory and the time for so many prompts, with stand-ins for the model
+    and the scorer: what remains is the script's own tables, files and pairs."""
+    import make_preference_data as data
+
+    def paint(pipe: Any, family: Any, text: Any, rows: Any, seeds: list[int], *size: Any, **more: Any) -> tuple:
+        return torch.zeros(len(seeds), 3, 8, 8), torch.zeros(len(seeds), 8, 16, 16).half()
+
+    rng = np.random.default_rng(0)
+    data.sample, data.encode_prompts = paint, lambda *arguments: {}
+    data.load_scorer = lambda *arguments, **options: lambda images, prompts: rng.random(len(images)).tolist()
+    for count in args.prompts:
+        with tempfile.TemporaryDirectory() as work:
+            file = Path(work, "prompts.txt")
+            file.write_text("".join(f"a person with the number {i} in a red shirt\n" for i in range(count)))
+            flags = ["--prompts", file, "--max_prompts", count, "--num_images_per_prompt", 24, "--draft_steps", 5]
+            flags += ["--num_inference_steps", 20, "--output_dir", Path(work, "out"), "--batch_size", 160]
+            forget_peak()
+            before, start = peak_memory(), time.perf_counter()
+            data.main(data.parse_args([str(flag) for flag in flags]))
+            told = {"prompts": count, "GiB before": before, "peak GiB": peak_memory()}
+            print_row("memory", told | {"ms/image": (time.perf_counter() - start) * 1000 / (28 * count)})
+
+
 # ---- Evaluation -----------------------------------------------------------------------------------------------------
 
 
@@ -905,6 +933,13 @@ def add_data(commands: Any) -> None:
             flag("--work_dir", type=Path, required=True, help="where all images are kept; a second start carries on")
 
 
+def add_memory(commands: Any) -> None:
+    """The flags of `memory`."""
+    parser = commands.add_parser("memory", help="host memory of many prompts", allow_abbrev=False)
+    parser.set_defaults(run=memory)
+    parser.add_argument("--prompts", type=int, nargs="+", default=[1000, 10000], help="how many, one after the other")
+
+
 def add_eval(commands: Any) -> None:
     """The flags of `eval`."""
     parser = commands.add_parser("eval", help="eval_human.py beside bare drawing and scoring", allow_abbrev=False)
@@ -933,6 +968,7 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_train(commands)
     add_data(commands)
+    add_memory(commands)
     add_eval(commands)
     args = parser.parse_args()
     args.run(args)
