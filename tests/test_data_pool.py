@@ -183,12 +183,12 @@ def test_neither_the_batch_size_nor_the_number_of_processes_matters(runs, tmp_pa
 
 @contextmanager
 def failing(n: int, error: BaseException, *acts: tuple[object, str]):
-    """`error` at the n-th call of some functions, before it or, where n is odd, after it."""
+    """`error` at the n-th call of some functions, before it or, for every other pair of n, after it."""
     count = itertools.count(1)
 
     def call(own, *args, **more):
         number = next(count)
-        result = own(*args, **more) if number != n or n % 2 else None
+        result = own(*args, **more) if number != n or n // 2 % 2 else None
         if number == n:
             raise error
         return result
