@@ -39,7 +39,7 @@ A folder's name says all that its images or scores depend on, and each step make
 (`make_missing`): so a run resumes, shares its work and grows, and other scorers, weights and margins take seconds.
 
     pool/draft-KEY/   pool/full-KEY/   pool/sdrecon-KEY/    images; KEY: the model's content, sampler, size, seed, ...
-    scores/SCORER-KEY/                                      their scores; KEY: the scorer's content
+    scores/SCORER-KEY/                                      their scores; KEY: the scorer's code, options, weights
     data/                                                   the pairs, in the columns of Pick-a-Pic v2
 
 Without arguments it runs on the embedded world (tests/tiny_human) in minutes on a CPU. The usual command:
@@ -69,6 +69,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import gc
 import hashlib
 import importlib.util
 import inspect
@@ -87,7 +88,7 @@ import time
 import uuid
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -451,6 +452,7 @@ def load_sampler(args: argparse.Namespace) -> tuple[DiffusionPipeline, UNet, Noi
         raise UserError(f"--num_inference_steps {args.num_inference_steps}: the model has {len(path.t)} timesteps")
     if args.sampler == "dpmsolver":
         pipe.scheduler = family.sampler(pipe)
+    sampler = {option: value for option, value in pipe.scheduler.config.items() if option[0] != "_"}
     if args.stage != "easy":  # SDRecon names its timesteps, or sigmas: with none of the sampler's own, and not shifted
         own = dict.fromkeys(OWN_SIGMAS, False) | {"use_dynamic_shifting": False, "shift": 1.0}
         own = {option: value for option, value in own.items() if option in pipe.scheduler.config}
@@ -458,10 +460,11 @@ def load_sampler(args: argparse.Namespace) -> tuple[DiffusionPipeline, UNet, Noi
     modules = [part for _, part in sorted(pipe.components.items()) if isinstance(part, torch.nn.Module)]
     tokenizers = [part for name, part in sorted(pipe.components.items()) if "tokenizer" in name and part]
     words = [sorted(tokenizer.get_vocab().items()) for tokenizer in tokenizers]
-    sampler = {option: value for option, value in pipe.scheduler.config.items() if option[0] != "_"}
     layers = [layer for module in modules for layer in module.modules() if hasattr(layer, "lora_A")]
     strengths = [layer.scaling["default"] for layer in layers if "default" in layer.scaling]
-    key = hash_of(weights_hash(*modules), strengths or None, words, type(pipe.scheduler).__name__, sampler, str(dtype))
+    own = [pipe.vae.config.get(name) for name in ("scaling_factor", "shift_factor", "latents_mean", "latents_std")]
+    own += [pipe.config.get("force_zeros_for_empty_prompt"), words, type(pipe.scheduler).__name__, sampler, str(dtype)]
+    key = hash_of(weights_hash(*modules), strengths or None, own)
     return pipe, family, path, key
 
 
@@ -603,7 +606,7 @@ def make_missing(
     plan = [None]
     if state.is_main_process:
         table = read_parts(folder.glob("[!.]*.parquet"))
-        places = table["file"].combine_chunks().dictionary_encode()
+        places = table["file"].dictionary_encode().combine_chunks()
         codes = np.append(places.indices.to_numpy(), -1)[look_up(rows.image_id, table)]
         plan = [(codes, places.dictionary.to_pylist())]
     codes, names = broadcast_object_list(plan)[0]
@@ -959,7 +962,10 @@ def parse_scorer(spec: str, rows: dict[str, dict[str, Any]]) -> Scorer:
     for option, value in stands_for.items():
         stands_for[option] = content_of(value, files.get(option)) if isinstance(value, str) and value else str(value)
     function = getattr(factory, "func", factory)
-    code = inspect.getsource(function) if name in SCORERS else content_of(inspect.getsourcefile(function))
+    if name in SCORERS:
+        code = [inspect.getsource(part) for part in (function, load_clip)]
+    else:
+        code = content_of(inspect.getsourcefile(function))
     key = hash_of(getattr(factory, "__name__", name), stands_for, code)[:8]
     if factory is file_score:
         factory("cpu", **options)  # what is wrong with it is told before anything is drawn
@@ -1022,16 +1028,11 @@ def find_factory(name: str) -> Callable[..., Score]:
         known = ", ".join(SCORERS)
         raise UserError(f"unknown scorer {name!r}: use {known}, module:function, file.py:function or file.jsonl")
     if not module_name.endswith(".py"):
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:  # one that is missing inside it keeps its traceback
-            if not f"{module_name}.".startswith(f"{error.name}."):
-                raise
-            raise UserError(f"scorer {name}: no module {error.name}") from error
+        module = importlib.import_module(module_name)
     elif not Path(module_name).is_file():
         raise UserError(f"scorer {name}: no such file {module_name}")
     else:
-        spec = importlib.util.spec_from_file_location(Path(module_name).stem, module_name)
+        spec = importlib.util.spec_from_file_location(module_name, module_name)
         module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look themselves up
         spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
@@ -1100,6 +1101,7 @@ def score_missing(
     with ThreadPoolExecutor() as beside:
         parts = make_missing(rows, folder, make, scorer.label, state, files)
     loaded.clear()
+    gc.collect()  # hooks of large models refer to each other
     torch.cuda.empty_cache()
     table = read_parts(set(parts), "score")
     scores = table["score"].to_numpy()[look_up(rows.image_id, table)]
@@ -1195,7 +1197,7 @@ def write_pairs(
         sides = (pair.winner, pair.loser)
         sides = sides if unit_hash(args.seed, prompt, "side") < 0.5 else sides[::-1]
         raw = {label: [float(values[i]) for i in sides] for label, values in scores.items()}
-        raw = {label: [value if math.isfinite(value) else None for value in pair] for label, pair in raw.items()}
+        raw = {label: [one if math.isfinite(one) else None for one in both] for label, both in raw.items()}
         row = {"caption": prompt, "scores": json.dumps(raw), "margin": pair.margin, "prompt_id": prompt_id(prompt)}
         count = args.num_images_per_prompt if args.stage == "easy" else len(args.sdrecon_timesteps)
         row |= {"stage": args.stage, "num_candidates": count}
@@ -1224,20 +1226,6 @@ def read_images(file: str) -> dict[str, dict[str, Any]]:
     return {row["image_id"]: row for row in pq.read_table(file).to_pylist()}
 
 
-def iterate_pairs(folder: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The finished pairs, split and row, in their order, a few at a time in memory."""
-    for split in SPLITS:
-        for file in sorted(folder.glob(f"data/{split}-*.parquet")):
-            for batch in pq.ParquetFile(file).iter_batches(16, columns=list(columns)):
-                yield from ((split, row) for row in batch.to_pylist())
-
-
-def winner_first(row: dict[str, Any], name: str) -> list[Any]:
-    """The winner's and the loser's value of a column that stands in a row as name_0 and name_1."""
-    sides = [row[f"{name}_0"], row[f"{name}_1"]]
-    return sides if row["label_0"] >= row["label_1"] else sides[::-1]
-
-
 # ---- Prompts and photos ---------------------------------------------------------------------------------------------
 
 
@@ -1253,8 +1241,8 @@ def read_table(source: str, column: str | None, count: int | None = None) -> pd.
     path, kind = Path(source), Path(source).suffix.lower()
     try:
         if path.is_dir() and find_photos(path)[0]:
-            table = read_photos(source, column)[0]
-        elif path.is_dir() or not (path.exists() or kind in (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")):
+            return read_photos(source, column)[0]
+        if path.is_dir() or not (path.exists() or kind in (".txt", ".csv", ".tsv", ".json", ".jsonl", ".parquet")):
             table = read_rows(source, column, count)
         elif kind in (".csv", ".tsv"):
             form = {"dtype": str, "keep_default_na": False, "encoding": "utf-8-sig", "index_col": False}
@@ -1348,8 +1336,8 @@ def read_rows(source: str, column: str | None, count: int | None = None) -> pd.D
     texts, distinct = [], set()
     for row in rows.select_columns([name]):
         texts.append(row[name])
-        distinct.add(row[name])
-        if len(distinct) == count:
+        distinct.add(to_text(row[name], f"{source}, row {len(texts)}"))
+        if len(distinct) - ("" in distinct) == count:
             break
     return pd.DataFrame({name: texts}, dtype=object)
 
@@ -1561,7 +1549,7 @@ def draw_grid(path: Path, title: str, cells: list[tuple[bytes, str, str, str]], 
     count, (width, height) = math.ceil(len(cells) / per_row), from_jpeg(cells[0][0]).size
     tall = 1.9 * height / width + 0.3 + 0.3 * any(caption for *_, caption in cells)
     figure = Figure((1.9 * per_row, tall * count + 0.4), dpi=110, layout="constrained")
-    figure.suptitle(textwrap.shorten(title, 16 * per_row, placeholder=" ..."))
+    figure.suptitle(textwrap.shorten(title, 16 * per_row, placeholder=" ..."), parse_math=False)
     axes = figure.subplots(count, per_row, squeeze=False)
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
@@ -1569,7 +1557,8 @@ def draw_grid(path: Path, title: str, cells: list[tuple[bytes, str, str, str]], 
     for axis, (jpg, label, colour, caption) in zip(axes.flat, cells, strict=False):
         axis.imshow(from_jpeg(jpg))
         axis.set_title(label, color=colour, fontsize=9)
-        axis.set_xlabel(textwrap.fill(caption, 34, max_lines=4, placeholder=" ..."), fontsize=6.5)
+        text = textwrap.fill(caption, 34, max_lines=4, placeholder=" ...")
+        axis.set_xlabel(text, fontsize=6.5, parse_math=False)
     write_whole(path, partial(figure.savefig, format="png"))
 
 
@@ -1647,10 +1636,13 @@ def export_pairs(folder: Path, kind: str) -> None:
     path = folder / f"export-{kind}"
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     lines: dict[str, list[str]] = {split: [] for split in SPLITS}
-    pairs = iterate_pairs(folder, ["caption", "label_0", "label_1", "jpg_0", "jpg_1"])
+    columns, tables = ["caption", "label_0", "jpg_0", "jpg_1"], sorted(folder.glob("data/*.parquet"))
+    batches = ((table, batch) for table in tables for batch in pq.ParquetFile(table).iter_batches(16, columns=columns))
+    pairs = ((table.name.partition("-")[0], row) for table, batch in batches for row in batch.to_pylist())
     for split, row in tqdm(pairs, "export", unit="pair"):
+        jpgs = [row["jpg_0"], row["jpg_1"]][:: 1 if row["label_0"] else -1]
         files = [f"{split}/{side}/{len(lines[split]) + 1:06d}.jpg" for side in "wl"]
-        for name, jpg in zip(files, winner_first(row, "jpg"), strict=True):
+        for name, jpg in zip(files, jpgs, strict=True):
             file = unfinished / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(jpg)
@@ -1780,21 +1772,25 @@ def main(args: argparse.Namespace) -> None:
     voters, agreeing = scorers[: len(args.scorer)], scorers[len(args.scorer) :]
     if not any(scorer.weight for scorer in voters):
         raise UserError("every --scorer has weight 0: one at least has to vote")
-    inputs = broadcast_object_list([read_inputs(args) if is_main else None])[0]
-    table, record = inputs["table"], read_record(folder)
+    inputs, record = broadcast_object_list([read_inputs(args), read_record(folder)] if is_main else [None, None])
+    table = inputs["table"]
     prompts = table.prompt.tolist()
-    of_the_file = table.drop(columns=["file", "photo"], errors="ignore")
+    of_the_file = table.drop(columns="photo", errors="ignore") if is_easy else table[["prompt"]]
     columns |= dict(zip(prompts, of_the_file.to_dict("records"), strict=True))
     args.height, args.width = inputs["size"] or (args.height, args.width)
     pipe, family, path, model_hash = load_sampler(args)
     noisy = is_easy and args.draft_steps != 0 and draws_fresh_noise(pipe.scheduler)
     if args.draft_steps is None:
         count, full = args.num_images_per_prompt, args.num_inference_steps
-        spare_much = 5 * count + 2 * args.finalists * full <= 0.7 * count * full and full >= 10  # 5 of 8 are no draft
+        spare_much = 5 * count + 2 * (args.finalists or 2) * full <= 0.7 * count * full
+        spare_much = spare_much and full >= 10  # 5 of 8 steps are no draft
         args.draft_steps = 5 if is_easy and not noisy and spare_much else 0
+        if args.finalists and not args.draft_steps:
+            raise UserError(f"--finalists {args.finalists}: drafts would spare little here; set --draft_steps, too")
     elif noisy:
         told = f"{type(pipe.scheduler).__name__} draws fresh noise at its steps: no draft foretells a full image"
         raise UserError(f"{told}; set --sampler dpmsolver or --draft_steps 0")
+    args.finalists = args.finalists or 2
     if not is_easy and not args.no_latents and (inputs["latents"] or {}).get("vae_hash") != weights_hash(pipe.vae):
         raise UserError(f"{args.previous_pairs} has no latents of this model's VAE: set --no_latents")
     if is_main:
@@ -1814,9 +1810,10 @@ def main(args: argparse.Namespace) -> None:
     kinds = (["draft", "full"] if args.draft_steps else ["full"]) if is_easy else ["sdrecon"]
     used = {*(pools[kind] for kind in kinds), *(scores_folder(folder, scorer) for scorer in scorers)}
     if is_main:
-        for kind in kinds:
-            told = json.dumps(alike | {"num_inference_steps": steps[kind]}, indent=2)
-            write_whole(pools[kind] / "settings.json", lambda file, told=told: file.write_text(told, encoding="utf-8"))
+        try:
+            (folder / "pool").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write to {folder}: {error.strerror}") from error
         for pattern in (".data-*", ".old-*", ".export-*", "*/*/.*.parquet.*"):  # what a killed start left
             for leftover in folder.glob(pattern):
                 if time.time() - leftover.stat().st_mtime > 86400:
@@ -1839,8 +1836,9 @@ def main(args: argparse.Namespace) -> None:
             pipe.to("cpu")
             torch.cuda.empty_cache()
             scores = {scorer.label: score_missing(wanted, files, scorer, args, state) for scorer in scorers}
-            if np.isnan(list(scores.values())).any(axis=0).all():
-                raise UserError("no image has a score: none is finite (another --mixed_precision?), or all are vetoed")
+            pictures = pads.dataset(sorted(set(files[drawn]))) if number < len(rows) else None
+            if pictures and not pictures.count_rows(filter=pc.field("jpg").is_valid()):
+                raise UserError("none of the first images is finite: another --mixed_precision may help")
         return files, scores
 
     if is_easy:
@@ -1872,11 +1870,15 @@ def main(args: argparse.Namespace) -> None:
         raise UserError(f"no pairs from {len(prompts)} prompts: {reasons}")
     if is_easy:  # a later stage holds out what the stage before did
         held_out = hold_out_prompts(prompts, args.validation_share, args.seed)
-        table["split"] = ["validation" if prompt in held_out else "train" for prompt in prompts]
+        table = table.assign(split=["validation" if prompt in held_out else "train" for prompt in prompts])
     pairs["split"] = table.split.to_numpy()[pairs.prompt]
     token = broadcast_object_list([uuid.uuid4().hex])[0]
     unfinished = folder / f".data-{token}"
-    write_pairs(unfinished, pairs, rows, files, totals, scores, prompts, args, state)
+    try:
+        write_pairs(unfinished, pairs, rows, files, totals, scores, prompts, args, state)
+    except BaseException:  # a full disk is not filled further by each start
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     state.wait_for_everyone()
     if is_main:
         ranks = {"least": 0, "10 %": 10, "median": 50, "90 %": 90, "most": 100}
@@ -1998,17 +2000,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     flag("--lora_scale", type=float, default=1.0, help="its weight")
 
     flag = parser.add_argument_group("prompts").add_argument
-    flag("--prompts", help="file (.txt, one a line; .jsonl, .json, .csv, .tsv, .parquet), folder of photos with "
-                           "captions, folder or hub name (owner/name[:split]) that `datasets` reads")
+    flag("--prompts", help="file (.txt, one a line, # begins a comment; .jsonl, .json, .csv, .tsv, .parquet), folder "
+                           "of photos with captions, folder or hub name (owner/name[:split]) that `datasets` reads")
     flag("--prompt_column", help="column of the prompts or captions; none: the first of prompt, caption, text")
-    flag("--max_prompts", type=count, help="use only the first of them")
+    flag("--max_prompts", type=count, help="use only the first N distinct ones")
     flag("--write_prompts", type=count, metavar="N", help="write N prompts of people to the file --prompts, and stop")
 
     flag = parser.add_argument_group("pool").add_argument
     flag("--num_images_per_prompt", type=within(int, 2), default=24, help="candidates, of which two become the pair")
     flag("--draft_steps", type=within(int, 0),
          help="steps of a draft, 0: all in full; none: 5, or 0 where that spares little")
-    flag("--finalists", type=count, default=2, help="so many best and so many worst drafts are drawn in full")
+    flag("--finalists", type=count, help="so many best and so many worst drafts are drawn in full; none: 2")
     flag("--num_inference_steps", type=count, default=20, help="steps of a full image")
     flag("--guidance_scale", type=within(float, 0), help="classifier-free guidance; none: 5, of SD 3 4.5")
     flag("--negative_prompt", default="", help="one for all prompts")
@@ -2051,8 +2053,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     is_easy, steps, t = args.stage == "easy", args.num_inference_steps, args.sdrecon_timesteps or ()
     later = {"real_data_dir": args.real_data_dir, "previous_pairs": args.previous_pairs}
     changed = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    margin = re.fullmatch(r"-?\d+(\.\d+)?(e-?\d+)?|(\d{1,2}(\.\d+)?)%", args.min_margin or "0")
-    too_many = args.draft_steps and 2 * args.finalists > args.num_images_per_prompt
+    margin = re.fullmatch(r"-?(\d+\.?\d*|\.\d+)(e-?\d+)?|\d{1,2}(\.\d+)?%", args.min_margin or "0")
+    too_many = args.draft_steps and 2 * (args.finalists or 2) > args.num_images_per_prompt
     unguided = args.guidance_scale is not None and args.guidance_scale <= 1
     same_folder = not is_easy and Path(args.previous_pairs or "").resolve() == Path(args.output_dir).resolve()
     wrong = {

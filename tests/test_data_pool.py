@@ -211,7 +211,7 @@ def test_an_interruption_at_any_write_or_rename_loses_nothing(painted, tmp_path)
         except KeyboardInterrupt:
             assert all(pq.read_metadata(file).num_rows for file in tmp_path.glob(f"{n}/[ps]*/*/*.parquet"))
             assert pairs_of(painted(tmp_path / str(n), **settings)) == expected
-    assert n > 20
+    assert n > 15
 
 
 @pytest.mark.parametrize("n", range(1, 6))  # two parts of the pool, two of scores, the pairs
