@@ -1028,7 +1028,12 @@ def find_factory(name: str) -> Callable[..., Score]:
         known = ", ".join(SCORERS)
         raise UserError(f"unknown scorer {name!r}: use {known}, module:function, file.py:function or file.jsonl")
     if not module_name.endswith(".py"):
-        module = importlib.import_module(module_name)
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:  # one that is missing inside it keeps its traceback
+            if not f"{module_name}.".startswith(f"{error.name}."):
+                raise
+            raise UserError(f"scorer {name}: no module {error.name}") from error
     elif not Path(module_name).is_file():
         raise UserError(f"scorer {name}: no such file {module_name}")
     else:

@@ -200,7 +200,8 @@ def failing(n: int, error: BaseException, *acts: tuple[object, str]):
         yield
 
 
-def test_an_interruption_at_any_write_or_rename_loses_nothing(painted, tmp_path):
+def test_an_interruption_at_any_write_or_rename_loses_nothing(painted, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "IMAGES_IN_A_PART", 4)
     settings, acts = DRAFTS | {"max_prompts": 1}, [(Path, "write_text"), (Path, "replace"), (Path, "rename")]
     expected = pairs_of(painted(tmp_path / "whole", **settings))
     for n in itertools.count(1):
@@ -211,7 +212,7 @@ def test_an_interruption_at_any_write_or_rename_loses_nothing(painted, tmp_path)
         except KeyboardInterrupt:
             assert all(pq.read_metadata(file).num_rows for file in tmp_path.glob(f"{n}/[ps]*/*/*.parquet"))
             assert pairs_of(painted(tmp_path / str(n), **settings)) == expected
-    assert n > 15
+    assert n > 20
 
 
 @pytest.mark.parametrize("n", range(1, 6))  # two parts of the pool, two of scores, the pairs

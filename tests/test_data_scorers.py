@@ -197,6 +197,7 @@ def test_bad_specs_are_one_line(folder):
         ("clip={clip},weight=inf", "inf is not a number"),
         ("clip=nowhere", "cannot find nowhere: no such file or folder"),
         ("aesthetic={clip},head={folder}/x.pth", "cannot find {folder}/x.pth: no such file or folder"),
+        ("no_such_module:f", "no_such_module"),
         ("{folder}/none.py:f", "no such file {folder}/none.py"),
         ("{folder}/plugin.py:counted,columns=3", "no option columns, only label, weight, scale"),
         ("{folder}/none.jsonl", "none.jsonl"),
