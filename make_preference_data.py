@@ -897,8 +897,8 @@ class Scorer(NamedTuple):
 
 
 def file_score(device: Device, file: str, missing: str = "") -> Score:
-    """Scores made elsewhere: lines {"image_id": "...", "score": number or null}, ids as in pool/*/*.parquet; null is a
-    veto. An image that the file does not know is an error, or with missing=veto a veto, too."""
+    """Scores made elsewhere: lines {"image_id": "...", "score": number or null}, with the ids that this script writes;
+    null is a veto. An image that the file does not know is an error, or with missing=veto a veto, too."""
     if missing not in ("", "veto"):
         raise UserError(f"scorer {file}: missing can only be veto")
     if not Path(file).is_file():
@@ -925,6 +925,8 @@ SCORERS: dict[str, Callable[..., Score]] = {
     "clip": clip_score,
     "aesthetic": aesthetic_score,
 }
+# The options of these that name weights, and the file by which they are found on the hub.
+WEIGHTS = {"model": "config.json", "processor": "config.json", "head": "model.safetensors"}
 
 
 def parse_spec(spec: str) -> tuple[str, dict[str, str]]:
@@ -957,15 +959,12 @@ def parse_scorer(spec: str, rows: dict[str, dict[str, Any]]) -> Scorer:
             hint = " (a scorer is a factory: device, options -> score(images, prompts))" if name not in SCORERS else ""
             raise UserError(f"scorer {spec} needs {option}: {name},{option}=...{hint}")
     stands_for = {option: parameter.default for option, parameter in known.items()} | options
-    files = {"model": "config.json", "processor": "config.json", "head": "model.safetensors"}
-    files = files if name in SCORERS else {}
+    files = WEIGHTS if name in SCORERS else {}
     for option, value in stands_for.items():
-        stands_for[option] = content_of(value, files.get(option)) if isinstance(value, str) and value else str(value)
+        needs = files.get(f"{name}.{option}", files.get(option))
+        stands_for[option] = content_of(value, needs) if isinstance(value, str) and value else str(value)
     function = getattr(factory, "func", factory)
-    if name in SCORERS:
-        code = [inspect.getsource(part) for part in (function, load_clip)]
-    else:
-        code = content_of(inspect.getsourcefile(function))
+    code = code_of(function) if name in SCORERS else content_of(inspect.getsourcefile(function))
     key = hash_of(getattr(factory, "__name__", name), stands_for, code)[:8]
     if factory is file_score:
         factory("cpu", **options)  # what is wrong with it is told before anything is drawn
@@ -979,6 +978,18 @@ def parse_scorers(specs: list[str], rows: dict[str, dict[str, Any]]) -> list[Sco
     if twice := [label for label, count in Counter(scorer.label for scorer in scorers).items() if count > 1]:
         raise UserError(f"two scorers are called {twice[0]}: give one of them another name with ,label=...")
     return scorers
+
+
+def code_of(*functions: Callable[..., Any]) -> dict[str, str]:
+    """The source of functions, and of all in this file that they name: what a kept value depends on."""
+    todo, found = [*functions], {}
+    while todo:
+        function = todo.pop()
+        if function.__name__ not in found:
+            found[function.__name__] = inspect.getsource(function)
+            named = (globals().get(word) for word in re.findall(r"\w+", found[function.__name__]))
+            todo += [one for one in named if inspect.isfunction(one) and one.__module__ == __name__]
+    return dict(sorted(found.items()))
 
 
 def read_option(spec: str, kind: type, text: str) -> Any:
@@ -1362,9 +1373,9 @@ def find_photos(folder: Path) -> tuple[list[Path], int]:
     return sorted(found), left_out
 
 
-def read_photos(source: str, column: str | None) -> tuple[pd.DataFrame, str]:
-    """A table of the photos with a caption, prompt and photo (its path), and what was left out, of a folder with
-    metadata.jsonl, metadata.csv, or a .txt or .caption beside each photo."""
+def read_captions(source: str, column: str | None) -> tuple[pd.DataFrame, int]:
+    """A table of the photos of a folder, photo (its path) and prompt ("" without), by metadata.jsonl, metadata.csv,
+    or a .txt or .caption beside each photo; and how many files were left out."""
     folder = Path(source)
     (photos, odd), captions = find_photos(folder), {}
     places = sorted({place for photo in photos for place in photo.parents if folder in (place, *place.parents)})
@@ -1378,7 +1389,12 @@ def read_photos(source: str, column: str | None) -> tuple[pd.DataFrame, str]:
                 raise UserError(f"{file}, row {number}: there is no file {name}")
             captions[file.parent / str(name)] = text
     texts = [captions.get(photo) or to_text(read_caption(photo), str(photo)) for photo in photos]
-    table = pd.DataFrame({"prompt": texts, "photo": [str(photo) for photo in photos]})
+    return pd.DataFrame({"prompt": texts, "photo": [str(photo) for photo in photos]}), odd
+
+
+def read_photos(source: str, column: str | None) -> tuple[pd.DataFrame, str]:
+    """A table of the photos with a caption, the first of each, prompt and photo (its path), and what was left out."""
+    table, odd = read_captions(source, column)
     kept = table[table.prompt != ""].drop_duplicates("prompt", ignore_index=True)
     if kept.empty:
         raise UserError(f"{len(table)} photos in {source}, none has a caption (metadata.jsonl, or a .txt beside it)")

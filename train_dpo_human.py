@@ -931,18 +931,18 @@ def read_lora(
     """A LoRA file of diffusers, PEFT or kohya, {part of the pipeline: {layer: (down, up, scale)}}: the layer's weight
     becomes W + scale up @ down. UserError for a DoRA, and for tensors that have no place in the pipeline's parts."""
     from huggingface_hub import hf_hub_download
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     names = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
     places = [Path(source, name) for name in names] if Path(source).is_dir() else [Path(source)]
     try:
         file = next((place for place in places if place.is_file()), None)
         file = file or Path(hf_hub_download(source, names[0], cache_dir=cache_dir))
-    except (OSError, ValueError) as error:
+        with safe_open(file, "pt") as opened:
+            metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"no LoRA {source}: {str(error).splitlines()[0]}") from error
-    with safe_open(file, "pt") as opened:
-        metadata = json.loads((opened.metadata() or {}).get("lora_adapter_metadata", "{}"))
-        state = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     denoiser, config = "unet" if hasattr(pipe, "unet") else "transformer", file.with_name("adapter_config.json")
     if config.is_file():  # PEFT's own format
         metadata |= json.loads(config.read_text(encoding="utf-8"))
