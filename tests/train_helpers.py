@@ -20,7 +20,6 @@ import pytest
 import torch
 import transformers
 from accelerate.state import AcceleratorState, GradientState
-from PIL import Image
 from safetensors.torch import load_file
 from tiny_human.figures import BREAKS, all_attributes, draw
 
@@ -36,23 +35,18 @@ SMALL = {
 }
 
 
-def jpeg(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", quality=95, subsampling=0)
-    return file.getvalue()
-
-
 def make_rows(count: int, first: int = 0) -> list[dict]:
     """Right figures against broken ones; the winner's side alternates."""
     rows = []
     for i in range(first, first + count):
         attributes = all_attributes()[37 * i % len(all_attributes())]
         right, wrong = draw(attributes, seed=i), draw(attributes, seed=i, broken=BREAKS[i % len(BREAKS)])
-        sides = [right, wrong] if i % 2 else [wrong, right]
-        rows.append({
-            "jpg_0": jpeg(sides[0].image), "jpg_1": jpeg(sides[1].image), "caption": right.caption,
-            "label_0": float(i % 2), "label_1": float(1 - i % 2),
-        })  # fmt: skip
+        images = {}
+        for side, figure in zip("01" if i % 2 else "10", (right, wrong), strict=True):
+            figure.image.save(file := io.BytesIO(), "JPEG", quality=95, subsampling=0)
+            images[f"jpg_{side}"] = file.getvalue()
+        labels = {"caption": right.caption, "label_0": float(i % 2), "label_1": float(1 - i % 2)}
+        rows.append(dict(sorted(images.items())) | labels)
     return rows
 
 
@@ -75,8 +69,7 @@ def data(tmp_path_factory) -> Iterator[Path]:
 
 
 def flags(settings: dict) -> list[str]:
-    """The command line of settings: True is a flag without a value, False none, a list several values; `model` is
-    short for the longest name."""
+    """The command line: True is a flag without a value, False none, a list several; `model` is the longest name."""
     words = [] if settings.get("run_validation", True) else ["--no-run_validation"]
     for name, value in settings.items():
         if value is not False:
@@ -119,9 +112,12 @@ def read_metrics(output: Path) -> list[dict]:
     return [json.loads(line, parse_constant=pytest.fail) for line in lines]
 
 
-def logged(output: Path) -> list[dict]:
-    """What does not depend on the machine's speed."""
-    return [{name: value for name, value in line.items() if "per_second" not in name} for line in read_metrics(output)]
+def assert_same_run(one: Path, other: Path) -> None:
+    """The same weights, and the same lines but for what depends on the machine's speed."""
+    assert_equal(read_weights(one), read_weights(other))
+    logged = [[{name: line[name] for name in line if "per_second" not in name} for line in read_metrics(run)]
+              for run in (one, other)]  # fmt: skip
+    assert logged[0] == logged[1]
 
 
 def names_in(folder: Path) -> set[str]:
