@@ -260,7 +260,7 @@ def test_predictions_equal_the_pipelines_own_to_the_last_bit_and_so_do_pixels_an
 
 
 def test_a_scheduler_of_another_kind_is_refused_and_the_sampler_draws_finite_latents_with_all_others(models):
-    names = "EDMEulerScheduler LCMScheduler TCDScheduler FlowMatchEulerDiscreteScheduler".split()
+    names = ["EDMEulerScheduler", "LCMScheduler", "TCDScheduler", "FlowMatchEulerDiscreteScheduler"]
     for own, family in [(getattr(diffusers, name)(), "sd") for name in names] + [(diffusers.DDIMScheduler(), "sd3")]:
         with pytest.raises(trainer.UserError, match=type(own).__name__):
             FAMILIES[family].path(SimpleNamespace(scheduler=own), 1)
