@@ -21,17 +21,17 @@
 # ///
 """Does the tuned model draw better people? Base against tuned models on the same prompts, seeds and noise.
 
-    prompts ──draw──> images:     a row per image: model, prompt_id, index, seed, path
-            ──measure──>          and a column for each scorer and each statistic of colour
-            ──group by──> prompts: a row per model and prompt, the mean over its images
-            ──compare──> results: a row per tuned model and metric: win rate, interval, p, base's and tuned's mean
+    prompts ──draw──>     images    a row per image: model, prompt_id, index, seed, path,
+            ──measure──>            and a column for each scorer and each statistic of colour
+            ──group by──> prompts   a row per model and prompt, the mean over its images
+            ──compare──>  results   a row per tuned model and metric: win rate, interval, p, base's and tuned's mean
 
     win_rate(a, b)          = mean over prompts of [a > b] + 1/2 [a = b]
     sign_test               = exact; the headline is tested alone, Holm's correction is over all others
     win_interval            = the win rates that the sign test does not refuse
     kernel_distance(y)(x)   = E k(x, x') + E k(y, y') - 2 E k(x, y), unbiased, of images x and real photos y
     frechet_distance(y)(x)  = |mean(x) - mean(y)|^2 + tr(Cx + Cy - 2 (Cx Cy)^(1/2))
-    delta_e(a, b)           = |mean Lab colour of a - that of b|, less what chance moves
+    squared_delta_e(a, b)   = |mean Lab colour of a - that of b|^2, less what chance moves
     diversity               = mean cosine distance of two images of one prompt
 
 All that is printed, plotted and written comes from `images` and `results`: terminal, report.html, model_card.md,
@@ -811,6 +811,11 @@ def write_whole(path: Path, write: Callable[[Path], Any]) -> None:
             unfinished.unlink()
         told = f"cannot write {path}: {error.strerror or error}; what is finished is kept, start again to go on"
         raise UserError(told) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """write_whole of a text in utf-8."""
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 # ---- Scorers --------------------------------------------------------------------------------------------------------
@@ -1793,7 +1798,7 @@ def claim_folder(folder: Path, key: str, prompts: Sequence[str]) -> None:
         other.rename(folder)
     record = {"key": key, "prompts": max(record_of(folder)["prompts"], list(prompts), key=len)}
     text = json.dumps(record, indent=1)
-    write_whole(folder / "settings.json", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(folder / "settings.json", text)
 
 
 @torch.inference_mode()
@@ -2347,10 +2352,10 @@ def write_study(folder: Path, images: pd.DataFrame, count: int, seed: int) -> in
     if file.is_file() and (old := json.loads(file.read_text(encoding="utf-8"))["study"]) != study:
         file.rename(file.with_name(f"user_study_key_{old}.json"))
     text = json.dumps({"study": study, "pairs": key}, indent=1)
-    write_whole(file, lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(file, text)
     words = {"data": page, "pairs": len(pairs), "questions": QUESTIONS, "answers": ANSWERS}
     html = jinja2.Template(STUDY, autoescape=True).render(words)
-    write_whole(folder / "user_study.html", lambda path: path.write_text(html, encoding="utf-8"))
+    write_text(folder / "user_study.html", html)
     return len(pairs)
 
 
@@ -2672,8 +2677,10 @@ def cells_of(record: dict[str, Any]) -> dict[str, Any]:
         moves = ["" if row.model == "base" else f" ({change(row)})" for row in own.itertuples()]
         told = [number(value) + move for value, move in zip(own.value, moves, strict=True)]
         distances.append([kind, number(own.floor.iloc[0]), *told])
+    votes = [[f"{row.scorer}, {row.question}", rated(row), f"{row.n} prompts"] for row in record["votes"].itertuples()]
     settings = {key: value for key, value in record["settings"].items() if value not in (None, [], "")}
-    cells = {"metrics": metrics, "colour": shown, "realism": distances, "models": models, "names": ["base", *models]}
+    cells = {"metrics": metrics, "colour": shown, "realism": distances, "votes": votes}
+    cells |= {"models": models, "names": ["base", *models]}
     names = ("counts", "verdicts", "caveats", "headline")
     return cells | {name: record[name] for name in names} | {"settings": settings}
 
@@ -2685,20 +2692,19 @@ def write_report(folder: Path, record: dict[str, Any], images: pd.DataFrame, pro
     cells = cells_of(record) | {"reading": " ".join(READING.split())}
     groups = [[f"{row.column}: {row.group}", row.model, row.n, rated(row), f"{row.p_holm:.2g}"]
               for row in record["groups"].itertuples()]  # fmt: skip
-    votes = [[f"{row.scorer}, {row.question}", rated(row), f"{row.n} prompts"] for row in record["votes"].itertuples()]
     told = "Share of the pairs on which a scorer prefers what most raters prefer; a coin: 50 %. "
-    alphas = dict(zip(record["votes"].question, record["votes"].alpha, strict=True)) if votes else {}
+    alphas = {row.question: row.alpha for row in record["votes"].itertuples()}
     told += ", ".join(f"Krippendorff's alpha of {name}: {number(value)}" for name, value in alphas.items())
     files = [file for file in (folder / "win_rates.png", folder / "colour.png") if file.is_file()]
     uris = {file.name: f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}" for file in files}
     seed = record["settings"]["seed"]
     different = [name for name in cells["models"] if cells["metrics"][name]]
     rows = {name: rows_to_show(images, prompts, name, record["headline"], seed) for name in different}
-    extra = {"groups": groups, "votes": votes, "votes_told": told, "pictures": uris, "rows": rows, "realism_note": ""}
+    extra = {"groups": groups, "votes_told": told, "pictures": uris, "rows": rows, "realism_note": ""}
     if len(record["realism"]) and (few := int(record["realism"][["images", "photos"]].min(axis=None))) < 2048:
         extra["realism_note"] = f"With {few} images or photos FD reads too high: below 2,048 trust KD and CMMD."
     page = jinja2.Template(REPORT, autoescape=True).render(cells | extra)
-    write_whole(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8"))
+    write_text(folder / "report.html", page)
 
     def escape(value: Any) -> Any:
         if isinstance(value, str):  # what users wrote stays text in Markdown
@@ -2708,7 +2714,7 @@ def write_report(folder: Path, record: dict[str, Any], images: pd.DataFrame, pro
         return [escape(item) for item in value] if isinstance(value, list | tuple) else value
 
     card = jinja2.Template(CARD, trim_blocks=True).render(escape(cells))
-    write_whole(folder / "model_card.md", lambda path: path.write_text(card, encoding="utf-8"))
+    write_text(folder / "model_card.md", card)
 
 
 # ---- Main -----------------------------------------------------------------------------------------------------------
@@ -2896,6 +2902,8 @@ def print_summary(cells: dict[str, Any]) -> None:
     print(f"\n{cells['counts']}")
     if cells["realism"]:
         print_table(["distance to photos", "photos", *cells["names"]], cells["realism"])
+    if cells["votes"]:
+        print_table(["scorer", "agrees with people on", "of"], cells["votes"])
     distances = [row for row in cells["colour"] if row[0] in DISTANCES_IN_WORDS.values()]
     end = 2 + len(cells["models"])  # after base's column, before the photos'
     print_table(["colour against base", *cells["models"]], [[row[0], *row[2:end]] for row in distances])
@@ -3015,10 +3023,10 @@ def main(args: argparse.Namespace) -> None:
     columns = [name for name in own if not str(name).startswith("not vetoed by ")]
     places = [os.path.relpath(path, output) for path in own.path]
     text = own.assign(path=places)[columns].to_csv(index=False)
-    write_whole(output / "per_image.csv", lambda path: path.write_text(text, encoding="utf-8"))
+    write_text(output / "per_image.csv", text)
     plain = {name: json.loads(found.to_json(orient="records", double_precision=15)) for name, found in tables.items()}
     everything = json.dumps(record | plain, indent=1, default=str)
-    write_whole(output / "metrics.json", lambda path: path.write_text(everything, encoding="utf-8"))
+    write_text(output / "metrics.json", everything)
     draw_win_rates(output / "win_rates.png", results)
     draw_colours(output / "colour.png", own)
     draw_models(output / "grid.png", own, args.seed)
