@@ -2428,10 +2428,11 @@ def agreement(votes: pd.DataFrame, images: pd.DataFrame, scorers: Sequence[str])
 
 READING = """The prompt is the unit: a model's images of one prompt are averaged first, then the prompts. Win rate: the
 share of prompts on which the tuned model is higher, ties as one half. The headline was named beforehand and is tested
-alone, by an exact sign test; p of the others has Holm's correction. The interval holds the win rates that the test
-does not refuse. What a scorer vetoes has no score: these images are left out, and how many it did not veto is a metric
-of its own. In per_image.csv: mean by model and prompt_id first, then over the prompts that both models have. Diversity
-is the mean cosine distance of a prompt's images. A scorer that chose the training pairs is no witness."""
+alone, by an exact sign test; of the others p with Holm's correction counts. The interval holds the win rates that the
+test does not refuse, without that correction. What a scorer vetoes has no score: these images are left out, and how
+many it did not veto is a metric of its own. In per_image.csv: mean by model and prompt_id first, then over the prompts
+that both models have. Diversity is the mean cosine distance of a prompt's images. A scorer that chose the training
+pairs is no witness."""
 
 REPORT = """\
 <!doctype html><html lang="en"><head><meta charset="utf-8">
@@ -2486,7 +2487,8 @@ tr,figure,.row,.said,.plot{break-inside:avoid}h2,h3{break-after:avoid}}
 {% if metrics.values() | sum(start=[]) %}<section><h2>Win rates</h2>
 <img class="plot" alt="Win rates with intervals" src="{{ pictures["win_rates.png"] }}">
 {% for name, cells in metrics.items() %}{% if metrics | length > 1 %}<h3>{{ name }}</h3>{% endif %}
-{{ table(["metric", "win rate", "95 % interval", "base", name, "p"], cells) }}{% endfor %}</section>{% endif %}
+{% set head = ["metric", "win rate", "95 % interval", "base", name, "p", "p (Holm)"] %}
+{{ table(head, cells) }}{% endfor %}</section>{% endif %}
 {% if groups %}<section><h2>Groups of prompts</h2>
 {{ table(["group", "model", "prompts", "win rate by " ~ headline, "p (Holm)"], groups) }}</section>{% endif %}
 {% if realism %}<section><h2>Realism</h2><p class="soft">Distance to the photos, lower is better; with the difference
@@ -2514,8 +2516,8 @@ CARD = """\
 
 {% for _, sentence in sentences %}{{ "**" ~ sentence ~ "**" if loop.first else sentence }}
 
-{% endfor %}| metric | win rate | 95 % interval | base | {{ name }} | p |
-|---|--:|--:|--:|--:|--:|
+{% endfor %}| metric | win rate | 95 % interval | base | {{ name }} | p | p (Holm) |
+|---|--:|--:|--:|--:|--:|--:|
 {% for cells in metrics[name] %}| {{ cells | join(" | ") }} |
 {% endfor %}
 
@@ -2565,7 +2567,7 @@ def draw_win_rates(path: Path, results: pd.DataFrame) -> None:
         axis.tick_params(labelsize=9, length=0)
         axis.spines[:].set_visible(False)
         axis.grid(axis="x", color="#e6eaec", lw=0.6)
-    axes[-1].set_xlabel("win rate in %, 95 % interval; open: chose the training pairs", fontsize=8)
+    axes[-1].set_xlabel("win rate in %, 95 % interval; grey: not sure; open: chose the training pairs", fontsize=8)
     write_whole(path, partial(figure.savefig, format="png"))
 
 
@@ -2663,14 +2665,16 @@ def cells_of(record: dict[str, Any]) -> dict[str, Any]:
             tag = f" ({row.role})" if row.role in ("headline", "training") else ""
             tag += f" of {row.n} prompts" if row.missing else ""
             interval = f"[{100 * row.low:.1f}, {100 * row.high:.1f}]" if math.isfinite(row.low) else "–"
-            p = f"{row.p_holm:.2g}" if row.p_holm >= 1e-4 else "< .0001"
+            p, p_holm = (f"{value:.2g}" if value >= 1e-4 else "< .0001" for value in (row.p, row.p_holm))
+            p_holm = "" if row.role == "headline" else p_holm
             rate, means = f"{100 * row.win_rate:.1f} %", (number(row.base), number(row.tuned))
-            metrics[model].append([f"{row.metric}{tag}", rate, interval, *means, p])
+            metrics[model].append([f"{row.metric}{tag}", rate, interval, *means, p, p_holm])
     shown = []
     for statistic, own in colour.groupby("statistic", sort=False):
         is_distance = statistic in DISTANCES_IN_WORDS
         cells = [(COLOURS | DISTANCES_IN_WORDS)[statistic], "" if is_distance else number(own.base.iloc[0])]
-        cells += [change(row) if is_distance else f"{number(row.tuned)} ({change(row)})" for row in own.itertuples()]
+        for row in own.itertuples():
+            cells.append(change(row).lstrip("+") if is_distance else f"{number(row.tuned)} ({change(row)})")
         shown.append(cells + ([number(own.photos.iloc[0])] if colour.photos.notna().any() else []))
     distances = []
     for kind, own in realism.groupby("distance", sort=False) if len(realism) else ():
@@ -2889,7 +2893,7 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     for name, *cells in (head, *rows):
         cells = [f"{cell:>{width}}" for cell, width in zip(cells, widths[1:], strict=True)]
-        print(f"  {name:{widths[0]}}", *cells, sep="  ")
+        print("  ".join([f"  {name:{widths[0]}}", *cells]).rstrip())
 
 
 def print_summary(cells: dict[str, Any]) -> None:
@@ -2897,7 +2901,8 @@ def print_summary(cells: dict[str, Any]) -> None:
     for name, sentences in cells["verdicts"].items():
         print(f"\n{name} against base")
         if cells["metrics"][name]:
-            print_table(["metric", "win rate", "95 % interval", "base", name, "p"], cells["metrics"][name])
+            head = ["metric", "win rate", "95 % interval", "base", name, "p", "p (Holm)"]
+            print_table(head, cells["metrics"][name])
         print(*(f"  {sentence}" for _, sentence in sentences), sep="\n")
     print(f"\n{cells['counts']}")
     if cells["realism"]:
