@@ -330,10 +330,11 @@ def test_a_second_start_encodes_nothing(folder, tmp_path, encodings):
 
 
 def test_the_samplers_own_latents_are_used_where_they_fit(folder, pipe, encodings):
-    latents = torch.randn(4, 2, 8, 16, 16, generator=torch.Generator().manual_seed(0)).half()
+    channels, generator = pipe.vae.config.latent_channels, torch.Generator().manual_seed(0)
+    latents = torch.randn(4, 2, channels, 16, 16, generator=generator).half()
     rows = [row | {f"latents_{side}": own[side].numpy().tobytes() for side in (0, 1)}
             for row, own in zip(ROWS, latents, strict=True)]  # fmt: skip
-    record, made = write_data(folder, rows) / "preference_data.json", {"shape": [8, 16, 16], "dtype": "float16"}
+    record, made = write_data(folder, rows) / "preference_data.json", {"shape": [channels, 16, 16], "dtype": "float16"}
     for vae, encoded in ((trainer.weights_hash(pipe.vae), 0), ("another VAE's", 4)):
         record.write_text(json.dumps({"latents": made | {"scaling_factor": 0.25, "vae_hash": vae}}))
         found = encode(folder, pipe).latents
@@ -341,7 +342,7 @@ def test_the_samplers_own_latents_are_used_where_they_fit(folder, pipe, encoding
         if not encoded:
             wanted = [own if row["label_0"] else own.flip(0) for row, own in zip(ROWS, latents, strict=True)]
             assert torch.equal(torch.stack(list(found)), torch.stack(wanted))
-    assert tuple(encode(folder, pipe, resolution=32).latents[0].shape) == (2, 8, 8, 8)
+    assert tuple(encode(folder, pipe, resolution=32).latents[0].shape) == (2, channels, 8, 8)
 
 
 ATTENTION = {  # layers with their ranks and alphas
