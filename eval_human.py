@@ -2129,7 +2129,7 @@ def verdict(
     better = bool(head) and head.p < 0.05 and head.win_rate > 0.5
     of = f"it wins {rated(head)} of {head.n} prompts ({moved(head)})" if head else ""
     if not head:
-        sentences = [("bad", f"No reason to use {name}: the headline, a scorer that is held out, says nothing of it.")]
+        sentences = [("bad", f"No reason to use {name}: no scorer that is held out says anything of it.")]
     elif better:
         sentences = [("good", f"Use {name}: it draws better than base by {head.metric}: {of}.")]
     elif head.p < 0.05:
@@ -3022,7 +3022,7 @@ def main(args: argparse.Namespace) -> None:
     record |= {"prompts": own.prompt_id.nunique(), "images": counts.to_dict()}
     few = f"{min(counts)} to " if min(counts) < max(counts) else ""
     told = f"{record['prompts']} prompts, {few}{max(counts)} images of each model"
-    record["counts"] = f"{told}; the headline is {headline}."
+    record["counts"] = f"{told}; the headline is {headline}." if held_out else f"{told}; no scorer is held out."
 
     # What is written
     columns = [name for name in own if not str(name).startswith("not vetoed by ")]
