@@ -761,7 +761,7 @@ def previous_winners(folder: Path) -> pd.DataFrame:
 
 # ---- Scorers --------------------------------------------------------------------------------------------------------
 # A scorer is a function factory(device, **options) -> score(images, prompts) -> one float per image, higher is better.
-# nan is a veto: the image is used for neither side. Your own: module:factory or path/to/file.py:factory; file.jsonl:
+# nan or None is a veto: the image counts for neither side. Your own: module:factory or path/to/file.py:factory; file.jsonl:
 # scores made elsewhere. An option has the type of its default. A factory with a parameter `columns` gets {prompt: its
 # row of the prompts' file}.
 
@@ -1106,7 +1106,7 @@ def score_missing(
             for image, name in zip(images, batch.stored, strict=True):
                 image.info["image_id"] = name
             captions = [stored[name]["caption"] for name in batch.stored]
-            values = [float(value) for value in loaded[0](images, captions)]
+            values = [math.nan if value is None else float(value) for value in loaded[0](images, captions)]
             if len(values) != len(batch):
                 raise UserError(f"scorer {scorer.label} gave {len(values)} scores for {len(batch)} images")
             scores[batch.image_id] = values

@@ -37,6 +37,7 @@ def counted(device, columns, scale=1.0):
     return lambda images, prompts: [scale * float(columns[p]["people"]) + grey(i) for i, p in zip(images, prompts)]
 def broken(device):
     return lambda images, prompts: [1 / 0]
+unsure = lambda device: lambda images, prompts: [None] * len(images)
 too_few = functools.partial(lambda device, n: lambda images, prompts: [1.0] * n, n=1)
 """
 
@@ -168,6 +169,7 @@ def test_scorers_in_a_run(folder):
     for scorer, words in {
         "plugin.py:too_few": "scorer too_few gave 1 scores for ",
         "votes.jsonl": "votes has no score for 4 of 4 images, such as .*: give them one, or null, or add .missing",
+        "plugin.py:unsure": "no pairs from 2 prompts: 2 less than two images with a score",
         "votes.jsonl,missing=veto": "no pairs from 2 prompts: 2 less than two images with a score",
     }.items():
         with pytest.raises(data.UserError, match=words):
