@@ -820,10 +820,10 @@ def write_text(path: Path, text: str) -> None:
 
 # ---- Scorers --------------------------------------------------------------------------------------------------------
 # A scorer is a function factory(device, **options) -> score(images, prompts) -> one float per image, higher is better.
-# nan or None is a veto: the image counts for neither side. Your own: module:factory or path/to/file.py:factory; file.jsonl:
-# scores made elsewhere. An option has the type of its default. A factory with a parameter `columns` gets {prompt: its
-# row of the prompts' file}. The first ones stand in make_preference_data.py, too, which takes the others as
-# --scorer eval_human.py:people.
+# nan or None is a veto: the image counts for neither side. Your own: module:factory or path/to/file.py:factory;
+# file.jsonl: scores made elsewhere. An option has the type of its default. A factory with a parameter `columns` gets
+# {prompt: its row of the prompts' file}. The first ones stand in make_preference_data.py, too, which takes the others
+# as --scorer eval_human.py:people.
 
 Score = Callable[[list[Image.Image], list[str]], list[float]]
 Device = torch.device | str

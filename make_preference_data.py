@@ -761,9 +761,9 @@ def previous_winners(folder: Path) -> pd.DataFrame:
 
 # ---- Scorers --------------------------------------------------------------------------------------------------------
 # A scorer is a function factory(device, **options) -> score(images, prompts) -> one float per image, higher is better.
-# nan or None is a veto: the image counts for neither side. Your own: module:factory or path/to/file.py:factory; file.jsonl:
-# scores made elsewhere. An option has the type of its default. A factory with a parameter `columns` gets {prompt: its
-# row of the prompts' file}.
+# nan or None is a veto: the image counts for neither side. Your own: module:factory or path/to/file.py:factory;
+# file.jsonl: scores made elsewhere. An option has the type of its default. A factory with a parameter `columns` gets
+# {prompt: its row of the prompts' file}.
 
 Score = Callable[[list[Image.Image], list[str]], list[float]]
 Device = torch.device | str
