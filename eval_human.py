@@ -2844,7 +2844,7 @@ def draw_and_measure(
 
     drawn = [model for model in args.models if model.kind != "images"]
     if state.is_main_process:
-        print(*remarks, sep="\n" if remarks else "", flush=True)
+        print("".join(f"{remark}\n" for remark in remarks), end="", flush=True)
         for model in drawn:
             claim_folder(Path(args.output_dir, "images", model.name), model_key(args, model), table.prompt.tolist())
     state.wait_for_everyone()
