@@ -66,6 +66,7 @@ def test_the_weight_is_the_slope_of_the_loss_also_for_soft_labels(loss_type):
         assert weight[logit, label] == pytest.approx((below - above) / (2 * h), abs=1e-7)
     assert at_logit(0, loss_type) == pytest.approx(START[loss_type])
     assert weight[0, 0.1] < 0 < weight[0, 0.9]  # a label below a half turns the sign
+    assert weight[0, 0.5] == pytest.approx(0)
     assert weight[2, 0.5] < 0 < weight[-2, 0.5]  # a tie pulls back to the reference
     err_w, err_l, *ref = 0.01 * ERRORS
     trainer.dpo_loss(err_w.requires_grad_(), err_l.requires_grad_(), *ref, 1, loss_type, 0.6)[0].sum().backward()
@@ -103,6 +104,13 @@ def test_what_is_logged_follows_from_the_predictions_by_the_docstrings_formula()
             "rewards/accuracies": float(logit > 0),
         }  # fmt: skip
         assert {name: values[i].item() for name, values in losses.items()} == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_safeguards_factor_is_the_closed_form():
+    g_w, g_l = rand(2, 3, 4, 8, 8)
+    g_l = g_l + torch.tensor([3.0, -3.0, 0.1]).view(3, 1, 1, 1) * g_w
+    bound = (0.75 * g_w.square().sum((1, 2, 3)) / (g_w * g_l).sum((1, 2, 3))).tolist()
+    assert trainer.safeguard_scale(g_w, g_l, 0.25).tolist() == pytest.approx([bound[0], 1, min(1, bound[2])])
 
 
 def test_the_safeguard_holds_back_the_loser_alone_and_only_where_the_pair_pushes_the_winner_up():
@@ -307,6 +315,7 @@ def test_what_a_run_writes(finished):
 FIRST = {"max_train_steps": 1, "train_batch_size": 5}
 STARTS = {  # and the parts of the LoRA
     "LoRA, bf16": ("sd", {"mixed_precision": "bf16"}, "unet"),
+    "thrifty": ("sd", {"gradient_checkpointing": True}, "unet"),
     "zero terminal SNR": ("sd, zero SNR", {}, "unet"),
     "whole U-Net, bf16": ("sd", {"full_unet": True, "mixed_precision": "bf16"}, ""),
     "text encoder alone": ("sd", {"train_text_encoder": True, "freeze_unet": True}, "text_encoder"),
@@ -331,6 +340,9 @@ def test_the_first_step_starts_at_the_reference(data, models, tmp_path, monkeypa
     assert not parts or {key.split(".")[0] for key in weights} == set(parts.split())
     _, _, t, _, sizes = seen[0]
     assert torch.equal(*t.chunk(2))
+    if name == "thrifty":
+        for key, value in train(data, tmp_path / "plain", model=models[model], **FIRST).items():
+            torch.testing.assert_close(weights[key], value, atol=1e-5, rtol=1e-3)
     if name == "SDXL":  # 64 x 64 pixels, scaled by 3 / 4, 8 cut off on each side
         assert sizes.tolist() == [[64, 64, 0, 8, 48, 32]] * 10
     if name == "SD 3":  # 48 x 48 pixels: 3 x 3 tokens decide the shift
