@@ -35,8 +35,8 @@
     diversity               = mean cosine distance of two images of one prompt
 
 All that is printed, plotted and written comes from `images` and `results`: terminal, report.html, model_card.md,
-metrics.json, per_image.csv, win_rates.png, colour.png, grid.png. Without arguments it runs on the embedded world
-(tests/tiny_human). The usual command:
+metrics.json, per_image.csv, win_rates.png, colour.png, grid.png, changes-*.png. Without arguments it runs on the
+embedded world (tests/tiny_human). The usual command:
 
     accelerate launch eval_human.py --pretrained_model_name_or_path YOUR_MODEL --prompts prompts.txt \\
         --models base dpo=dpo-human-lora half=dpo-human-lora,lora_scale=0.5 --scorers people paper \\
@@ -2589,14 +2589,14 @@ def draw_colours(path: Path, images: pd.DataFrame) -> None:
     write_whole(path, partial(figure.savefig, format="png"))
 
 
-def draw_models(path: Path, images: pd.DataFrame, seed: int, columns: int = 8) -> None:
-    """grid.png: a row per model, base above; the prompts are chosen by seed among those that all models have."""
+def draw_models(path: Path, images: pd.DataFrame, prompts: list[tuple[int, str]]) -> None:
+    """A row per model, base above; of each prompt (prompt_id, title) of which all models have it, the first image."""
     from matplotlib.figure import Figure
 
     there = images[(images["index"] == 0) & images.path.map(Path.is_file)]
     models = images.model.unique()
     paths = there.pivot(index="prompt_id", columns="model", values="path").reindex(columns=models).dropna()
-    chosen = sorted(np.random.default_rng(seed).permutation(paths.index)[:columns].tolist())
+    chosen = [(prompt_id, title) for prompt_id, title in prompts if prompt_id in paths.index]
     if not chosen:
         return
     with Image.open(paths.iloc[0, 0]) as first:
@@ -2604,8 +2604,9 @@ def draw_models(path: Path, images: pd.DataFrame, seed: int, columns: int = 8) -
     figure = Figure((1.25 * len(chosen), (1.25 * tall + 0.06) * len(models)), dpi=160, layout="constrained")
     for row, name in zip(figure.subplots(len(models), len(chosen), squeeze=False), models, strict=True):
         row[0].set_ylabel(name, fontsize=9, parse_math=False)
-        for axis, prompt_id in zip(row, chosen, strict=True):
+        for axis, (prompt_id, title) in zip(row, chosen, strict=True):
             axis.imshow(load_image(paths.loc[prompt_id, name]))
+            axis.set_title(title if name == "base" else "", fontsize=8)
             axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
     write_whole(path, partial(figure.savefig, format="png"))
@@ -2620,13 +2621,18 @@ def data_uri(image: Image.Image, side: int) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
+def prompts_to_show(prompts: pd.DataFrame, model: str, headline: str, seed: int) -> dict[str, list[int]]:
+    """Up to three prompts of each kind: worst losses and best wins by the headline, and random ones."""
+    lead = (prompts.loc[model][headline] - prompts.loc["base"][headline]).dropna().sort_values(kind="stable")
+    chosen = {"Worst losses": lead[lead < 0].index[:3], "Best wins": lead[lead > 0].index[::-1][:3]}
+    chosen["At random"] = np.random.default_rng(seed).permutation(lead.index)[:3]
+    return {heading: ids.tolist() for heading, ids in chosen.items() if len(ids)}
+
+
 def rows_to_show(images: pd.DataFrame, prompts: pd.DataFrame, model: str, headline: str, seed: int) -> dict[str, list]:
-    """Up to three prompts of each kind, worst losses, best wins and random ones, with both sides' first images."""
+    """The prompts to show, with both sides' first images."""
     scores = {name: prompts.loc[name][headline] for name in ("base", model)}
     first = images.drop_duplicates(["model", "prompt_id"]).set_index(["model", "prompt_id"])
-    lead = (scores[model] - scores["base"]).dropna().sort_values(kind="stable")
-    at_random = np.random.default_rng(seed).permutation(lead.index)[:3].tolist()
-    chosen = {"Worst losses": lead[lead < 0].index[:3], "Best wins": lead[lead > 0].index[::-1][:3]}
 
     def side_of(name: str, prompt_id: int) -> tuple[str, str, str]:
         path = first.path[name, prompt_id]
@@ -2634,8 +2640,7 @@ def rows_to_show(images: pd.DataFrame, prompts: pd.DataFrame, model: str, headli
 
     return {
         heading: [{"sides": [side_of(name, p) for name in scores], "prompt": first.prompt["base", p]} for p in ids]
-        for heading, ids in (chosen | {"At random": at_random}).items()
-        if len(ids)
+        for heading, ids in prompts_to_show(prompts, model, headline, seed).items()
     }
 
 
@@ -3034,7 +3039,12 @@ def main(args: argparse.Namespace) -> None:
     write_text(output / "metrics.json", everything)
     draw_win_rates(output / "win_rates.png", results)
     draw_colours(output / "colour.png", own)
-    draw_models(output / "grid.png", own, args.seed)
+    draw_models(output / "grid.png", own, [(prompt_id, "") for prompt_id in own.prompt_id.unique()[:8]])
+    for name in different.index.unique("model")[1:]:
+        found = prompts_to_show(prompts, name, headline, args.seed)
+        titled = [(prompt_id, "" if place else kind) for kind in ("Best wins", "Worst losses")
+                  for place, prompt_id in enumerate(found.get(kind, []))]  # fmt: skip
+        draw_models(output / f"changes-{name}.png", own[own.model.isin(["base", name])], titled)
     write_report(output, record, own, prompts)
     print_summary(cells_of(record))
     if args.user_study:

@@ -184,7 +184,7 @@ def test_the_card_is_escaped_and_its_tables_are_whole(full):
 
 def test_pictures_show_something_of_grey_images_too(full, tmp_path):
     ev.draw_colours(tmp_path / "grey.png", coloured(base={}, grey={"hue": NAN}))
-    sizes = {"win_rates.png": (1080, 300), "grid.png": (1600, 300)}  # at least so tall
+    sizes = {"win_rates.png": (1080, 300), "grid.png": (1600, 300), "changes-other.png": (800, 300)}  # or taller
     sizes |= {"colour.png": (864, 2 * 144), tmp_path / "grey.png": (864, 144)}  # a strip for each model
     for path, (width, height) in sizes.items():
         with Image.open(full[0] / path) as image:
