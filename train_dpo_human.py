@@ -609,7 +609,7 @@ def open_pair(cells: Dataset, pair: Any, folder: Path) -> list[BinaryIO]:
         if not value.is_valid:
             raise OSError("there is no image")
         named = pa.types.is_string(value.type) or pa.types.is_large_string(value.type)
-        files.append((folder / value.as_py()).open("rb") if named else pa.BufferReader(value.as_buffer()))
+        files.append((folder / value.as_py()).open("rb") if named else io.BytesIO(value.as_py()))
     return files
 
 
