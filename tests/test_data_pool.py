@@ -89,10 +89,12 @@ def scores_by_prompt(out: Path, label: str = "pickscore", kind: str = "full") ->
 
 
 def assert_alike(a: Path, b: Path) -> None:
-    """The images of two prompts, drawn in other batches, are the same but for rounding: at most 2 grey levels."""
+    """The images of two prompts, drawn in other batches, are the same but for rounding, of latents and JPEG."""
     for x, y in zip(*(of(CAPTIONS[:2], pool_of(out).values()) for out in (a, b)), strict=True):
         assert x["image_id"] == y["image_id"]
-        assert np.abs(picture(x["jpg"]) - picture(y["jpg"])).max() <= 2
+        difference = np.abs(picture(x["jpg"]) - picture(y["jpg"]))  # grey levels of 255
+        assert difference.max() <= 4
+        assert difference.mean() < 0.05
 
 
 def test_a_pool_grows_in_prompts_and_images_to_what_a_fresh_run_makes(runs, tmp_path, made):
@@ -157,10 +159,12 @@ def test_spreads_are_kept_so_that_a_larger_pool_moves_no_finalist(painted, red, 
     assert (data.read_record(out)["spreads"], of(CAPTIONS[:2], pairs_of(out))) == (spreads, before)
 
 
-@pytest.mark.parametrize("flag", [("seed", 1), ("guidance_scale", 2), ("negative_prompt", "a dog"), ("width", 48),
-                                  ("num_inference_steps", 3), ("no_latents", True)])  # fmt: skip
-def test_other_sampling_settings_leave_old_files_alone(flag, painted, tmp_path, made, capsys):
-    before, old = files_of(out := painted(tmp_path / "out", **dict([flag]))), pool_of(out).keys()
+@pytest.mark.parametrize("flags", [
+    {"seed": 1}, {"guidance_scale": 2}, {"guidance_scale": 2, "negative_prompt": "a dog"}, {"width": 48},
+    {"num_inference_steps": 3}, {"no_latents": True},
+])  # fmt: skip
+def test_other_sampling_settings_leave_old_files_alone(flags, painted, tmp_path, made, capsys):
+    before, old = files_of(out := painted(tmp_path / "out", **flags)), pool_of(out).keys()
     assert (painted(out), made()) == (out, (32, 32))
     assert before.items() < files_of(out).items()
     assert not old & {side for pair in pairs_of(out) for side in sides(pair, "image_id")}

@@ -47,7 +47,7 @@ def test_a_double_differs_in_one_colour():
 def test_one_person_is_recognised_and_others_are_not():
     cosine = personal.measure_face(people=30, count=4, seed=700)
     assert (cosine["same person"] >= judge.SAME_PERSON).mean() > 0.99
-    assert (cosine["another person"] < judge.SAME_PERSON).mean() > 0.98
+    assert (cosine["another person"] < judge.SAME_PERSON).mean() > 0.99
     assert cosine["same person"].mean() > 0.95
     assert abs(cosine["another person"].mean()) < 0.1
     assert 0.5 < cosine["one colour differs"].mean() < judge.SAME_PERSON

@@ -134,7 +134,7 @@ def test_the_embedded_world_is_small_and_has_no_pickles():
         ["git", "ls-files", "tests/tiny_human"], cwd=ROOT, capture_output=True, text=True, check=True
     )
     files = [ROOT / line for line in listed.stdout.splitlines()]
-    assert sum(file.stat().st_size for file in files) < 20e6
+    assert sum(file.stat().st_size for file in files) < 30e6
     assert not [file for file in files if file.suffix in {".pt", ".bin", ".pkl", ".ckpt", ".npy"}]
 
 

@@ -70,9 +70,7 @@ def test_joints_are_counted_in_their_own_heatmaps(build):
     heatmaps = torch.logit(build.draw_heatmaps(figures, 32, 1.0).clamp(1e-4, 1 - 1e-4))
     is_right = build.counts_are_right(build.count_joints(heatmaps)).tolist()
     assert all(is_right[::2])
-    counted = {"missing", "stump", "extra", "two", "no"}  # lengths and gaps do not change a count
-    broken = [r for f, r in zip(figures, is_right, strict=True) if f.broken and f.broken.split("_")[0] in counted]
-    assert sum(broken) <= 2, "an extra limb may lie on another one, no more than that"
+    assert not any(is_right[1::2]), "each way of breaking a body changes a count"
 
 
 def test_the_encoder_is_the_principal_component_analysis(build):
@@ -93,7 +91,12 @@ def test_the_pipeline_is_stock_and_keeps_pictures(build, pipe, fresh_twins):
     assert isinstance(pipe.unet, UNet2DConditionModel)
     figures, decoded = fresh_twins
     psnr = 10 * torch.log10(4 / F.mse_loss(decoded, build.pixels_of(figures)))
-    assert psnr > 30
+    assert psnr > 37
+    with torch.no_grad():
+        assert pipe.vae.encode(build.pixels_of(figures[:4])).latent_dist.std.max() < 1e-6, "encoding adds no noise"
+    assert {p.dtype for part in (pipe.vae, pipe.unet, pipe.text_encoder) for p in part.parameters()} == {torch.float32}
+    image = pipe(figures[0].caption, num_inference_steps=2, guidance_scale=1.0, height=64, width=64).images[0]
+    assert image.size == (64, 64)
 
 
 def test_every_caption_word_is_one_token(build, pipe):
@@ -111,7 +114,17 @@ def test_the_judge_knows_bodies_colours_and_pose(build, fresh_twins):
     assert ((anatomy > 0) == is_right).float().mean() > 0.9
     for name, options in build.ATTRIBUTES.items():
         truth = torch.tensor([options.index(figure.attributes[name]) for figure in figures])
-        assert (attributes[name].argmax(1) == truth).float().mean() >= 0.97, name
+        rows = is_right if name == "arms" else ...  # nobody sees how a missing arm was held
+        assert (attributes[name].argmax(1) == truth)[rows].float().mean() >= 0.98, name
+
+
+def test_the_judge_marks_in_hundredths(build, fresh_twins):
+    figures = fresh_twins[0]
+    network = build.load_judge()
+    seen = build.marks(network, [f.image for f in figures], [f.caption for f in figures])
+    assert all(value == round(value, 2) for m in seen for value in m.values())
+    clothes = [m["shirt"] * m["trousers"] for m in seen]
+    assert np.mean([c == 1 for c in clothes]) > 0.9, "whoever wears what was asked for has full marks"
 
 
 def test_the_judge_reads_the_prompt_in_plain_code_only(build, fresh_twins):
@@ -146,6 +159,21 @@ def test_the_scorer_prefers_whole_people_and_right_captions(build, fresh_twins):
     right = score([figure.caption for figure in figures])
     assert (right[0::2] > right[1::2]).float().mean() > 0.85
     assert (right > score(wrong))[0::2].float().mean() > 0.85
+
+
+def test_the_features_tell_people_apart_and_are_not_the_scorer(build):
+    """Two of one caption and one person lie closer than two of one caption; weights differ from the scorer's."""
+    random_person, rng = sys.modules["figures"].random_person, random.Random(3)
+    model = CLIPModel.from_pretrained(WORLD / "features").float().eval()
+    people = [(rng.choice(build.all_attributes()), random_person(rng)) for _ in range(60)]
+    figures = [build.draw(attributes, rng.getrandbits(32), person=who) for attributes, who in people for _ in range(2)]
+    strangers = [build.draw(attributes, rng.getrandbits(32)) for attributes, _ in people]
+    with torch.no_grad():
+        features = [model.vision_model(pixel_values=build.pixels_of(f)).pooler_output for f in (figures, strangers)]
+    one, two, other = features[0][0::2], features[0][1::2], features[1]
+    assert ((one - two).norm(dim=1) < (one - other).norm(dim=1)).float().mean() > 0.9
+    scorer = CLIPModel.from_pretrained(WORLD / "scorer").float()
+    assert not torch.equal(model.visual_projection.weight, scorer.visual_projection.weight)
 
 
 def test_the_build_log_holds_the_figures():

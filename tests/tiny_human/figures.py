@@ -29,6 +29,7 @@ from PIL import Image, ImageDraw
 
 SIZE = 64
 SUPERSAMPLING = 3
+OUTLINE, EDGE = 0.6, 0.62  # width in pixels, and the share of its part's colour that an outline has
 
 POSES = ("standing", "walking", "jumping")
 ARMS = ("both arms down", "both arms stretched out", "both arms raised", "the left arm raised", "the right arm raised")
@@ -37,12 +38,12 @@ SHIRTS = {
     "yellow": (240, 200, 48), "purple": (140, 72, 190), "orange": (240, 132, 40),
 }  # fmt: skip
 TROUSERS = {
-    "black": (44, 44, 52), "white": (240, 240, 240), "brown": (124, 80, 48),
+    "black": (44, 44, 52), "white": (248, 248, 248), "brown": (124, 80, 48),
     "blue": (44, 72, 150), "green": (60, 110, 60), "red": (160, 40, 50),
 }  # fmt: skip
 BACKGROUNDS = {
-    "pink": (250, 205, 215), "mint": (190, 235, 210), "grey": (200, 202, 206),
-    "beige": (240, 225, 195), "lavender": (215, 205, 245), "cyan": (180, 228, 245),
+    "pink": (246, 184, 202), "mint": (168, 226, 196), "grey": (182, 186, 192),
+    "beige": (234, 214, 172), "lavender": (198, 186, 240), "cyan": (158, 216, 242),
 }  # fmt: skip
 ATTRIBUTES = {
     "pose": POSES, "arms": ARMS, "shirt": tuple(SHIRTS), "trousers": tuple(TROUSERS), "background": tuple(BACKGROUNDS),
@@ -54,8 +55,7 @@ SHOES = ((52, 44, 44), (110, 62, 40), (74, 80, 100))
 JOINTS = ("head", "elbow", "hand", "knee", "foot")
 RIGHT_COUNTS = {"head": 1, "elbow": 2, "hand": 2, "knee": 2, "foot": 2}
 BREAKS = (
-    "missing_arm", "stump_arm", "extra_arm", "detached_arm", "long_arm", "short_arm",
-    "missing_leg", "stump_leg", "extra_leg", "long_leg", "short_leg", "two_heads", "no_head",
+    "missing_arm", "stump_arm", "extra_arm", "missing_leg", "stump_leg", "extra_leg", "two_heads", "no_head",
 )  # fmt: skip
 
 
@@ -181,38 +181,45 @@ def darker(colour: tuple[int, int, int], factor: float) -> tuple[int, int, int]:
     return tuple(round(c * factor) for c in colour)
 
 
+# Every part is drawn twice, first OUTLINE wider on each side and darker: limbs that cross stay apart.
+
+
 def draw_head(canvas: Canvas, centre: Point, skin: tuple, hair: tuple, style: int) -> None:
-    """A face with eyes and a smile; hair short, long or in a bun."""
+    """A face with eyes and a mouth; hair short, long or in a bun."""
     x, y = centre
-    if style == 1:
-        for side in (-1, 1):
-            canvas.disc((x + 4.3 * side, y + 2.2), 1.9, 4.6, hair)
-    if style == 2:
-        canvas.disc((x, y - 6.2), 2.3, 2.1, hair)
-    canvas.disc((x, y - 0.9), 5.4, 5.5, hair)
-    canvas.disc((x, y + 0.9), 4.6, 4.9, skin)
+    for grow, tint in ((OUTLINE, EDGE), (0, 1)):
+        colour = darker(hair, tint)
+        if style == 1:
+            for side in (-1, 1):
+                canvas.disc((x + 5.3 * side, y + 3.2), 2.1 + grow, 5.0 + grow, colour)
+        if style == 2:
+            canvas.disc((x, y - 7.4), 2.7 + grow, 2.4 + grow, colour)
+        canvas.disc((x, y - 0.9), 6.6 + grow, 6.7 + grow, colour)
+        canvas.disc((x, y + 1.1), 5.6 + grow, 5.9 + grow, darker(skin, tint) if grow else skin)
     ink = (36, 28, 28)
     for side in (-1, 1):
-        canvas.disc((x + 1.9 * side, y + 0.4), 0.75, 0.9, ink)
-    arc = [
-        (x + 1.9 * math.cos(math.radians(a)), y + 1.9 + 1.5 * math.sin(math.radians(a))) for a in range(20, 161, 20)
-    ]
-    canvas.stroke(arc, 0.7, darker(skin, 0.45))
+        canvas.disc((x + 2.3 * side, y + 0.6), 1.05, 1.25, ink)
+    canvas.stroke([(x - 2.0, y + 3.2), (x, y + 4.3), (x + 2.0, y + 3.2)], 1.1, darker(skin, 0.45))
 
 
 def draw_arm(canvas: Canvas, points: list[Point], shirt: tuple, skin: tuple) -> None:
     """`points` is shoulder, elbow, hand, or fewer for an arm that stops early."""
-    if len(points) > 2:
-        canvas.stroke(points[1:], 3.2, skin)
-        canvas.disc(points[2], 2.3, 2.3, skin)
-    canvas.stroke(points[:2], 4.2, darker(shirt, 0.9))
+    for grow, tint in ((OUTLINE, EDGE), (0, 1)):
+        if len(points) > 2:
+            canvas.stroke(points[1:], 3.9 + 2 * grow, darker(skin, tint))
+            canvas.disc(points[2], 2.9 + grow, 2.9 + grow, darker(skin, tint))
+        canvas.stroke(points[:2], 4.9 + 2 * grow, darker(shirt, 0.92 * tint))
 
 
 def draw_leg(canvas: Canvas, points: list[Point], trousers: tuple, shoe: tuple, outwards: int) -> None:
     """`points` is hip, knee, foot, or fewer for a leg that stops early."""
-    canvas.stroke(points, 4.4, trousers)
+    for grow, tint in ((OUTLINE, EDGE), (0, 1)):
+        if len(points) > 2:
+            centre = (points[2][0] + 1.3 * outwards, points[2][1] + 0.6)
+            canvas.disc(centre, 3.7 + grow, 2.3 + grow, darker(shoe, tint))
+        canvas.stroke(points, 5.2 + 2 * grow, darker(trousers, tint))
     if len(points) > 2:
-        canvas.disc((points[2][0] + 1.1 * outwards, points[2][1] + 0.6), 3.1, 1.9, shoe)
+        canvas.disc(centre, 3.7, 2.3, shoe)
 
 
 def random_person(rng: random.Random) -> Person:
@@ -236,20 +243,20 @@ def draw(attributes: dict[str, str], seed: int, broken: str | None = None, perso
     shirt, trousers = SHIRTS[attributes["shirt"]], TROUSERS[attributes["trousers"]]
     anybody = random_person(rng)
     skin, hair, shoe, hair_style = person or anybody
-    facing, light = rng.choice((-1, 1)), rng.uniform(-0.08, 0.08)
-    scale = rng.uniform(0.94, 1.06)
-    x, lean = 32 + rng.uniform(-3, 3), rng.uniform(-2, 2)
-    ground = 59 + rng.uniform(-1, 1)
+    facing, light = rng.choice((-1, 1)), rng.uniform(-0.06, 0.06)
+    scale = rng.uniform(1.13, 1.22)
+    x, lean = 32 + rng.uniform(-1.5, 1.5), rng.uniform(-1.5, 1.5)
+    ground = 60.5 + rng.uniform(-0.7, 0.7)
 
     # The skeleton hangs from the hips; standing and walking feet touch the ground, a jump lifts them off it.
     joints: dict[str, list[Point]] = {name: [] for name in JOINTS}
     angles = {is_left: leg_angles(pose, is_left, facing, rng) for is_left in (False, True)}
     thigh, shin = 8.8 * scale, 8.8 * scale
     drop = max(reach(reach((0, 0), a, thigh), b, shin)[1] for a, b in angles.values())
-    lift = rng.uniform(5, 8) if pose == "jumping" else 0
+    lift = rng.uniform(3.5, 5.5) if pose == "jumping" else 0
     hip = (x, ground - 1.5 - lift - drop)
     neck = (x + lean, hip[1] - 14.5 * scale)
-    head = (neck[0] + 0.4 * lean, neck[1] - 6.6)
+    head = (neck[0] + 0.4 * lean, neck[1] - 7.6)
 
     legs = []
     for is_left, (a, b) in angles.items():
@@ -268,19 +275,23 @@ def draw(attributes: dict[str, str], seed: int, broken: str | None = None, perso
     break_body(broken, heads, arms, legs, break_rng)
 
     canvas = Canvas(BACKGROUNDS[attributes["background"]], light)
-    canvas.disc((x, ground + 1.2), 11 if not lift else 8, 1.8, darker(BACKGROUNDS[attributes["background"]], 0.85))
+    shadow = darker(BACKGROUNDS[attributes["background"]], 0.85)
+    canvas.disc((x, ground + 1.0), 13 if not lift else 9, 1.9, shadow)
     for outwards, points in legs:
         draw_leg(canvas, points, trousers, shoe, outwards)
-    canvas.stroke([(neck[0], neck[1] + 1), (neck[0], neck[1] - 2)], 3.4, darker(skin, 0.92))
-    w, h = 5.2 * scale, 4.4 * scale
-    collar = neck[1] + 1.2
-    canvas.polygon([(hip[0] - h, hip[1]), (neck[0] - w, collar), (neck[0] + w, collar), (hip[0] + h, hip[1])], shirt)
-    canvas.stroke([(neck[0] - w + 1, neck[1] + 1.6), (neck[0] + w - 1, neck[1] + 1.6)], 3.2, shirt)
-    canvas.stroke([(hip[0] - h + 1.6, hip[1] + 0.4), (hip[0] + h - 1.6, hip[1] + 0.4)], 4.0, trousers)
-    for _, points in arms:
-        draw_arm(canvas, points, shirt, skin)
+    w, h, collar = 5.2 * scale, 4.4 * scale, neck[1] + 1.2
+    for grow, tint in ((OUTLINE, EDGE), (0, 1)):
+        canvas.stroke([(neck[0], collar), (neck[0], neck[1] - 2)], 3.6 + 2 * grow, darker(skin, 0.92 * tint))
+    for grow, tint in ((OUTLINE, EDGE), (0, 1)):
+        left, right, top, waist = neck[0] - w - grow, neck[0] + w + grow, collar - grow, hip[1] + grow
+        corners = [(hip[0] - h - grow, waist), (left, top), (right, top), (hip[0] + h + grow, waist)]
+        canvas.polygon(corners, darker(shirt, tint))
+        canvas.stroke([(left + 1.2, neck[1] + 1.8), (right - 1.2, neck[1] + 1.8)], 3.4 + 2 * grow, darker(shirt, tint))
+    canvas.stroke([(hip[0] - h + 1.9, hip[1] + 0.6), (hip[0] + h - 1.9, hip[1] + 0.6)], 4.6, trousers)
     for centre in heads:
         draw_head(canvas, centre, skin, hair, hair_style)
+    for _, points in arms:
+        draw_arm(canvas, points, shirt, skin)
 
     joints["head"] = heads
     for first, second, limbs in (("elbow", "hand", arms), ("knee", "foot", legs)):
@@ -297,36 +308,42 @@ def break_body(kind: str | None, heads: list, arms: list, legs: list, rng: rando
         heads.clear()
     elif kind == "two_heads":
         x, y = heads[0]
-        heads[:] = [(x - 5.2, y + 0.6), (x + 5.2, y + 0.6)]
+        heads[:] = [(x - 6.9, y + 0.4), (x + 6.9, y + 0.4)]
     else:
         damage, limb = kind.split("_")
         limbs = arms if limb == "arm" else legs
         index = rng.randrange(2)
         outwards, points = limbs[index]
-        start, middle, end = points
+        start, middle, _ = points
         if damage == "missing":
             limbs.pop(index)
-        elif damage == "stump":  # stops just short of the elbow or the knee
-            limbs[index] = (outwards, [start, scaled(start, middle, 0.7)])
-        elif damage == "extra":
-            turn = rng.choice((-1, 1)) * rng.uniform(38, 60)
-            limbs.append((outwards, [start, turned(start, middle, turn), turned(start, end, turn)]))
-        elif damage == "detached":
-            dx, dy = 6.0 * outwards, rng.uniform(-2, 3)
-            limbs[index] = (outwards, [(px + dx, py + dy) for px, py in points])
-        else:
-            factor = rng.uniform(1.55, 1.8) if damage == "long" else rng.uniform(0.4, 0.55)
-            limbs[index] = (outwards, [start, scaled(start, middle, factor), scaled(start, end, factor)])
+        elif damage == "stump":  # stops short of the elbow or the knee
+            share = 0.75 if limb == "arm" else 0.9
+            limbs[index] = (outwards, [start, between(start, middle, share)])
+        else:  # a third limb where there is most room for it
+            if limb == "arm":
+                options, taken = (24, 32, 84, 92, 136, 146), [abs(angle_of(start, middle))]
+            else:
+                options, taken = (-50, -44, -4, 4, 44, 50), [angle_of(*points[:2]) for _, points in legs]
+            room = {a: min(abs(a - angle) for angle in taken) for a in options}
+            angle = rng.choice([a for a in options if room[a] > 40] or [max(room, key=room.get)])
+            if limb == "arm":
+                angle *= outwards
+            elif abs(angle) < 10:
+                start = between(legs[0][1][0], legs[1][1][0], 0.5)
+            else:
+                outwards, start = next((side, points[0]) for side, points in legs if side * angle > 0)
+            bend, middle = rng.uniform(-10, 10), reach(start, angle, math.dist(*points[:2]))
+            limbs.append((outwards, [start, middle, reach(middle, angle + bend, math.dist(*points[1:]))]))
 
 
-def scaled(centre: Point, point: Point, factor: float) -> Point:
-    return centre[0] + factor * (point[0] - centre[0]), centre[1] + factor * (point[1] - centre[1])
+def between(a: Point, b: Point, share: float) -> Point:
+    return a[0] + share * (b[0] - a[0]), a[1] + share * (b[1] - a[1])
 
 
-def turned(centre: Point, point: Point, degrees: float) -> Point:
-    a = math.radians(degrees)
-    dx, dy = point[0] - centre[0], point[1] - centre[1]
-    return centre[0] + dx * math.cos(a) - dy * math.sin(a), centre[1] + dx * math.sin(a) + dy * math.cos(a)
+def angle_of(start: Point, end: Point) -> float:
+    """The inverse of `reach`, in degrees."""
+    return math.degrees(math.atan2(end[0] - start[0], end[1] - start[1]))
 
 
 # ---- Command line --------------------------------------------------------------------------------------------------

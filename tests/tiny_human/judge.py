@@ -118,9 +118,15 @@ def to_pixels(images: list[Image.Image]) -> Tensor:
 
 @torch.no_grad()
 def marks(network: Judge, images: list[Image.Image], prompts: list[str]) -> list[dict[str, float]]:
-    """For each image: P(body right) as "anatomy", and the probability of every attribute that its prompt asks for."""
+    """For each image: P(body right) as "anatomy", and the probability of every attribute that its prompt asks for.
+
+    All are rounded to hundredths: two pictures that are both as asked are equal, however sure the network is of it.
+    """
     _, anatomy, attributes = network(to_pixels(images).to(next(network.parameters()).device))
-    anatomy, attributes = anatomy.sigmoid().tolist(), {name: x.softmax(1).tolist() for name, x in attributes.items()}
+    anatomy, attributes = (
+        anatomy.double().sigmoid().mul(100).round().div(100).tolist(),
+        {name: x.double().softmax(1).mul(100).round().div(100).tolist() for name, x in attributes.items()},
+    )
     return [
         {"anatomy": anatomy[i]}
         | {name: attributes[name][i][ATTRIBUTES[name].index(value)] for name, value in read_caption(prompt).items()}
@@ -163,10 +169,10 @@ def judge(device: torch.device | str = "cpu") -> Score:
 # middle of the head, which lies in the face.
 
 PARTS = {
-    "hair": (HAIRS, [(-1.0, -5.2), (0.0, -5.2), (1.0, -5.2)]),
-    "skin": (SKINS, [(-2.9, 2.4), (2.9, 2.4), (-2.0, -2.2), (0.0, -2.2), (2.0, -2.2)]),
-    "shirt": (SHIRTS.values(), [(x, y) for x in (-1.5, 0.0, 1.5) for y in (11.0, 13.5, 16.0)]),
-    "trousers": (TROUSERS.values(), [(x, 21.5) for x in (-1.5, 0.0, 1.5)]),
+    "hair": (HAIRS, [(-1.0, -6.2), (0.0, -6.2), (1.0, -6.2)]),
+    "skin": (SKINS, [(-3.6, 2.6), (3.6, 2.6), (-2.4, -2.2), (0.0, -2.2), (2.4, -2.2)]),
+    "shirt": (SHIRTS.values(), [(x, y) for x in (-1.5, 0.0, 1.5) for y in (12.5, 15.5, 18.5)]),
+    "trousers": (TROUSERS.values(), [(x, 25.2) for x in (-1.5, 0.0, 1.5)]),
 }  # fmt: skip
 WIDTH = 40.0  # of the kernel that compares two colours, in 8-bit RGB; the closest two of a palette lie 54 apart
 SAME_PERSON = 0.75  # cosine from which two pictures show one person; personal.py prints how often that is right

@@ -96,7 +96,7 @@ def write_prompt(scene: dict[str, str]) -> str:
 def weight_map(photo: Figure) -> torch.Tensor:
     """(16, 16) over the latents: 1 on head and torso, from the hair to the waist, ELSEWHERE on all else."""
     (x, y), middle = photo.joints["head"][0], 4 * torch.arange(16) + 2.0  # of a latent, in pixels
-    rows, columns = (middle > y - 9) & (middle < y + 25), (middle - x).abs() < 7
+    rows, columns = (middle > y - 11) & (middle < y + 29), (middle - x).abs() < 8
     return torch.where(rows[:, None] & columns[None, :], 1.0, ELSEWHERE)
 
 
@@ -143,7 +143,8 @@ def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def measure_face(people: int, count: int, seed: int) -> dict[str, np.ndarray]:
     """Cosines between two photos of one person, of a person and their double, and of two persons.
 
-    There are `count` photos of each of `people` persons; two who look the same by chance are left out of the last.
+    There are `count` photos of each of `people` persons; two who by chance differ in fewer than two colours are left
+    out of the last.
     """
     embed = face()
     whos = [invent_person(seed + i) for i in range(people)]
@@ -152,7 +153,8 @@ def measure_face(people: int, count: int, seed: int) -> dict[str, np.ndarray]:
         for group, s in ((whos, 1000), (whos, 2000), ([double_of(who, seed + i) for i, who in enumerate(whos)], 3000))
     )
     look = [(who[0].hair, who[0].skin, *who[1].values()) for who in whos]
-    others = [(i, j) for i in range(people) for j in range(i) if look[i] != look[j]]
+    pairs = [(i, j) for i in range(people) for j in range(i)]
+    others = [(i, j) for i, j in pairs if sum(a != b for a, b in zip(look[i], look[j], strict=True)) > 1]
     return {
         "same person": np.stack([cosines(a, b) for a, b in zip(mine, again, strict=True)]),
         "one colour differs": np.stack([cosines(a, b) for a, b in zip(mine, doubles, strict=True)]),
