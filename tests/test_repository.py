@@ -142,6 +142,6 @@ def test_prompts_are_disjoint():
     train, test = (
         (ROOT / "tests" / "tiny_human" / f"prompts_{s}.txt").read_text().splitlines() for s in ("train", "test")
     )
-    assert len(set(train)) >= 512
-    assert len(set(test)) >= 384
+    assert len(set(train)) == 1024
+    assert len(set(test)) == 512
     assert not set(train) & set(test)

@@ -3,6 +3,7 @@
 
 import importlib.util
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -21,9 +22,7 @@ WORLD = Path(__file__).resolve().parent / "tiny_human"
 def build():
     spec = importlib.util.spec_from_file_location("tiny_human_build", WORLD / "build.py")
     module = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(WORLD))
     spec.loader.exec_module(module)
-    sys.path.remove(str(WORLD))
     return module
 
 
@@ -56,7 +55,7 @@ def test_a_figure_is_a_function_of_its_seed_and_its_twin_differs(build):
     assert not np.array_equal(picture, np.asarray(build.draw(attributes, 8).image))
     for kind in build.BREAKS:
         twin = np.asarray(build.draw(attributes, 7, kind).image)
-        assert 20 < (twin != picture).any(axis=2).sum() < 1200, kind
+        assert 60 < (twin != picture).any(axis=2).sum() < 600, kind
 
 
 def test_right_figures_have_right_joint_counts_inside_the_picture(build):
@@ -73,7 +72,7 @@ def test_joints_are_counted_in_their_own_heatmaps(build):
     assert not any(is_right[1::2]), "each way of breaking a body changes a count"
 
 
-def test_the_encoder_is_the_principal_component_analysis(build):
+def test_the_encoder_begins_as_a_principal_component_analysis(build):
     """Weights written in closed form compute axes @ (patch - mean), through GroupNorm and SiLU."""
     vae = AutoencoderKL.from_pretrained(WORLD / "pipeline" / "vae")
     axes, mean = build.principal_components(build.pixels_of(build.random_figures(1, 100, 0.3)))
@@ -91,7 +90,7 @@ def test_the_pipeline_is_stock_and_keeps_pictures(build, pipe, fresh_twins):
     assert isinstance(pipe.unet, UNet2DConditionModel)
     figures, decoded = fresh_twins
     psnr = 10 * torch.log10(4 / F.mse_loss(decoded, build.pixels_of(figures)))
-    assert psnr > 37
+    assert psnr > 39
     with torch.no_grad():
         assert pipe.vae.encode(build.pixels_of(figures[:4])).latent_dist.std.max() < 1e-6, "encoding adds no noise"
     assert {p.dtype for part in (pipe.vae, pipe.unet, pipe.text_encoder) for p in part.parameters()} == {torch.float32}
@@ -111,11 +110,11 @@ def test_the_judge_knows_bodies_colours_and_pose(build, fresh_twins):
     with torch.no_grad():
         _, anatomy, attributes = build.load_judge()(decoded)
     is_right = torch.tensor([figure.broken is None for figure in figures])
-    assert ((anatomy > 0) == is_right).float().mean() > 0.9
+    assert ((anatomy > 0) == is_right).float().mean() > 0.99
     for name, options in build.ATTRIBUTES.items():
         truth = torch.tensor([options.index(figure.attributes[name]) for figure in figures])
         rows = is_right if name == "arms" else ...  # nobody sees how a missing arm was held
-        assert (attributes[name].argmax(1) == truth)[rows].float().mean() >= 0.98, name
+        assert (attributes[name].argmax(1) == truth)[rows].float().mean() > 0.99, name
 
 
 def test_the_judge_marks_in_hundredths(build, fresh_twins):
@@ -124,7 +123,7 @@ def test_the_judge_marks_in_hundredths(build, fresh_twins):
     seen = build.marks(network, [f.image for f in figures], [f.caption for f in figures])
     assert all(value == round(value, 2) for m in seen for value in m.values())
     clothes = [m["shirt"] * m["trousers"] for m in seen]
-    assert np.mean([c == 1 for c in clothes]) > 0.9, "whoever wears what was asked for has full marks"
+    assert np.mean([c == 1 for c in clothes]) > 0.99, "whoever wears what was asked for has full marks"
 
 
 def test_the_judge_reads_the_prompt_in_plain_code_only(build, fresh_twins):
@@ -157,8 +156,8 @@ def test_the_scorer_prefers_whole_people_and_right_captions(build, fresh_twins):
         return (output.image_embeds * output.text_embeds).sum(dim=-1)
 
     right = score([figure.caption for figure in figures])
-    assert (right[0::2] > right[1::2]).float().mean() > 0.85
-    assert (right > score(wrong))[0::2].float().mean() > 0.85
+    assert (right[0::2] > right[1::2]).float().mean() > 0.98
+    assert (right > score(wrong))[0::2].float().mean() > 0.94
 
 
 def test_the_features_tell_people_apart_and_are_not_the_scorer(build):
@@ -171,12 +170,12 @@ def test_the_features_tell_people_apart_and_are_not_the_scorer(build):
     with torch.no_grad():
         features = [model.vision_model(pixel_values=build.pixels_of(f)).pooler_output for f in (figures, strangers)]
     one, two, other = features[0][0::2], features[0][1::2], features[1]
-    assert ((one - two).norm(dim=1) < (one - other).norm(dim=1)).float().mean() > 0.9
+    assert ((one - two).norm(dim=1) < (one - other).norm(dim=1)).float().mean() > 0.95
     scorer = CLIPModel.from_pretrained(WORLD / "scorer").float()
     assert not torch.equal(model.visual_projection.weight, scorer.visual_projection.weight)
 
 
-def test_the_build_log_holds_the_figures():
+def test_the_build_log_is_whole_and_the_base_model_leaves_bodies_to_mend(build):
     text = (WORLD / "build_log.txt").read_text()
-    for wanted in ("right from broken", "missing_arm: called broken", "base, 384 test prompts, anatomy", "Spearman"):
-        assert wanted in text
+    assert all(f"[{part}] finished" in text for part in build.PARTS if part != "prompts")
+    assert 0.5 < float(re.findall(r"base, 384 test prompts, anatomy: (\S+)", text)[-1]) < 0.65

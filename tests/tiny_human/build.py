@@ -1,22 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the embedded world again, from one seed, with one command:
 
-    python tests/tiny_human/build.py                    everything, about five hours on one CPU core, minutes on a GPU
-    python tests/tiny_human/build.py --parts judge      one part, after those it needs
+    python tests/tiny_human/build.py                    everything, about six hours on one CPU core
+    python tests/tiny_human/build.py --parts judge      one part; those that it needs must be there
 
     prompts    prompts_train.txt and prompts_test.txt, disjoint
     vae        AutoencoderKL: the encoder begins as a principal component analysis of 4 x 4 patches, written into the
                weights in closed form; the decoder is trained on it, then both together
     judge      keypoint heatmaps, colours and pose; sees neither text nor the scorer's data
-    pipeline   StableDiffusionPipeline: UNet2DConditionModel and CLIPTextModel, trained together on a corpus of which
-               every second figure is broken, which leaves DPO something to mend
+    pipeline   StableDiffusionPipeline: UNet2DConditionModel and CLIPTextModel, trained together on corpora in which
+               38 %, then 55 % of the figures are broken, which leaves DPO something to mend
                (v-prediction: a network this small cannot output epsilon exactly enough to hold colours at high noise)
     scorer     CLIPModel: captions against figures, with broken twins and wrong captions as hard negatives, half of
                them redrawn by the pipeline
     features   another CLIPModel, for diversity and distances: it knows skin, hair, joints and the caption
     measure    what came out: speed, base quality, judge accuracy per kind of break, scorer against judge
 
-A part that was stopped carries on from its last saved step (.build/); a finished one is made again only with --force.
+A part that was stopped carries on from its last saved step (.build/); --force begins anew, and carries on without it.
 Every part writes its settings, losses, time and figures to build_log.txt, which is kept beside the weights.
 """
 
@@ -83,8 +83,9 @@ from judge import Judge, count_joints, counts_are_right, load_judge, marks, tota
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LATENT_CHANNELS, SCALING_FACTOR = 16, 0.25
-CORPUS, FLAWED, BATCH = 48_000, 0.55, 32  # figures that the U-Net learns from, the share of broken ones, batch size
-# (the shipped U-Net saw a corpus of 0.38 in its first 10,000 steps: of those it drew 71 % right, too many to mend)
+CORPUS, BATCH = 48_000, 32  # figures in a corpus that the U-Net learns from, batch size
+FLAWED, SECOND = (0.38, 0.55), 10_250  # shares of broken figures; the step from which the second corpus is used:
+# after the first alone the U-Net draws 71 % of its figures right, which leaves DPO too little to mend
 PARTS = ("prompts", "vae", "judge", "pipeline", "scorer", "features", "measure")
 
 
@@ -137,7 +138,7 @@ def train(
     network = nn.ModuleDict(modules).to(DEVICE).train()
     parameters = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay)
-    warmup = min(100, steps // 10)
+    warmup = min(100, steps // 10 + 1)
     average = [p.detach().clone() for p in parameters]
     first, elapsed, path = 0, 0.0, WORK / f"{part}.pt"
     if path.exists():
@@ -145,10 +146,8 @@ def train(
         network.load_state_dict(state["network"])
         optimizer.load_state_dict(state["optimizer"])
         average, first, elapsed = state["average"], state["step"], state["seconds"]
-    log(
-        part,
-        f"{sum(p.numel() for p in parameters):,} trainable parameters, {steps} steps, learning rate {learning_rate:g}",
-    )
+    count = sum(p.numel() for p in parameters)
+    log(part, f"{count:,} trainable parameters, steps {first} to {steps}, learning rate {learning_rate:g}")
     start, saved, window = time.monotonic() - elapsed, time.monotonic(), []
     for step in tqdm(range(first, steps), initial=first, total=steps, desc=part, smoothing=0.05, disable=None):
         factor = min(1.0, (step + 1) / warmup) * (0.5 + 0.5 * math.cos(math.pi * step / steps)) + 1e-3
@@ -335,10 +334,13 @@ def build_pipeline(seed: int, steps: int) -> None:
     noise_scheduler = DDPMScheduler.from_config(build_scheduler().config)
     alpha_bar = noise_scheduler.alphas_cumprod.to(DEVICE)
     unet.to(DEVICE)
-    latents, captions = cached("pipeline", lambda: encoded_corpus(seed + 3))
-    tokens = tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids
+    corpora = []
+    for share in FLAWED:
+        latents, captions = cached(f"pipeline-{share}", lambda share=share: encoded_corpus(seed + 3, share))
+        corpora.append((latents, tokenizer([*captions, ""], padding="max_length", return_tensors="pt").input_ids))
 
     def loss_of_step(step: int) -> tuple[Tensor, dict[str, float]]:
+        latents, tokens = corpora[step >= SECOND]
         rows = torch.randint(0, len(latents), (BATCH,))
         shown = torch.where(torch.rand(BATCH) < 0.1, len(latents), rows)
         x_0 = latents[rows].float().to(DEVICE)
@@ -358,13 +360,13 @@ def build_pipeline(seed: int, steps: int) -> None:
 
 
 @torch.no_grad()
-def encoded_corpus(seed: int) -> tuple[Tensor, list[str]]:
-    """CORPUS figures, a share FLAWED of them broken: their scaled latents in half precision, and their captions."""
+def encoded_corpus(seed: int, flawed: float) -> tuple[Tensor, list[str]]:
+    """CORPUS figures, a share of them broken: their scaled latents in half precision, and their captions."""
     rng, attributes, vae = random.Random(seed), all_attributes(), load_vae()
     latents, captions = torch.empty(CORPUS, LATENT_CHANNELS, 16, 16, dtype=torch.float16), []
     for i in tqdm(range(0, CORPUS, 64), desc="encode", disable=None):
         figures = [
-            draw(rng.choice(attributes), rng.getrandbits(32), rng.choice(BREAKS) if rng.random() < FLAWED else None)
+            draw(rng.choice(attributes), rng.getrandbits(32), rng.choice(BREAKS) if rng.random() < flawed else None)
             for _ in range(64)
         ]
         latents[i : i + 64] = vae.encode(pixels_of(figures).to(DEVICE)).latent_dist.mean.cpu() * SCALING_FACTOR
@@ -518,9 +520,10 @@ def save_clip(model: CLIPModel, tokenizer: CLIPTokenizer, folder: Path) -> None:
     CLIPProcessor(image_processor, tokenizer).save_pretrained(folder)
 
 
-def joints_in_patches(figures: list[Figure]) -> Tensor:
-    """(B, 64, 5): 1 where a patch of 8 x 8 pixels holds a joint of a kind."""
-    return F.max_pool2d(draw_heatmaps(figures, 16, 0.6), 2).gt(0.4).flatten(2).transpose(1, 2).float()
+def joint_loss(head: nn.Linear, seen: Tensor, figures: list[Figure]) -> Tensor:
+    """How well `head` tells from states (B, 65, 128) which joints lie in each patch of 8 x 8 pixels."""
+    holds = F.max_pool2d(draw_heatmaps(figures, 16, 0.6), 2).gt(0.4).flatten(2).transpose(1, 2).float().to(seen.device)
+    return F.binary_cross_entropy_with_logits(head(seen[:, 1:]), holds, pos_weight=torch.tensor(8.0).to(seen.device))
 
 
 def build_scorer(seed: int, steps: int) -> None:
@@ -575,11 +578,7 @@ def build_scorer(seed: int, steps: int) -> None:
         own = torch.arange(count, device=x.device)
         matching = F.cross_entropy(torch.cat([to_text, to_wrong], dim=1), own.repeat_interleave(4))
         matching = matching + F.cross_entropy(to_text[0::4].T, own)
-        joints = F.binary_cross_entropy_with_logits(
-            joint_head(seen.last_hidden_state[:, 1:]),
-            joints_in_patches(figures).to(DEVICE),
-            pos_weight=torch.tensor(8.0, device=x.device),
-        )
+        joints = joint_loss(joint_head, seen.last_hidden_state, figures)
         shown = {
             "preference": preference.item(), "matching": matching.item(), "joints": joints.item(),
             "right over broken": (difference > 0).float().mean().item(),
@@ -617,11 +616,7 @@ def build_features(seed: int, steps: int) -> None:
         text = embed_text(model, tokenizer, [figure.caption for figure in figures])
         logits, own = model.logit_scale.exp().clamp(max=100) * image @ text.T, torch.arange(64, device=x.device)
         matching = F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)
-        joints = F.binary_cross_entropy_with_logits(
-            joint_head(seen.last_hidden_state[:, 1:]),
-            joints_in_patches(figures).to(DEVICE),
-            pos_weight=torch.tensor(8.0, device=x.device),
-        )
+        joints = joint_loss(joint_head, seen.last_hidden_state, figures)
         look = sum(
             F.cross_entropy(
                 look_heads[name](seen.pooler_output),
@@ -738,11 +733,7 @@ def measure_world(seed: int, images_per_prompt: int = 20, pools: int = 64) -> No
     seen = marks(judge, images, prompts)
     scores = scores.reshape(pools, images_per_prompt)
     best, worst = scores.argmax(1), scores.argmin(1)
-    for name, mark in {
-        "judge": total,
-        "anatomy": lambda m: m["anatomy"],
-        "background": lambda m: m["background"],
-    }.items():
+    for name, mark in {"judge": total, "anatomy": lambda m: m["anatomy"]}.items():
         truth = np.array([mark(m) for m in seen]).reshape(scores.shape)
         rho = np.nanmean([spearman(s, t) for s, t in zip(scores, truth, strict=True)])
         top, bottom = truth[np.arange(pools), best], truth[np.arange(pools), worst]
@@ -790,23 +781,23 @@ def main() -> None:
     jobs = {
         "prompts": lambda: build_prompts(args.seed),
         "vae": lambda: build_vae(args.seed, args.vae_steps),
-        "pipeline": lambda: build_pipeline(args.seed, args.pipeline_steps),
         "judge": lambda: build_judge(args.seed, args.judge_steps),
-        "measure": lambda: measure(args.seed),
+        "pipeline": lambda: build_pipeline(args.seed, args.pipeline_steps),
         "scorer": lambda: build_scorer(args.seed, args.scorer_steps),
         "features": lambda: build_features(args.seed, args.features_steps),
+        "measure": lambda: measure(args.seed),
     }
+    for left in (path for part in args.parts if args.force for path in WORK.glob(f"{part}[.-]*")):
+        left.unlink()
     for part in args.parts:
         done = WORK / f"{part}.done"
-        if done.exists() and not args.force:
+        if done.exists():
             continue
-        for left in (WORK / f"{part}.pt", WORK / f"{part}.data"):
-            if args.force:
-                left.unlink(missing_ok=True)
         start = time.monotonic()
         jobs[part]()
         done.touch()
-        log(part, f"finished after {time.monotonic() - start:.0f} s on {DEVICE.type}, torch {torch.__version__}")
+        seconds = time.monotonic() - start
+        log(part, f"finished {seconds:.0f} s after its last start, on {DEVICE.type}, torch {torch.__version__}")
 
 
 if __name__ == "__main__":

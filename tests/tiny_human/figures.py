@@ -195,7 +195,7 @@ def draw_head(canvas: Canvas, centre: Point, skin: tuple, hair: tuple, style: in
         if style == 2:
             canvas.disc((x, y - 7.4), 2.7 + grow, 2.4 + grow, colour)
         canvas.disc((x, y - 0.9), 6.6 + grow, 6.7 + grow, colour)
-        canvas.disc((x, y + 1.1), 5.6 + grow, 5.9 + grow, darker(skin, tint) if grow else skin)
+        canvas.disc((x, y + 1.1), 5.6 + grow, 5.9 + grow, darker(skin, tint))
     ink = (36, 28, 28)
     for side in (-1, 1):
         canvas.disc((x + 2.3 * side, y + 0.6), 1.05, 1.25, ink)
@@ -230,7 +230,7 @@ def draw(attributes: dict[str, str], seed: int, broken: str | None = None, perso
     """One person with the given attributes.
 
     Everything that the attributes leave open (skin, hair, size, place, exact angles) comes from `seed`, so that the
-    same seed with and without `broken` gives twins that differ in the broken limb alone.
+    same seed with and without `broken` gives twins that differ in what is broken alone.
 
     Args:
         attributes: one value for each key of ATTRIBUTES.
@@ -249,7 +249,6 @@ def draw(attributes: dict[str, str], seed: int, broken: str | None = None, perso
     ground = 60.5 + rng.uniform(-0.7, 0.7)
 
     # The skeleton hangs from the hips; standing and walking feet touch the ground, a jump lifts them off it.
-    joints: dict[str, list[Point]] = {name: [] for name in JOINTS}
     angles = {is_left: leg_angles(pose, is_left, facing, rng) for is_left in (False, True)}
     thigh, shin = 8.8 * scale, 8.8 * scale
     drop = max(reach(reach((0, 0), a, thigh), b, shin)[1] for a, b in angles.values())
@@ -293,7 +292,7 @@ def draw(attributes: dict[str, str], seed: int, broken: str | None = None, perso
     for _, points in arms:
         draw_arm(canvas, points, shirt, skin)
 
-    joints["head"] = heads
+    joints = {"head": heads}
     for first, second, limbs in (("elbow", "hand", arms), ("knee", "foot", legs)):
         joints[first] = [points[1] for _, points in limbs if len(points) > 2]
         joints[second] = [points[2] for _, points in limbs if len(points) > 2]

@@ -8,7 +8,7 @@ it has never seen a caption, the scorer, or the scorer's pictures. The caption e
 
 Each function at the end is a scorer for make_preference_data.py and eval_human.py, all in [0, 1]:
 
-    tests/tiny_human/judge.py:anatomy       P(the body is right: one head, two arms, two legs, whole and in proportion)
+    tests/tiny_human/judge.py:anatomy       P(the body is right: one head, two arms, two legs, all whole)
     tests/tiny_human/judge.py:clothes       P(shirt as asked) * P(trousers as asked)
     tests/tiny_human/judge.py:pose          P(pose as asked) * P(arms as asked)
     tests/tiny_human/judge.py:background    P(background as asked)
