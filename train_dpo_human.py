@@ -1238,7 +1238,7 @@ def save_checkpoint(
         save_weights(policy, unfinished, args)
     unfinished.rename(folder)
     kept = checkpoints(folder.parent)
-    for old in kept[: len(kept) - (args.checkpoints_total_limit or len(kept))]:
+    for old in kept[: -args.checkpoints_total_limit] if args.checkpoints_total_limit else ():
         shutil.rmtree(old)
 
 

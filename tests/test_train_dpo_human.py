@@ -285,7 +285,7 @@ def test_a_scheduler_of_another_kind_is_refused_and_the_sampler_draws_finite_lat
 def whole(models) -> dict:
     """The settings of `finished`: 20 pairs in steps of 6."""
     steps = {"gradient_accumulation_steps": 2, "train_batch_size": 3, "num_train_epochs": 2, "lr_warmup_steps": 4}
-    saves = {"checkpointing_steps": 1, "checkpoints_total_limit": 2, "logging_steps": 1, "run_validation": True}
+    saves = {"checkpointing_steps": 1, "checkpoints_total_limit": 3, "logging_steps": 1, "run_validation": True}
     return {"model": models["sdxl"], "max_train_steps": False, **steps, **saves}
 
 
@@ -299,7 +299,7 @@ def finished(data, whole, tmp_path_factory) -> Path:
 
 def test_what_a_run_writes(finished):
     told = {"README.md", "metrics.jsonl", "training_settings.json", "validation.png", "validation", ".lock"}
-    assert names_in(finished) == {LORA, *told, "checkpoint-3", "checkpoint-4"}
+    assert names_in(finished) == {LORA, *told, "checkpoint-2", "checkpoint-3", "checkpoint-4"}
     assert names_in(finished / "checkpoint-4") == {"model.safetensors", "state.pt", "run.json", LORA}
     assert_equal(read_weights(finished), read_weights(finished / "checkpoint-4"))
     lines = read_metrics(finished)
