@@ -1112,8 +1112,8 @@ def any_process(accelerator: Accelerator, flag: bool | Tensor) -> bool:
 
 def keeps_rising(relative_errors: list[float], window: int = 5) -> bool:
     """Whether the winner's error against the reference's, as logged so far, shows the known divergence of DPO: above
-    it by 20 % over the last `window` entries, and more than over those before. In the embedded world runs that end well
-    lie at 6 to 12 %, and one without statistics matching that loses its colours at 195 %."""
+    it by 20 % over the last `window` entries, and more than over those before. In the embedded world runs that end
+    well lie at 6 to 12 %, and one without statistics matching, which loses its colours, at 195 %."""
     recent, before = relative_errors[-window:], relative_errors[-2 * window : -window]
     return len(before) == window and np.mean(recent) > max(0.2, np.mean(before))
 
