@@ -462,7 +462,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_also_with_copied_folders(data
 
 FILES = resource.getrlimit(resource.RLIMIT_FSIZE)
 ENDS = {  # before which batch, how, what is left, and a setting
-    "while gradients accumulate": (8, stop, ["checkpoint-2", "checkpoint-3"], {}),
+    "while gradients accumulate": (8, stop, ["checkpoint-1", "checkpoint-2", "checkpoint-3"], {}),
     "SIGTERM": (3, lambda: os.kill(os.getpid(), signal.SIGTERM), ["checkpoint-2"], {"checkpointing_steps": 99}),
     "a full disk": (5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, FILES[1])),
                     ["checkpoint-1", "checkpoint-2"], {}),
