@@ -2621,18 +2621,22 @@ def data_uri(image: Image.Image, side: int) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def prompts_to_show(prompts: pd.DataFrame, model: str, headline: str, seed: int) -> dict[str, list[int]]:
-    """Up to three prompts of each kind: worst losses and best wins by the headline, and random ones."""
-    lead = (prompts.loc[model][headline] - prompts.loc["base"][headline]).dropna().sort_values(kind="stable")
+def first_images(images: pd.DataFrame) -> pd.DataFrame:
+    """The first image of each prompt, by (model, prompt_id)."""
+    return images.drop_duplicates(["model", "prompt_id"]).set_index(["model", "prompt_id"])
+
+
+def prompts_to_show(first: pd.DataFrame, model: str, headline: str, seed: int) -> dict[str, list[int]]:
+    """Up to three prompts of each kind: worst losses and best wins by the first images' headline, and random ones."""
+    lead = (first.loc[model][headline] - first.loc["base"][headline]).dropna().sort_values(kind="stable")
     chosen = {"Worst losses": lead[lead < 0].index[:3], "Best wins": lead[lead > 0].index[::-1][:3]}
     chosen["At random"] = np.random.default_rng(seed).permutation(lead.index)[:3]
     return {heading: ids.tolist() for heading, ids in chosen.items() if len(ids)}
 
 
-def rows_to_show(images: pd.DataFrame, prompts: pd.DataFrame, model: str, headline: str, seed: int) -> dict[str, list]:
-    """The prompts to show, with both sides' first images."""
-    scores = {name: prompts.loc[name][headline] for name in ("base", model)}
-    first = images.drop_duplicates(["model", "prompt_id"]).set_index(["model", "prompt_id"])
+def rows_to_show(first: pd.DataFrame, model: str, headline: str, seed: int) -> dict[str, list]:
+    """The prompts to show, with both sides' first images and their scores."""
+    scores = {name: first.loc[name][headline] for name in ("base", model)}
 
     def side_of(name: str, prompt_id: int) -> tuple[str, str, str]:
         path = first.path[name, prompt_id]
@@ -2640,7 +2644,7 @@ def rows_to_show(images: pd.DataFrame, prompts: pd.DataFrame, model: str, headli
 
     return {
         heading: [{"sides": [side_of(name, p) for name in scores], "prompt": first.prompt["base", p]} for p in ids]
-        for heading, ids in prompts_to_show(prompts, model, headline, seed).items()
+        for heading, ids in prompts_to_show(first, model, headline, seed).items()
     }
 
 
@@ -2694,7 +2698,7 @@ def cells_of(record: dict[str, Any]) -> dict[str, Any]:
     return cells | {name: record[name] for name in names} | {"settings": settings}
 
 
-def write_report(folder: Path, record: dict[str, Any], images: pd.DataFrame, prompts: pd.DataFrame) -> None:
+def write_report(folder: Path, record: dict[str, Any], images: pd.DataFrame) -> None:
     """report.html, one file that loads nothing, and model_card.md, to paste; pictures are there already."""
     import jinja2
 
@@ -2708,7 +2712,7 @@ def write_report(folder: Path, record: dict[str, Any], images: pd.DataFrame, pro
     uris = {file.name: f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}" for file in files}
     seed = record["settings"]["seed"]
     different = [name for name in cells["models"] if cells["metrics"][name]]
-    rows = {name: rows_to_show(images, prompts, name, record["headline"], seed) for name in different}
+    rows = {name: rows_to_show(first_images(images), name, record["headline"], seed) for name in different}
     extra = {"groups": groups, "votes_told": told, "pictures": uris, "rows": rows, "realism_note": ""}
     if len(record["realism"]) and (few := int(record["realism"][["images", "photos"]].min(axis=None))) < 2048:
         extra["realism_note"] = f"With {few} images or photos FD reads too high: below 2,048 trust KD and CMMD."
@@ -3041,11 +3045,11 @@ def main(args: argparse.Namespace) -> None:
     draw_colours(output / "colour.png", own)
     draw_models(output / "grid.png", own, [(prompt_id, "") for prompt_id in own.prompt_id.unique()[:8]])
     for name in different.index.unique("model")[1:]:
-        found = prompts_to_show(prompts, name, headline, args.seed)
+        found = prompts_to_show(first_images(own), name, headline, args.seed)
         titled = [(prompt_id, "" if place else kind) for kind in ("Best wins", "Worst losses")
                   for place, prompt_id in enumerate(found.get(kind, []))]  # fmt: skip
         draw_models(output / f"changes-{name}.png", own[own.model.isin(["base", name])], titled)
-    write_report(output, record, own, prompts)
+    write_report(output, record, own)
     print_summary(cells_of(record))
     if args.user_study:
         pairs = write_study(output, own, args.user_study, args.seed)
@@ -3154,6 +3158,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not named and not all(Path(parse_spec(spec)[1].get("model", "?")).is_dir() for spec in args.models):
         use_embedded_world(parser, "eval_human")  # two folders of finished images need no model
         args = parser.parse_args(argv)
+        for own in parser.get_default("scorers"):  # "pickscore" means the world's, whatever options follow
+            bare = re.compile(rf"^{own.partition('=')[0]}(?=,|$)")
+            args.scorers = [bare.sub(lambda _, own=own: own, spec) for spec in args.scorers]
     if args.negative_prompt and args.guidance_scale <= 1:
         parser.error("--negative_prompt needs a --guidance_scale above 1")
     if args.resolution and args.height and args.width:

@@ -1866,13 +1866,16 @@ def main(args: argparse.Namespace) -> None:
         rows = rows_of_prompts(prompts, args.num_images_per_prompt, args.seed)
     else:
         rows = rows_of_photos(table, args.sdrecon_timesteps, args.seed, keys["sdrecon"])
-    spreads, draft_totals = {}, None
+    spreads, draft_totals, vetoed = {}, None, {}
     if args.draft_steps:
         drafts, full_sampler = rows.assign(source="draft", image_id=rows.image_id + keys["draft"]), pipe.scheduler
         pipe.scheduler = draft_sampler(full_sampler, args.num_inference_steps)
         _, scores = complete(drafts, "draft", voters)
         spreads = measure_spreads(drafts, scores, voters, pools["draft"].name, record)
         draft_totals = vote(scores, voters, spreads)
+        if not np.isfinite(draft_totals).any():
+            raise UserError(f"no pairs from {len(prompts)} prompts: every draft is vetoed")
+        vetoed = {f"{label} (drafts)": (np.isnan(values).sum(), len(drafts)) for label, values in scores.items()}
         prompt_by_prompt = drafts.groupby("prompt", sort=False).indices.values()
         chosen = [at[i] for at in prompt_by_prompt for i in finalists(draft_totals[at], args.finalists)]
         rows, draft_totals = rows.iloc[chosen].reset_index(drop=True), draft_totals[chosen]
@@ -1883,6 +1886,7 @@ def main(args: argparse.Namespace) -> None:
     files, scores = complete(rows, kind, scorers)
     spreads = spreads or measure_spreads(rows, scores, voters, pools[kind].name, record)
     totals = vote(scores, voters, spreads)
+    vetoed |= {label: (np.isnan(values).sum(), len(rows)) for label, values in scores.items()}
 
     # Best against worst
     pairs, dropped = best_pairs(rows, totals, {one.label: scores[one.label] for one in agreeing}, prompts, args)
@@ -1915,7 +1919,7 @@ def main(args: argparse.Namespace) -> None:
             "long_prompts": len(too_long),
             "pairs": {split: int(count) for split in SPLITS if (count := (pairs.split == split).sum())},
             "dropped": dict(dropped),
-            "vetoed": {label: int(np.isnan(values).sum()) for label, values in scores.items()},
+            "vetoed": {label: int(count) for label, (count, _) in vetoed.items()},
             "margin": {name: float(np.percentile(pairs.margin, rank)) for name, rank in ranks.items()},
             "scorers": {scorer.label: scorer.key for scorer in voters},
             "agree": {scorer.label: scorer.key for scorer in agreeing},
@@ -1925,7 +1929,8 @@ def main(args: argparse.Namespace) -> None:
             "model": model_hash,
             "versions": {name: metadata.version(name) for name in libraries},
         }
-        command = ["accelerate", "launch", "train_dpo_human.py", "--train_data_dir", args.output_dir]
+        launch = ["accelerate", "launch"] if state.device.type != "cpu" else ["python"]  # which gives a CPU one thread
+        command = [*launch, "train_dpo_human.py", "--train_data_dir", args.output_dir]
         if WORLD not in Path(args.pretrained_model_name_or_path).resolve().parents:
             command += ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path]
         command += ["--initial_lora", args.lora or "LORA_OF_THE_STAGE_BEFORE"] if args.lora or not is_easy else []
@@ -1952,8 +1957,8 @@ def main(args: argparse.Namespace) -> None:
         if dropped:
             print(f"dropped    {', '.join(f'{count} {reason}' for reason, count in dropped.items())}")
         if any(record["vetoed"].values()):
-            vetoed = ", ".join(f"{count} by {label}" for label, count in record["vetoed"].items() if count)
-            print(f"vetoed     of {len(rows)} images {vetoed}: not finite, or nan; used for neither side")
+            told = ", ".join(f"{count} of {of} by {label}" for label, (count, of) in vetoed.items() if count)
+            print(f"vetoed     {told}: not finite, or nan; used for neither side")
         low, middle, high = (f"{record['margin'][name]:.4g}" for name in ("10 %", "median", "90 %"))
         print(f"score gap  median {middle}, 10-90 % {low} to {high}, by {unit}")
         if draft_totals is not None:

@@ -1284,6 +1284,7 @@ def save_weights(policy: Policy, folder: Path, args: argparse.Namespace) -> None
         usual = convert_state_dict_to_diffusers(state)  # knows attention alone: a mixed file would load in part
         layers[f"{name}_lora_layers"] = state if any(".lora_A." in key for key in usual) else usual
         metadata = module.peft_config["default"].to_dict() | {"base_model_name_or_path": None}
+        metadata["target_modules"] = sorted(metadata["target_modules"])  # of a set: equal runs, equal files
         layers[f"{name}_lora_adapter_metadata"] = metadata
     if layers:
         policy.pipe.save_lora_weights(folder, **layers)

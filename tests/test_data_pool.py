@@ -279,6 +279,12 @@ def test_a_scorer_that_raises_shows_where_and_costs_no_image(painted, tmp_path, 
     assert pool_of(out) == pool_of(painted(tmp_path / "whole"))
 
 
+def test_where_every_draft_is_vetoed_it_says_so(painted, tmp_path):
+    (own := tmp_path / "own.py").write_text("def none(device): return lambda images, prompts: [None] * len(images)\n")
+    with pytest.raises(data.UserError, match="every draft is vetoed"):
+        painted(tmp_path / "out", scorer=f"{own}:none", **DRAFTS)
+
+
 def test_what_is_not_finite_is_on_neither_side_and_counted(painted, red, tmp_path, monkeypatch, capsys):
     odd = pairs_of(painted(tmp_path / "odd", scorer=red.replace("redness", "odd")))
     assert sorted(sides(pair, "score") for pair in odd) == [[2, 1], [2, 1], [4, 3], [4, 3]]
@@ -292,7 +298,7 @@ def test_what_is_not_finite_is_on_neither_side_and_counted(painted, red, tmp_pat
 
     monkeypatch.setattr(data, "sample", partial(overflow, seeds))
     pairs = pairs_of(out := painted(tmp_path / "out"))
-    assert "vetoed     of 16 images 4 by redness" in capsys.readouterr().out
+    assert "vetoed     4 of 16 by redness: " in capsys.readouterr().out
     assert [row["seed"] for row in pool_of(out).values() if row["jpg"] is None] == seeds
     assert [sides(pair, "seed")[1] for pair in pairs] == [sides(pair, "seed")[1] for pair in before]
     assert not {sides(pair, "seed")[0] for pair in pairs} & set(seeds)

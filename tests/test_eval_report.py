@@ -164,12 +164,12 @@ def test_first_two_sentences_then_sections_where_there_is_something(full, page, 
 
 def test_rows_are_the_worst_losses_the_best_wins_and_seeded(full):
     own = pd.read_csv(full[0] / "per_image.csv").assign(path=Path("none.png"))
-    prompts = own.groupby(["model", "prompt_id"], sort=False)[["corner"]].mean()
-    lead = (prompts.loc["other"] - prompts.loc["base"]).corner.sort_values(kind="stable").index
-    shown = ev.rows_to_show(own, prompts, "other", "corner", 1)
+    first = own[own["index"] == 0].set_index(["model", "prompt_id"])  # what is shown, whatever the others gain
+    lead = (first.corner["other"] - first.corner["base"]).sort_values(kind="stable").index
+    shown = ev.rows_to_show(ev.first_images(own), "other", "corner", 1)
     numbers = [[int(cell["prompt"].split()[-1]) for cell in cells] for cells in shown.values()]
     assert numbers == [[*lead[:3]], [*lead[:-4:-1]], [*np.random.default_rng(1).permutation(lead)[:3]]]
-    best = [(name, "", ev.number(prompts.corner[name, lead[-1]])) for name in ("base", "other")]
+    best = [(name, "", ev.number(first.corner[name, lead[-1]])) for name in ("base", "other")]
     assert shown["Best wins"][0]["sides"] == best
 
 
@@ -184,7 +184,7 @@ def test_the_card_is_escaped_and_its_tables_are_whole(full):
 
 def test_pictures_show_something_of_grey_images_too(full, tmp_path):
     ev.draw_colours(tmp_path / "grey.png", coloured(base={}, grey={"hue": NAN}))
-    sizes = {"win_rates.png": (1080, 300), "grid.png": (1600, 300), "changes-other.png": (800, 300)}  # or taller
+    sizes = {"win_rates.png": (1080, 300), "grid.png": (1600, 300), "changes-other.png": (1200, 300)}  # or taller
     sizes |= {"colour.png": (864, 2 * 144), tmp_path / "grey.png": (864, 144)}  # a strip for each model
     for path, (width, height) in sizes.items():
         with Image.open(full[0] / path) as image:

@@ -172,7 +172,7 @@ def test_record_card_pictures_and_last_line(finished):
     assert [jpgs[i::6] for i in range(6)] == [sides(pair, "jpg") for pair in pairs]  # winners above losers
     scores = [-float(label) for _, label, *_ in grids["pool.png"]]
     assert (len(scores), scores) == (4, sorted(scores))
-    assert printed.splitlines()[-1].endswith(f"accelerate launch train_dpo_human.py --train_data_dir {out}")
+    assert printed.splitlines()[-1].endswith(f"python train_dpo_human.py --train_data_dir {out}")
 
 
 def test_exports_are_read_by_the_rules_of_other_trainers(finished):

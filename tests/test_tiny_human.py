@@ -111,6 +111,8 @@ def test_the_judge_knows_bodies_colours_and_pose(build, fresh_twins):
         _, anatomy, attributes = build.load_judge()(decoded)
     is_right = torch.tensor([figure.broken is None for figure in figures])
     assert ((anatomy > 0) == is_right).float().mean() > 0.99
+    for kind in build.BREAKS:  # one that it was not trained on must not hide in the mean
+        assert (anatomy < 0)[[figure.broken == kind for figure in figures]].float().mean() > 0.9, kind
     for name, options in build.ATTRIBUTES.items():
         truth = torch.tensor([options.index(figure.attributes[name]) for figure in figures])
         rows = is_right if name == "arms" else ...  # nobody sees how a missing arm was held
@@ -178,4 +180,5 @@ def test_the_features_tell_people_apart_and_are_not_the_scorer(build):
 def test_the_build_log_is_whole_and_the_base_model_leaves_bodies_to_mend(build):
     text = (WORLD / "build_log.txt").read_text()
     assert all(f"[{part}] finished" in text for part in build.PARTS if part != "prompts")
+    assert all(f"judge, {kind}: called broken" in text for kind in build.BREAKS)
     assert 0.5 < float(re.findall(r"base, 384 test prompts, anatomy: (\S+)", text)[-1]) < 0.65

@@ -792,6 +792,7 @@ def main() -> None:
     for part in args.parts:
         done = WORK / f"{part}.done"
         if done.exists():
+            print(f"[{part}] is finished; --force makes it again")
             continue
         start = time.monotonic()
         jobs[part]()

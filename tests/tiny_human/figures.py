@@ -310,7 +310,7 @@ def break_body(kind: str | None, heads: list, arms: list, legs: list, rng: rando
         heads[:] = [(x - 6.9, y + 0.4), (x + 6.9, y + 0.4)]
     else:
         damage, limb = kind.split("_")
-        limbs = arms if limb == "arm" else legs
+        limbs = {"arm": arms, "leg": legs}[limb]
         index = rng.randrange(2)
         outwards, points = limbs[index]
         start, middle, _ = points
@@ -319,7 +319,7 @@ def break_body(kind: str | None, heads: list, arms: list, legs: list, rng: rando
         elif damage == "stump":  # stops short of the elbow or the knee
             share = 0.75 if limb == "arm" else 0.9
             limbs[index] = (outwards, [start, between(start, middle, share)])
-        else:  # a third limb where there is most room for it
+        elif damage == "extra":  # a third limb where there is most room for it
             if limb == "arm":
                 options, taken = (24, 32, 84, 92, 136, 146), [abs(angle_of(start, middle))]
             else:
