@@ -1929,7 +1929,7 @@ def main(args: argparse.Namespace) -> None:
             "model": model_hash,
             "versions": {name: metadata.version(name) for name in libraries},
         }
-        launch = ["accelerate", "launch"] if state.device.type != "cpu" else ["python"]  # which gives a CPU one thread
+        launch = ["python"] if state.device.type == "cpu" else ["accelerate", "launch"]  # which gives a CPU one thread
         command = [*launch, "train_dpo_human.py", "--train_data_dir", args.output_dir]
         if WORLD not in Path(args.pretrained_model_name_or_path).resolve().parents:
             command += ["--pretrained_model_name_or_path", args.pretrained_model_name_or_path]
